@@ -1,0 +1,1 @@
+"""Which tokens each rank sees at each step. Knows nothing of models."""

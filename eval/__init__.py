@@ -1,0 +1,1 @@
+"""Is the model any good? Knows nothing of how it was trained."""

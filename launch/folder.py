@@ -1,0 +1,102 @@
+"""A run's folder: what it says of itself in config.json, and whether a start may go on in it.
+
+    OUT_DIR/NAME/config.json      everything resolved; `train_gpt2.py config.json` starts it again
+                 metrics.jsonl    launch/tracker.py
+                 checkpoints/     model/checkpoint.py
+                 report/*.png     eval/report.py
+"""
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launch.errors import BadInput
+from launch.world import World, device_name
+
+PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "tyro")
+ROOT = Path(__file__).parent.parent
+
+
+# What may not change between a run and its continuation, beside the training data.
+MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
+
+
+def describe(
+    config: dict[str, Any], world: World, training_data: str, **resolved: Any
+) -> dict[str, Any]:
+    """What config.json holds: the configuration, what "auto" became, code, packages, hardware."""
+    weights = "fp64" if resolved["dtype"] == "fp64" else "fp32"
+    same = {key: config[key] for key in MUST_MATCH}
+    return {
+        "config": config,
+        "must_match": same | {"training data": training_data, "weights": weights},
+        "resolved": resolved,
+        "code": code_version(),
+        "command": sys.argv,
+        "packages": {"python": platform.python_version(), **package_versions()},
+        "hardware": {"device": device_name(world.device), "ranks": world.size},
+    }
+
+
+def introduction(description: dict[str, Any], parameters: int, T: int) -> str:
+    """Three lines on what is about to happen."""
+    config, resolved = description["config"], description["resolved"]
+    ranks, device = description["hardware"]["ranks"], description["hardware"]["device"]
+    return (
+        f"{config['name']}: {parameters:,} parameters on {ranks} x {device}, "
+        f"{resolved['dtype']}{', compiled' * resolved['compile']}\n"
+        f"{config['batch_tokens']:,} tokens a step: {ranks} ranks x {resolved['accumulation']} "
+        f"micro-steps x {resolved['micro_batch']} sequences x {T}\n"
+        f"trains on {description['must_match']['training data']}, {resolved['epochs']:.2f} epochs; "
+        f"validates on {resolved['val_set']}"
+    )
+
+
+def code_version() -> str:
+    """The commit this runs from, with -dirty where files were changed; "unknown" outside git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages whose change could change a run."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"n_layer": 12}} -> {"model.n_layer": 12}."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def require_same(saved: dict[str, Any], asked: dict[str, Any], checkpoint: Path) -> None:
+    """Raises BadInput that lists what differs between a checkpoint's config.json and this run's."""
+    old, new = flatten(saved.get("must_match", {})), flatten(asked["must_match"])
+    different = [
+        f"{key} {old.get(key)} there, {new.get(key)} asked"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if different:
+        raise BadInput(
+            f"{checkpoint} belongs to another run: {'; '.join(different)}. "
+            "Choose another --name for a new run (with --init to start from these weights)"
+        )

@@ -1,0 +1,144 @@
+"""What a run says about itself: a console line a step, metrics.jsonl, and Weights & Biases.
+
+metrics.jsonl holds one JSON object a line, each with `step` (finished updates) and `tokens`
+(trained on until then), and any of train_loss lr grad_norm tokens_per_second mfu step_ms
+memory_mib val_loss val_set hellaswag_acc hellaswag_acc_norm sample event.
+"""
+
+import json
+import os
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.errors import BadInput
+from launch.files import atomic_write
+from launch.world import World, peak_memory_mib
+
+Mode = Literal["disabled", "offline", "online"]
+
+
+class Tracker:
+    """Keeps the record of a run on rank 0; on the other ranks every call does nothing.
+
+    description: what config.json holds; start: steps finished before. flops_per_token and peak
+    (FLOP/s of one device, None where unknown) make the MFU.
+    """
+
+    def __init__(
+        self, run: Path, world: World, description: dict, start: int,
+        flops_per_token: int, peak: float | None,
+    ) -> None:
+        config = description["config"]
+        self.world, self.start, self.last = world, start, config["steps"]
+        self.batch_tokens, self.flops = config["batch_tokens"], flops_per_token
+        self.peak = peak * world.size if peak else None
+        self.seconds = 0.0  # spent in training steps since the start, for the ETA
+        self.file: Any = None
+        self.wandb: Any = None
+        if world.is_main:
+            cut_after(run / "metrics.jsonl", start)
+            self.file = (run / "metrics.jsonl").open("a")
+            if config["wandb"] != "disabled":
+                self.wandb = _start_wandb(run, config["wandb"], description)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Appends a row; values that are None are left out."""
+        if not self.file:
+            return
+        row = {"step": step, "tokens": step * self.batch_tokens}
+        row |= {key: value for key, value in values.items() if value is not None}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=step)
+
+    def step(self, step: int, *, loss: float, lr: float, norm: float, seconds: float) -> None:
+        """Logs a training step and prints its line. seconds: of this step alone."""
+        self.seconds += seconds
+        rate = self.batch_tokens / seconds
+        mfu = rate * self.flops / self.peak if self.peak else None
+        self.log(
+            step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate, 1),
+            mfu=mfu and round(mfu, 4), step_ms=round(seconds * 1e3, 2),
+            memory_mib=peak_memory_mib(self.world.device),
+        )
+        eta = clock((self.last - step) * self.seconds / (step - self.start))
+        share = "n/a" if mfu is None else f"{mfu:.1%}"
+        self.world.print(
+            f"step {step:6d}/{self.last} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.2f} | "
+            f"{seconds * 1e3:7.0f} ms | {rate:9,.0f} tok/s | mfu {share:>5} | eta {eta}"
+        )
+
+    def close(self) -> None:
+        """Flushes to the disk."""
+        if not self.file:
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def clock(seconds: float) -> str:
+    """4210 -> '1h10m'; 75 -> '1m15s'."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a half-written last line (the power went) is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drops rows past `step`: a resumed run writes them again."""
+    rows = read_rows(path)
+    if rows:
+        kept = [row for row in rows if row["step"] <= step]
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _start_wandb(run: Path, mode: Mode, config: dict) -> Any:
+    """A new wandb run, or the one that this folder has had since its first start."""
+    try:
+        import wandb
+    except ImportError:
+        raise BadInput("--wandb needs the wandb package: pip install wandb") from None
+    id_file = run / "wandb_id"
+    if not id_file.exists():
+        atomic_write(id_file, f"{run.name}-{time.time_ns():x}")
+    return wandb.init(
+        project="gpt2", name=run.name, id=id_file.read_text(), resume="allow", mode=mode,
+        dir=str(run), config=config,
+    )
+
+
+def start_profiler(run: Path, steps: int, is_main: bool) -> AbstractContextManager:
+    """A torch.profiler that skips two steps, warms up in one and records `steps` of them on rank 0.
+
+    The trace (open it in ui.perfetto.dev) is written to the run folder's profile/trace.json. A
+    context that yields None where there is nothing to record.
+    """
+    if not steps or not is_main:
+        return nullcontext()
+    from torch import profiler
+
+    def write(finished: profiler.profile) -> None:
+        path = run / "profile" / "trace.json"
+        path.parent.mkdir(exist_ok=True)
+        finished.export_chrome_trace(str(path))
+        print(f"profile of {steps} steps: {path}", flush=True)
+
+    schedule = profiler.schedule(wait=2, warmup=1, active=steps, repeat=1)
+    return profiler.profile(schedule=schedule, on_trace_ready=write)

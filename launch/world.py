@@ -1,0 +1,210 @@
+"""Which processes, device and number format a run has; the few things ranks say to one another.
+
+Started by torchrun there are WORLD_SIZE ranks; started plainly there is one, and nothing here
+touches torch.distributed.
+"""
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from kernels import cards
+from launch.errors import BadInput
+
+Dtype = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another before it gives up
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 prints, logs and writes."""
+        return self.rank == 0
+
+    def print(self, *words: object) -> None:
+        """Prints on rank 0."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added up over all ranks, in fp64: the same numbers on every rank."""
+        if self.size == 1:
+            return list(values)
+        # NCCL moves tensors of its own GPU only; MPS knows no fp64, and has one rank.
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def max(self, value: float) -> float:
+        """The largest value of any rank."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
+    def together(self, step: Callable[[], T]) -> T:
+        """Runs a step that may find bad input; if it does on any rank, all ranks stop together.
+
+        The error that rank 0 raises names the rank that found it.
+        """
+        result, error = None, None
+        try:
+            result = step()
+        except BadInput as found:
+            error = found
+        if self.size > 1:
+            errors: list[Any] = [None] * self.size
+            dist.all_gather_object(errors, error)
+            rank = next((r for r, e in enumerate(errors) if e is not None), None)
+            if rank is not None:
+                error = errors[rank]
+                if rank > 0:
+                    error = type(error)(f"rank {rank}: {error}")
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def on_main(self, step: Callable[[], T]) -> T:
+        """Runs a step on rank 0 alone; every rank gets its result, or its bad input."""
+        result = self.together(lambda: step() if self.is_main else None)
+        if self.size > 1:
+            box = [result]
+            dist.broadcast_object_list(box, src=0)
+            result = box[0]
+        return result  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leaves the group; harmless where there is none."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """CUDA (or ROCm, which torch calls cuda) where there is one, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise BadInput(
+                f"{torch.cuda.device_count()} GPUs here, and local rank {local_rank} wants one of "
+                f"its own: start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+            )
+        return torch.device("cuda", local_rank)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def start_world() -> World:
+    """Joins the ranks that torchrun started, or stands alone."""
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None
+        )
+    return World(rank, size, local_rank, device)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep big buffers for the next step and not to hand them back to the kernel.
+
+    A step frees and allocates the same hundreds of MiB; without this every step pays for the page
+    faults again (measured: a step of the demo takes 1.9 times as long). No effect elsewhere.
+    """
+    if sys.platform != "linux":
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def choose_dtype(asked: Dtype, device: torch.device) -> str:
+    """The number format of the matrix products: bf16, fp16, fp32 or fp64.
+
+    auto: bf16 where the hardware multiplies it (CUDA from compute capability 8.0 on, CPUs with
+    avx512_bf16 or AMX), fp16 on older GPUs, fp32 elsewhere.
+    """
+    if asked != "auto":
+        if asked == "fp64" and device.type == "mps":
+            raise BadInput("Apple's MPS has no fp64: use --dtype fp32")
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "cpu" and has_fast_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """Matrix products in bf16 or fp16 inside this context; fp32 and fp64 models run as they are."""
+    if dtype in ("fp32", "fp64"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[dtype])
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively (x86 with avx512_bf16 or AMX)."""
+    cpu = torch.cpu.get_capabilities()
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("amx_tile"))
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple MPS"
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """FLOP/s the device could do at best in this format, for the MFU; None where it's unknown."""
+    card = cards.by_name(device_name(device)) if device.type == "cuda" else None
+    if card is None or dtype == "fp64":
+        return None
+    return card.fp32_flops if dtype == "fp32" else card.bf16_flops
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory that tensors have taken on a GPU so far, in MiB."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)

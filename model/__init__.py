@@ -1,0 +1,1 @@
+"""What GPT-2 is, how its weights change, and where they live on disk. Knows nothing of data."""

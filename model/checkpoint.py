@@ -1,0 +1,297 @@
+"""Checkpoints: whole or absent, hashed, and readable without running anybody's code.
+
+    runs/NAME/checkpoints/step_00000500/
+        model.safetensors      OpenAI's parameter names, master dtype, 50,257 vocabulary rows
+        optimizer.safetensors  moments and step of each parameter
+        state.json             step, tokens, random states, loss scale
+        config.json            the model's shape and what must match on resume
+        manifest.json          size and sha256 of each file, written last
+
+It is written as .step_00000500.tmp, flushed, and appears by rename.
+"""
+
+import base64
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import kernels
+from kernels import Operators
+from launch.errors import BadInput, Failed
+from launch.files import atomic_write, fsync, sha256
+from model.gpt2 import GPT, GPTConfig
+from model.hf import from_hf, load_named, named_weights
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter, beside its step count
+
+
+class Training(NamedTuple):
+    """What training changes, and a checkpoint therefore holds."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def folder_name(step: int) -> str:
+    """500 -> step_00000500."""
+    return f"step_{step:08d}"
+
+
+def save(run: Path, step: int, tokens: int, training: Training, keep: int) -> Path:
+    """Writes a checkpoint of a run, its config.json included; keeps the newest `keep`.
+
+    Raises Failed where the disk won't take it; the checkpoints there were stay as they were.
+    """
+    checkpoints = run / "checkpoints"
+    final = checkpoints / folder_name(step)
+    work = checkpoints / f".{final.name}.tmp"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        weights = {k: _on_disk(v) for k, v in named_weights(training.model).items()}
+        save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
+        moments = optimizer_tensors(training.model, training.optimizer)
+        save_file(moments, work / "optimizer.safetensors", metadata={"format": "pt"})
+        state = {"step": step, "tokens": tokens, **_random_states(),
+                 "grad_scaler": training.scaler.state_dict()}
+        (work / "state.json").write_text(json.dumps(state) + "\n")
+        shutil.copyfile(run / "config.json", work / "config.json")
+        seal(work)
+        if final.exists():  # a damaged one of the same step, which the run went back from
+            _remove(final)
+        work.rename(final)
+        fsync(checkpoints)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise Failed(f"could not save {final}: {error}") from None
+    with contextlib.suppress(OSError):  # what can't be pruned now will be after the next save
+        for old in list_checkpoints(checkpoints)[keep:]:
+            _remove(old)
+    return final
+
+
+def seal(folder: Path) -> None:
+    """Flushes every file of a checkpoint and writes the manifest that makes it one."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        fsync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    atomic_write(folder / "manifest.json", json.dumps({"files": files}, indent=2) + "\n")
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """The checkpoint folders, newest first."""
+    return sorted(checkpoints.glob("step_*"), key=lambda p: p.name, reverse=True)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, in a few words; '' if every hash is right."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        for name, entry in files.items():
+            path = folder / name
+            if not path.exists():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} was altered (its sha256 differs)"
+        return "" if "model.safetensors" in files else "model.safetensors is missing"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json can't be read: {error}"
+
+
+def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose hashes are right, and a line for each that was passed over.
+
+    None where there is no checkpoint yet. Raises BadInput where there are some and none is whole.
+    """
+    complaints = []
+    for folder in list_checkpoints(checkpoints):
+        problem = damage(folder)
+        if not problem:
+            return folder, complaints
+        complaints.append(f"{folder} is damaged: {problem}")
+    if complaints:
+        raise BadInput(f"{'; '.join(complaints)}; no older one is left: start anew with --name")
+    return None, []
+
+
+def find(spec: str) -> Path:
+    """The checkpoint folder that `spec` names: itself, or a run folder's newest valid one."""
+    folder = Path(spec)
+    if (folder / "checkpoints").is_dir():
+        found, complaints = newest_valid(folder / "checkpoints")
+        for complaint in complaints:
+            print(f"warning: {complaint}; going back to {found}")
+        if found is None:
+            raise BadInput(f"the run {folder} has no checkpoint yet")
+        return found
+    if not (folder / "manifest.json").is_file() and not (folder / "model.safetensors").is_file():
+        raise BadInput(
+            f"{spec} is no checkpoint: looked for {folder / 'manifest.json'} (a checkpoint) and "
+            f"{folder / 'checkpoints'} (a run); write hf:{spec} for a Hugging Face folder"
+        )
+    problem = damage(folder)
+    if problem:
+        raise BadInput(f"{folder} is damaged: {problem}")
+    return folder
+
+
+def find_start(resume: str, run: Path) -> Path | None:
+    """The checkpoint that a run goes on from; None for a new run.
+
+    resume: "auto", "never" or a checkpoint. Raises BadInput where the run's folder forbids it.
+    """
+    checkpoints = run / "checkpoints"
+    if resume == "never":
+        if (run / "config.json").exists():
+            raise BadInput(f"{run} holds a run, and --resume never refuses it: choose --name")
+        return None
+    if resume == "auto":
+        source, complaints = newest_valid(checkpoints)
+        for complaint in complaints:
+            print(f"warning: {complaint}; going back to {source}", flush=True)
+        return source
+    source = find(resume)
+    newest = next(iter(list_checkpoints(checkpoints)), source)
+    if newest.name > source.name:
+        raise BadInput(f"{run} goes on to {newest.name}, past {source}: choose another --name "
+                       "for a run that branches off there")
+    return source
+
+
+def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
+    """The model of a checkpoint, a run folder (its newest) or hf:DIR, in its master dtype."""
+    if spec.startswith("hf:"):
+        return from_hf(spec.removeprefix("hf:"), ops)
+    folder = find(spec)
+    model = GPT(model_config(folder), ops)
+    load_weights(model, folder)
+    return model
+
+
+def model_config(folder: Path) -> GPTConfig:
+    """The shape of the model in a checkpoint."""
+    try:
+        return GPTConfig(**read_config(folder)["config"]["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder / 'config.json'} has no model shape: {error}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"can't read {folder / 'config.json'}: {error}") from None
+
+
+def copy_weights(model: GPT, spec: str) -> None:
+    """Copies the weights that `spec` names into a model. Raises BadInput for another shape."""
+    given = load_model(spec)
+    if given.config != model.config:
+        raise BadInput(f"{spec} is {given.config}, and the run asks for {model.config}")
+    model.load_state_dict(given.state_dict())
+
+
+def load_weights(model: GPT, folder: Path) -> None:
+    """Copies a checkpoint's weights into a model of its shape, which takes on their dtype."""
+    tensors = _read(folder / "model.safetensors")
+    if any(t.dtype == torch.float64 for t in tensors.values()):
+        model.double()
+    load_named(model, tensors, folder / "model.safetensors")
+
+
+def load_training(training: Training, folder: Path) -> int:
+    """Puts back everything that `save` wrote; returns the number of finished steps.
+
+    Raises BadInput for a converted checkpoint, which has weights only.
+    """
+    if not (folder / "optimizer.safetensors").exists() or not (folder / "state.json").exists():
+        raise BadInput(f"{folder} has weights and no optimizer state: --init {folder} starts anew "
+                       "from them")
+    load_weights(training.model, folder)
+    load_optimizer(training.model, training.optimizer, _read(folder / "optimizer.safetensors"))
+    state = json.loads((folder / "state.json").read_text())
+    if state["grad_scaler"] and training.scaler.is_enabled():
+        training.scaler.load_state_dict(state["grad_scaler"])
+    torch.set_rng_state(_tensor_of(state["rng_cpu"]))
+    if torch.cuda.is_available() and state["rng_cuda"]:
+        torch.cuda.set_rng_state(_tensor_of(state["rng_cuda"]))
+    return state["step"]
+
+
+def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's moments and steps under their parameters' names, without padding rows."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            if key in MOMENTS and name == "wte.weight":
+                value = value[: model.config.n_vocab]
+            tensors[f"{name}.{key}"] = _on_disk(value)
+    return tensors
+
+
+@torch.no_grad()
+def load_optimizer(
+    model: GPT, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The inverse of optimizer_tensors; padding rows get moments of zero, as they always have."""
+    for name, parameter in model.named_parameters():
+        state: dict[str, torch.Tensor] = {}
+        if f"{name}.step" in tensors:  # absent at step 0, before the first update
+            state["step"] = tensors[f"{name}.step"].to(parameter.device)
+            for key in MOMENTS:
+                saved = tensors[f"{name}.{key}"]
+                state[key] = torch.zeros_like(parameter)
+                state[key][: len(saved)] = saved.to(parameter.device)
+            optimizer.state[parameter] = state
+
+
+def clean_up(checkpoints: Path) -> None:
+    """Removes what an interrupted save or prune left behind. Only the run's owner may call this."""
+    for left in [*checkpoints.glob(".step_*.tmp"), *checkpoints.glob(".step_*.old")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Takes a checkpoint out of sight at once, then deletes it."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _on_disk(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"can't read {path}: {error}") from None
+
+
+def _random_states() -> dict[str, str | None]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"rng_cpu": _text_of(torch.get_rng_state()), "rng_cuda": _text_of(cuda)}
+
+
+def _text_of(state: torch.Tensor | None) -> str | None:
+    return None if state is None else base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _tensor_of(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
