@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from data.loader import DataConfig, Loader, fit_micro_batch, open_data
 from eval.exam import Exam, examine, set_exam
@@ -28,7 +29,7 @@ from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write, folder_lock
 from launch.guard import Guard, clear_marker, write_marker
 from launch.tracker import Mode, Tracker, start_profiler
-from launch.world import Dtype, World, autocast, choose_dtype, peak_flops, start_world
+from launch.world import Dtype, World, autocast, choose_dtype, start_world
 from model import checkpoint, parallel
 from model.gpt2 import GPT, GPTConfig, flops_per_token, parameter_count
 from model.optim import OptimConfig, learning_rate, make_optimizer
@@ -61,7 +62,7 @@ class TrainConfig:
     init: str = ""
     """Weights for a new run: a checkpoint, a run folder, or hf:DIR (hf:gpt2: from the Hub)."""
     eval_every: int = 250
-    """Steps between validation losses and samples."""
+    """Steps between evaluations: validation loss, HellaSwag, a sample."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
@@ -70,8 +71,6 @@ class TrainConfig:
     """The fixed validation set: the first tokens of the validation shard (20 x 2^19)."""
     hellaswag: str = "auto"
     """A JSONL file of questions, off, or auto: downloaded for runs on GPUs."""
-    hellaswag_every: int = 1000
-    """Steps between HellaSwag evaluations."""
     prompt: str = "Hello, I'm a language model,"
     """What the samples continue."""
     wandb: Mode = "disabled"
@@ -84,8 +83,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises BadInput for numbers that make no run."""
-        for key in ("steps", "batch_tokens", "eval_every", "save_every", "keep", "val_tokens",
-                    "hellaswag_every"):
+        for key in ("steps", "batch_tokens", "eval_every", "save_every", "keep", "val_tokens"):
             if getattr(self, key) < 1:
                 raise BadInput(f"--{key} {getattr(self, key)}: expected at least 1")
         if not 0 <= self.seed < 2**32:
@@ -101,27 +99,19 @@ GPT2_124M = TrainConfig()
 PRESETS = {
     "demo": TrainConfig(
         name="demo", steps=480, batch_tokens=1024, micro_batch=8, eval_every=120, save_every=240,
-        hellaswag="off", prompt="In the beginning",
         model=GPTConfig(n_layer=4, n_head=4, n_embd=256, n_ctx=128),
-        optim=OptimConfig(lr=2e-3, warmup_steps=96, final_lr=0.0), data=DataConfig(dir=""),
-    ),
+        optim=OptimConfig(lr=2e-3, warmup_steps=96), data=DataConfig(dir=""),
+        prompt="In the beginning", hellaswag="off"),
     "gpt2-124m": GPT2_124M,
-    "gpt2-350m": replace(
-        GPT2_124M, name="gpt2-350m", steps=60_000, micro_batch=32,
-        model=GPTConfig(n_layer=24, n_head=16, n_embd=1024), optim=OptimConfig(lr=3e-4),
-    ),
-    "gpt2-774m": replace(
-        GPT2_124M, name="gpt2-774m", steps=286_102, micro_batch=16,
-        model=GPTConfig(n_layer=36, n_head=20, n_embd=1280), optim=OptimConfig(lr=2.5e-4),
-    ),
-    "gpt2-1558m": replace(
-        GPT2_124M, name="gpt2-1558m", steps=32_000, batch_tokens=1_048_576, micro_batch=8,
+    "gpt2-350m": replace(GPT2_124M, name="gpt2-350m", steps=60_000, micro_batch=32,
+        model=GPTConfig(n_layer=24, n_head=16, n_embd=1024), optim=OptimConfig(lr=3e-4)),
+    "gpt2-774m": replace(GPT2_124M, name="gpt2-774m", steps=286_102, micro_batch=16,
+        model=GPTConfig(n_layer=36, n_head=20, n_embd=1280), optim=OptimConfig(lr=2.5e-4)),
+    "gpt2-1558m": replace(GPT2_124M, name="gpt2-1558m", steps=32_000, batch_tokens=1_048_576,
         model=GPTConfig(n_layer=48, n_head=25, n_embd=1600), optim=OptimConfig(final_lr=0.1),
-    ),
-    "gpt3-125m": replace(
-        GPT2_124M, name="gpt3-125m", steps=572_204, micro_batch=32,
-        model=GPTConfig(n_ctx=2048), optim=OptimConfig(final_lr=0.1),
-    ),
+        micro_batch=8),
+    "gpt3-125m": replace(GPT2_124M, name="gpt3-125m", steps=572_204, micro_batch=32,
+        model=GPTConfig(n_ctx=2048), optim=OptimConfig(final_lr=0.1)),
 }
 
 
@@ -162,21 +152,19 @@ def train(config: TrainConfig) -> int:
 
             # ---- one training step ----
             started = time.perf_counter()
-            batch = run.loader.batch(step).to(world.device, non_blocking=True)
+            batch = next_batch(run, step)  # (micro-steps, B, T + 1)
             lr = learning_rate(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = torch.zeros((), device=world.device)
+            loss = torch.zeros_like(model.wte.weight[0, 0])
             for i, tokens in enumerate(batch):  # (B, T + 1)
-                idx, targets = tokens[:, :-1], tokens[:, 1:]
                 sync = parallel.sync_gradients(parallel_model, now=i == len(batch) - 1)
                 with sync, autocast(world.device, run.dtype):
-                    part = parallel_model(idx, targets) / len(batch)
+                    part = parallel_model(tokens[:, :-1], tokens[:, 1:]) / len(batch)
                     scaler.scale(part).backward()
                 loss += part.detach()
             scaler.unscale_(optimizer)
-            clip = config.optim.clip or float("inf")
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            norm = clip_grad_norm_(model.parameters(), config.optim.clip or torch.inf)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -195,6 +183,8 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     config.check()
     world = start_world()
     stack.callback(world.close)
+    guard = Guard(world)
+    stack.callback(guard.close)
     cuda = world.device.type == "cuda"
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
     dtype = choose_dtype(config.dtype, world.device)
@@ -235,18 +225,11 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
         clear_marker(path)
         checkpoint.clean_up(path / "checkpoints")
         atomic_write(path / "config.json", json.dumps(description, indent=2) + "\n")
-    tracker = Tracker(
-        path, world, description, start, flops_per_token(config.model),
-        peak_flops(world.device, dtype),
-    )
+    flops = flops_per_token(config.model)
+    tracker = world.together(lambda: Tracker(path, world, description, start, flops))
     stack.callback(tracker.close)
-    guard = Guard(world)
-    stack.callback(guard.close)
-
     world.print(folder.introduction(description, parameter_count(config.model), T))
-    if world.device.type == "mps":
-        world.print("warning: this was never tested on Apple's MPS")
-    if source:
+    if start:
         world.print(f"going on from {source}")
         tracker.log(start, event=f"resumed on {world.size} ranks")
     return Run(config, world, path, dtype, loader, exam, training, tracker, guard, start)
@@ -262,21 +245,27 @@ def build_model(config: TrainConfig, world: World, dtype: str) -> GPT:
     return model.to(world.device, torch.float64 if dtype == "fp64" else torch.float32)
 
 
+def next_batch(run: Run, step: int) -> torch.Tensor:
+    """This rank's tokens. A damaged shard ends the run, but not before rank 0 has saved."""
+    try:
+        return run.loader.batch(step).to(run.world.device, non_blocking=True)
+    except BadInput:
+        if run.world.is_main and step > run.start:
+            write_checkpoint(run, step)
+        raise
+
+
 def evaluate(run: Run, step: int) -> None:
     """Judges the model on all ranks and records the result."""
-    config = run.config
-    ask = step > 0 and (step % config.hellaswag_every == 0 or step == config.steps)
     with autocast(run.world.device, run.dtype):
-        row = examine(run.training.model, run.exam, run.world, with_questions=ask)
+        row = examine(run.training.model, run.exam, run.world, with_questions=step > 0)
     run.tracker.log(step, **row)
 
 
 def save(run: Run, step: int, must_succeed: bool) -> None:
     """Writes a checkpoint on rank 0. One that fails in mid-run is reported; training goes on."""
-    tokens, keep = step * run.config.batch_tokens, run.config.keep
     try:
-        run.world.on_main(lambda: checkpoint.save(run.path, step, tokens, run.training, keep))
-        run.world.print(f"saved {run.path / 'checkpoints' / checkpoint.folder_name(step)}")
+        run.world.on_main(lambda: write_checkpoint(run, step))
     except Failed as error:
         if must_succeed:
             raise
@@ -284,19 +273,26 @@ def save(run: Run, step: int, must_succeed: bool) -> None:
         run.tracker.log(step, event=f"checkpoint failed: {error}")
 
 
+def write_checkpoint(run: Run, step: int) -> None:
+    """Writes a checkpoint from this rank. Raises Failed where the disk won't take it."""
+    tokens = step * run.config.batch_tokens
+    print("saved", checkpoint.save(run.path, step, tokens, run.training, run.config.keep))
+
+
 def finish(run: Run, step: int) -> int:
     """Says how the run ended: the plot, a marker after a signal, the next command to try."""
-    if run.guard.stop_signal:
+    stopped = step < run.config.steps
+    if stopped:
         reason = f"stopped by {run.guard.stop_name()} at step {step}"
         run.tracker.log(step, event=reason)
         run.world.print(f"{reason}; the same command goes on from there")
     if run.world.is_main:
         print(f"plot: {plot_losses(run.path)}")
-        if run.guard.stop_signal:
+        if stopped:
             write_marker(run.path, reason)
         else:
             print(f'next: python -m eval.sample {run.path} --prompt "{run.config.prompt}"')
-    return run.guard.exit_code
+    return run.guard.exit_code if stopped else 0
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def open_folder(folder: Path) -> tuple[list[Shard], list[Shard], str]:
         if not (folder / file).exists():
             raise BadInput(f"{folder / file} is in the manifest and not on the disk: `{make}`")
     files = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy"))
-    train, val = [], []
+    train: list[Shard] = []
+    val: list[Shard] = []
     for path in files:
         kind = "val" if path.name == "val.bin" or "_val_" in path.name else "train"
         if kind == "train" and path.name != "train.bin" and "_train_" not in path.name:

@@ -30,7 +30,7 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 SIZE = 12_246_618  # bytes
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 DEFAULT_PATH = Path("hellaswag/hellaswag_val.jsonl")
-ROWS_AT_ONCE = 32  # sequences in a forward pass: eight questions
+ROWS_AT_ONCE = 64  # sequences in a forward pass: sixteen questions
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,19 @@ def _question(line: str, where: str) -> Question:
 def ending_losses(model: GPT, questions: list[Question], device: torch.device) -> torch.Tensor:
     """(len(questions), 4) summed losses, in nats, of each ending after its context."""
     n_ctx = model.config.n_ctx
-    rows = []  # (tokens, tokens of the ending), both cut to fit
+    rows: list[tuple[list[int], int]] = []  # tokens, and how many of them are the ending
     for question in questions:
         for ending in question.endings:
-            tokens = (question.context + ending)[-(n_ctx + 1) :]
+            tokens = (question.context + ending)[-(n_ctx + 1) :]  # as much context as fits
             rows.append((tokens, min(len(ending), len(tokens) - 1)))
     longest = max(len(tokens) for tokens, _ in rows) - 1
     idx = torch.zeros(len(rows), longest, dtype=torch.long)
     counted = torch.zeros(len(rows), longest, dtype=torch.bool)
     targets = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, (tokens, ending) in enumerate(rows):
+    for i, (tokens, length) in enumerate(rows):
         end = len(tokens) - 1
         idx[i, :end], targets[i, :end] = torch.tensor(tokens[:-1]), torch.tensor(tokens[1:])
-        counted[i, end - ending : end] = True
+        counted[i, end - length : end] = True
     idx, counted, targets = idx.to(device), counted.to(device), targets.to(device)
     # Padding stands after the ending, and attention looks back only, so it changes nothing. The
     # head, most of the work of a small model, runs on the endings' positions alone.

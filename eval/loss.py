@@ -22,7 +22,7 @@ def validation_loss(
     T = model.config.n_ctx
     mine = range(world.rank, sequences, world.size)
     longest = -(-sequences // world.size)  # of any rank: all take as many batches
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for start in range(0, longest, micro_batch):
         numbers = list(mine[start : start + micro_batch])
         rows = validation_batch(stream, T, numbers) if numbers else torch.zeros(0, T + 1).long()

@@ -5,7 +5,6 @@
 """
 
 import codecs
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -91,6 +90,3 @@ if __name__ == "__main__":
             main(tyro.cli(Arguments, config=(tyro.conf.FlagConversionOff,)))
         except ValueError as error:
             raise BadInput(str(error)) from None
-        except KeyboardInterrupt:
-            print()
-            sys.exit(130)

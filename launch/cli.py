@@ -63,14 +63,15 @@ def _flags_of_file(path: Path) -> list[str]:
         content = content["config"]
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds no configuration: expected an object of settings")
-    return _flatten(content)
+    return as_flags(content)
 
 
-def _flatten(settings: Mapping, prefix: str = "") -> list[str]:
+def as_flags(settings: Mapping, prefix: str = "") -> list[str]:
+    """{"model": {"n_layer": 2}} -> ["--model.n_layer", "2"]."""
     flags: list[str] = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flags += _flatten(value, f"{prefix}{key}.")
+            flags += as_flags(value, f"{prefix}{key}.")
         else:
             flags += [f"--{prefix}{key}", str(value)]
     return flags

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class BadInput(Exception):
     """Something the user gave can't be used. The message is the one line that is printed."""
@@ -31,11 +33,19 @@ class Failed(BadInput):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a BadInput into one line on standard error and its exit code."""
+    """Turns a BadInput, a full GPU or Ctrl-C into one line on standard error and an exit code."""
     try:
         yield
     except BadInput as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _leave(f"error: {error}", error.exit_code)
+    except torch.OutOfMemoryError:
+        _leave("error: the GPU's memory is full: halve --micro_batch (the result is the same)", 1)
+    except KeyboardInterrupt:  # outside the training loop, which has a guard of its own
+        _leave("interrupted", 130)
+
+
+def _leave(line: str, exit_code: int) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.flush()
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(exit_code)

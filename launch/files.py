@@ -125,9 +125,8 @@ def download(url: str, path: Path, sha256_expected: str, size: int, retries: int
             problem = "the bytes that came have another sha256 than the published file"
             part.unlink()
         except requests.RequestException as error:
-            problem = type(error).__name__
-            if getattr(error, "response", None) is not None:
-                problem = f"HTTP status {error.response.status_code}"
+            reply_code = error.response.status_code if error.response is not None else 0
+            problem = f"HTTP status {reply_code}" if reply_code else type(error).__name__
             if isinstance(error, requests.ConnectionError) and have == 0 and attempt == 1:
                 break  # no network at all: two attempts tell, and nothing is half done
     raise Failed(f"could not download {url}: {problem}")

@@ -52,6 +52,7 @@ def introduction(description: dict[str, Any], parameters: int, T: int) -> str:
         f"micro-steps x {resolved['micro_batch']} sequences x {T}\n"
         f"trains on {description['must_match']['training data']}, {resolved['epochs']:.2f} epochs; "
         f"validates on {resolved['val_set']}"
+        + "\nwarning: this was never tested on Apple's MPS" * (device == "Apple MPS")
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from launch.errors import BadInput
 from launch.files import atomic_write
-from launch.world import World, peak_memory_mib
+from launch.world import World, peak_flops, peak_memory_mib
 
 Mode = Literal["disabled", "offline", "online"]
 
@@ -22,15 +22,15 @@ Mode = Literal["disabled", "offline", "online"]
 class Tracker:
     """Keeps the record of a run on rank 0; on the other ranks every call does nothing.
 
-    description: what config.json holds; start: steps finished before. flops_per_token and peak
-    (FLOP/s of one device, None where unknown) make the MFU.
+    description: what config.json holds; start: steps finished before. flops_per_token is for
+    the MFU, which is left out where the card's peak isn't known.
     """
 
     def __init__(
-        self, run: Path, world: World, description: dict, start: int,
-        flops_per_token: int, peak: float | None,
+        self, run: Path, world: World, description: dict, start: int, flops_per_token: int
     ) -> None:
         config = description["config"]
+        peak = peak_flops(world.device, description["resolved"]["dtype"])
         self.world, self.start, self.last = world, start, config["steps"]
         self.batch_tokens, self.flops = config["batch_tokens"], flops_per_token
         self.peak = peak * world.size if peak else None
@@ -38,7 +38,8 @@ class Tracker:
         self.file: Any = None
         self.wandb: Any = None
         if world.is_main:
-            cut_after(run / "metrics.jsonl", start)
+            # Step 0 is evaluated by every process that begins there.
+            cut_after(run / "metrics.jsonl", start or -1)
             self.file = (run / "metrics.jsonl").open("a")
             if config["wandb"] != "disabled":
                 self.wandb = _start_wandb(run, config["wandb"], description)

@@ -116,7 +116,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
     None where there is no checkpoint yet. Raises BadInput where there are some and none is whole.
     """
-    complaints = []
+    complaints: list[str] = []
     for folder in list_checkpoints(checkpoints):
         problem = damage(folder)
         if not problem:

@@ -1,0 +1,63 @@
+"""What every test may use. Tests that want real texts skip where GPT2_TEST_DATA names none."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import pytest
+import torch
+
+from data.loader import DataConfig
+from model.gpt2 import GPTConfig
+from model.optim import OptimConfig
+from train_gpt2 import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+
+# A GPT-2 that trains in seconds. 12 sequences a step divide by 1, 2, 3 and 4 ranks.
+TINY = dict(
+    name="tiny", steps=6, batch_tokens=12 * 16, micro_batch=12, eval_every=3, save_every=3,
+    val_tokens=320, hellaswag="off", prompt="In the beginning", dtype="fp32",
+    model=GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=16),
+    optim=OptimConfig(lr=3e-3, warmup_steps=2),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Two test processes share two cores, and sums of one thread repeat bit for bit."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory) -> Path:
+    """About 30,000 characters of English-like text."""
+    sentence = "the spirit of god was hovering over the face of the deep and it was good"
+    words = sentence.split(" ")
+    lines = [" ".join(words[(i * 7 + j * (i % 5 + 1)) % len(words)] for j in range(12))
+             for i in range(500)]
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path, corpus_file):
+    """tiny(steps=3, ...) is a configuration of a run in this test's own folder."""
+
+    def make(**changes) -> TrainConfig:
+        settings = TINY | {"out_dir": str(tmp_path), "data": DataConfig(text=str(corpus_file))}
+        return TrainConfig(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real texts, where there is one."""
+    folder = os.environ.get("GPT2_TEST_DATA")
+    if not folder:
+        pytest.skip("GPT2_TEST_DATA names no folder with the real texts")
+    return Path(folder)
