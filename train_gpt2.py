@@ -191,9 +191,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     compiled = cuda if config.compile is None else config.compile
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     data = world.together(lambda: open_data(config.data))
-    exam = set_exam(
-        data, T, config.val_tokens, micro_batch, config.hellaswag, config.prompt, world
-    )
+    exam = set_exam(data, T, config.val_tokens, micro_batch, config.hellaswag, config.prompt, world)
     loader = Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
         seed=config.seed, rank=world.rank, ranks=world.size, pin=cuda,
