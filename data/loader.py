@@ -57,6 +57,13 @@ class Stream:
         last = int(np.searchsorted(self.starts, start + count - 1, side="right")) - 1
         return range(first, last + 1)
 
+    def shards_touched(self, starts: np.ndarray, count: int) -> set[int]:
+        """Indices of all shards that hold `count` tokens from any of these positions on."""
+        first = np.searchsorted(self.starts, starts, side="right") - 1
+        last = np.searchsorted(self.starts, starts + count - 1, side="right") - 1
+        pairs = np.unique(np.stack([first, last]), axis=1).T
+        return {shard for low, high in pairs for shard in range(int(low), int(high) + 1)}
+
     def check(self, index: int) -> None:
         """Checks a shard's hash and tokens before its first use. Raises BadInput."""
         if index not in self._checked:
@@ -209,8 +216,8 @@ class Loader:
     def _read(self, step: int) -> torch.Tensor:
         order = self.order(step)
         # Every rank checks every shard of the step, so all of them stop at the same one.
-        for shard in np.unique(np.searchsorted(self.stream.starts, order * self.T, side="right")):
-            self.stream.check(int(shard) - 1)
+        for shard in self.stream.shards_touched(order * self.T, self.T + 1):
+            self.stream.check(shard)
         rows = np.stack([self.stream.read(int(i) * self.T, self.T + 1) for i in order[self.slice]])
         batch = torch.from_numpy(rows.astype(np.int64)).view(self.shape)
         return batch.pin_memory() if self.pin else batch

@@ -17,7 +17,7 @@ from pathlib import Path
 from launch.errors import BadInput, Failed, FolderInUse
 
 HASH_CHUNK = 1 << 22  # bytes read at once; hashlib lets other threads run meanwhile
-DOWNLOAD_CHUNK = 1 << 20
+DOWNLOAD_CHUNK = 1 << 16  # what a cut connection loses at most
 
 
 def sha256(path: Path) -> str:

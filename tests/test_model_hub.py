@@ -20,7 +20,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tmp_path):
-    """A server that has one model, tiny/gpt2, and speaks as much of the Hub's protocol as needed."""
+    """A server with one model, tiny/gpt2, that speaks as much of the Hub's protocol as needed."""
     torch.manual_seed(0)
     folder = tmp_path / "hub"
     to_hf(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, n_ctx=16)), folder)

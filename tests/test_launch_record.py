@@ -1,0 +1,148 @@
+"""The record of a run, its command line, and the ranks' agreement."""
+
+import json
+import subprocess
+import sys
+from argparse import ArgumentParser
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+
+from launch import tracker
+from launch.cli import as_flags, parse
+from launch.errors import BadInput
+from launch.folder import require_same
+from launch.tracker import clock, cut_after, read_rows
+from launch.world import World, choose_dtype
+from tests.running import ROOT, environment, flags, run_program
+from train_gpt2 import PRESETS, TrainConfig, train
+
+
+def test_metrics_are_cut_after_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "tokens": step, "x": 0.1 + step} for step in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "to')
+    cut_after(path, 3)
+    assert read_rows(path) == rows[:4]
+    cut_after(path, -1)
+    assert read_rows(path) == []
+
+
+def test_times_are_readable():
+    assert [clock(s) for s in (0, 75, 3599.6, 4210)] == ["0m00s", "1m15s", "1h00m", "1h10m"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_configuration_survives_its_file(tmp_path, preset):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": asdict(PRESETS[preset])}))
+    assert parse(TrainConfig, PRESETS, [str(path)]) == PRESETS[preset]
+    path.write_text(json.dumps(asdict(PRESETS[preset])))
+    assert parse(TrainConfig, PRESETS, [str(path), "--steps", "7"]) == replace(
+        PRESETS[preset], steps=7
+    )
+
+
+def test_flags_win_over_the_preset():
+    config = parse(TrainConfig, PRESETS, ["demo", "--optim.lr", "1", "--compile", "True"])
+    assert config.optim.lr == 1
+    assert config.compile is True
+    assert config.model == PRESETS["demo"].model
+
+
+def test_no_flag_is_swallowed_by_torchrun():
+    """torchrun's parser takes an abbreviation of its own options even after the script's name, and
+    dies where it's ambiguous (pytorch#120601)."""
+    parser: ArgumentParser = get_args_parser()
+    own = {option for action in parser._actions for option in action.option_strings}
+    for flag in as_flags(asdict(PRESETS["demo"]))[::2]:
+        assert not [option for option in own if option.startswith(flag)], flag
+
+
+def test_an_error_of_one_rank_stops_all_and_rank_0_speaks(tmp_path):
+    script = tmp_path / "one_fails.py"
+    script.write_text(
+        "from launch.errors import BadInput, one_line_errors\n"
+        "from launch.world import start_world\n"
+        "def step():\n"
+        "    if world.rank == 1: raise BadInput('no data here')\n"
+        "with one_line_errors():\n"
+        "    world = start_world()\n"
+        "    assert world.sum(world.rank, 1) == [1, 2]\n"
+        "    assert world.max(-world.rank) == 0\n"
+        "    assert world.on_main(lambda: world.rank) == 0\n"
+        "    world.together(step)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(script)],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+    )
+    assert done.stderr.count("error: rank 1: no data here") == 1
+    assert "one_fails.py\", line" not in done.stderr  # torchrun's own traceback is not ours
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_what_differs_is_listed(tmp_path):
+    saved = {"must_match": {"model": {"n_layer": 2, "n_head": 2}, "seed": 1}}
+    asked = {"must_match": {"model": {"n_layer": 3, "n_head": 2}, "seed": 2}}
+    with pytest.raises(BadInput, match="model.n_layer 2 there, 3 asked; seed 1 there, 2 asked"):
+        require_same(saved, asked, tmp_path)
+    require_same(saved, saved, tmp_path)
+
+
+def test_dtype_follows_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_dtype("fp64", cpu) == "fp64"
+    for features, expected in [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
+                               ({"avx2": True}, "fp32")]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=features: f)
+        assert choose_dtype("auto", cpu) == expected
+    cuda = torch.device("cuda")
+    for capability, expected in [((8, 0), "bf16"), ((9, 0), "bf16"), ((7, 0), "fp16")]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert choose_dtype("auto", cuda) == expected
+    with pytest.raises(BadInput, match="MPS has no fp64"):
+        choose_dtype("fp64", torch.device("mps"))
+
+
+def test_fp16_and_bf16_runs_train(tiny, tmp_path):
+    for dtype in ("bf16", "fp16"):
+        train(tiny(name=dtype, dtype=dtype, steps=4, eval_every=4))
+        rows = read_rows(tmp_path / dtype / "metrics.jsonl")
+        assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    state = json.loads((tmp_path / "fp16/checkpoints/step_00000004/state.json").read_text())
+    assert state["grad_scaler"]["scale"] > 1
+
+
+def test_wandb_offline_goes_on_in_the_same_run(tiny, tmp_path):
+    """wandb keeps threads of its own, so it runs in its own process."""
+    config = tiny(steps=2, save_every=1, eval_every=2, wandb="offline")
+    assert run_program(flags(config)).returncode == 0
+    first = (tmp_path / "tiny" / "wandb_id").read_text()
+    from model import checkpoint
+
+    checkpoint._remove(tmp_path / "tiny" / "checkpoints" / "step_00000002")
+    again = run_program(flags(config))
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "tiny" / "wandb_id").read_text() == first
+    folders = {p.name.split("-", 3)[-1] for p in (tmp_path / "tiny" / "wandb").glob("offline-run*")}
+    assert folders == {first}
+
+
+def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="pip install wandb"):
+        tracker._start_wandb(tmp_path, "offline", {})
+
+
+def test_a_lonely_world_talks_to_nobody():
+    world = World(0, 1, 0, torch.device("cpu"))
+    assert world.sum(1.5, 2) == [1.5, 2]
+    assert world.max(3) == 3
+    assert world.on_main(lambda: "x") == "x"
+    world.barrier()
+    world.close()
