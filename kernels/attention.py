@@ -1,12 +1,14 @@
 """Causal flash attention in Triton, forward and backward, out of the packed projection.
 
-For every batch and head, with q, k, v of shape (T, D) and s = q k^T / sqrt(D), s_ij = -inf for j > i:
+For every batch and head, with q, k, v of shape (T, D):
 
-    p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij),  o = p v
+    s = q k^T / sqrt(D), s_ij = -inf for j > i,   lse_i = log sum_j exp(s_ij)
+    p_ij = exp(s_ij - lse_i),   o = p v
 
 and backward, with delta_i = sum_d o_id do_id = sum_j p_ij dp_ij:
 
-    dp = do v^T,   ds = p * (dp - delta),   dv = p^T do,   dq = ds k / sqrt(D),  dk = ds^T q / sqrt(D)
+    dp = do v^T,   ds = p * (dp - delta)
+    dv = p^T do,   dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
 A program holds one tile of queries (or keys) and walks over the other side, so no (T, T) matrix is
 ever in memory; the running maximum and sum make the softmax exact. FlashAttention-2, arXiv
@@ -39,17 +41,9 @@ IEEE = tl.constexpr("ieee")  # fp32 products in fp32, not in TF32's 10 bits; bf1
 
 @triton.jit
 def _load(
-    x,
-    b,
-    row,
-    column,
-    T,
-    width,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    TMA: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+    x, b, row, column, T, width,
+    ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
     """(ROWS, D) of x (B, T, width) from (b, row, column) on; rows from T on are zero.
 
     x is a tensor descriptor (TMA) or a pointer. EDGE: the tile may reach past T. A descriptor
@@ -79,29 +73,16 @@ def _store(x, value, b, row, column, T, width, ROWS: tl.constexpr, D: tl.constex
 
 @triton.jit
 def _forward_step(
-    q,
-    acc,
-    total,
-    top,
-    keys,
-    b,
-    row,
-    n,
-    column,
-    T,
-    H,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
+    q, acc, total, top, keys, b, row, n, column, T, H,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
     """Takes the keys n .. n + N into (acc, total, top) of the queries row .. row + M."""
     SCALE: tl.constexpr = LOG2E / D**0.5
     k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)  # (N, D)
     s = tl.dot(q, k.T, input_precision=IEEE)  # (M, N)
     if DIAGONAL:
-        seen = (row + tl.arange(0, M))[:, None] >= (n + tl.arange(0, N))[None, :]
+        # In this order the compiler keeps neither side in registers through the loop above.
+        seen = tl.arange(0, M)[:, None] >= n - row + tl.arange(0, N)[None, :]
         s = tl.where(seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1) * SCALE)  # finite: key 0 comes first and all see it
     p = tl.exp2(s * SCALE - new_top[:, None])
@@ -115,17 +96,9 @@ def _forward_step(
 # T and H differ from call to call (generation) and from model to model: no variant for each.
 @triton.jit(do_not_specialize=["T", "H"])
 def attention_forward(
-    queries,
-    keys,
-    out,
-    lse,
-    T,
-    H,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    queries, keys, out, lse, T, H,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """One program, one tile of M queries of one head: grid (ceil(T / M), B * H).
 
     It alone writes these M rows of this head's columns in out (B, T, C) and lse (B, H, T).
@@ -153,24 +126,9 @@ def attention_forward(
 
 @triton.jit
 def _dq_step(
-    q,
-    do,
-    dq,
-    lse,
-    delta,
-    keys,
-    b,
-    row,
-    n,
-    column,
-    T,
-    H,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
+    q, do, dq, lse, delta, keys, b, row, n, column, T, H,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
     """Adds what the keys n .. n + N contribute to dq of the queries row .. row + M."""
     SCALE: tl.constexpr = LOG2E / D**0.5
     k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)  # (N, D)
@@ -187,20 +145,9 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def attention_dq(
-    queries,
-    keys,
-    out,
-    dout,
-    lse,
-    delta,
-    dqkv,
-    T,
-    H,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    queries, keys, out, dout, lse, delta, dqkv, T, H,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """One program, one tile of M queries of one head: grid (ceil(T / M), B * H).
 
     It alone writes these rows of delta (B, H, T) and of the head's dq in dqkv (B, T, 3C).
@@ -226,26 +173,9 @@ def attention_dq(
 
 @triton.jit
 def _dkdv_step(
-    k,
-    v,
-    dk,
-    dv,
-    queries,
-    dout,
-    lse,
-    delta,
-    b,
-    row,
-    n,
-    column,
-    T,
-    H,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
+    k, v, dk, dv, queries, dout, lse, delta, b, row, n, column, T, H,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
     """Adds what the queries row .. row + M contribute to dk, dv of the keys n .. n + N.
 
     Scores are transposed, (N, M), so that p^T and ds^T are at hand for the products. A query past
@@ -271,19 +201,9 @@ def _dkdv_step(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def attention_dkdv(
-    queries,
-    keys,
-    dout,
-    lse,
-    delta,
-    dqkv,
-    T,
-    H,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    queries, keys, dout, lse, delta, dqkv, T, H,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """One program, one tile of N keys of one head: grid (ceil(T / N), B * H).
 
     It alone writes these rows of the head's dk and dv in dqkv (B, T, 3C). The first keys are seen

@@ -2,11 +2,13 @@
 
 With s = x + r (r the branch that joins the residual stream), for every row of C values:
 
-    mean = sum s / C,  rstd = 1 / sqrt(sum (s - mean)^2 / C + eps),  n = (s - mean) rstd,  y = n w + b
+    mean = sum s / C,   rstd = 1 / sqrt(sum (s - mean)^2 / C + eps)
+    n = (s - mean) rstd,   y = n w + b
 
 and backward, with g = dy w and the means taken over the row:
 
-    ds = rstd (g - mean(g) - n mean(g n)) + ds_residual,   dw = sum dy n,   db = sum dy   (over rows)
+    ds = rstd (g - mean(g) - n mean(g n)) + ds_residual
+    dw = sum dy n,   db = sum dy   (over rows)
 
 LayerNorm: arXiv 1607.06450. One pass over memory in each direction: a row stays in registers. All
 arithmetic and both statistics are fp32, whatever is stored. dw and db are summed per program and
@@ -68,7 +70,8 @@ def layer_norm_backward(
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < C
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if BLOCK <= 4096:
+        w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
     db = tl.zeros([BLOCK], tl.float32)
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
@@ -79,6 +82,8 @@ def layer_norm_backward(
         n = (s - tl.load(mean + row)) * r
         db += g
         dw += g * n  # 0 outside the row, where g is
+        if BLOCK > 4096:  # too long to stay in registers: read again for every row, out of L1
+            w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
         g *= w
         ds = (g - tl.sum(g) / C - n * (tl.sum(g * n) / C)) * r
         if DTOTAL:

@@ -28,6 +28,7 @@ class Tile(NamedTuple):
 
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+EVERY = " ".join(ARCHS)
 
 # (kernel, architectures, head width) -> tiles.
 _ATTENTION = {
@@ -43,11 +44,11 @@ _ATTENTION = {
     ("attention_forward", "sm_90", 128): (Tile(64, 64, 4, 2, True), Tile(128, 128, 8, 2, True)),
     ("attention_forward", "sm_100", 64): (Tile(128, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
     ("attention_forward", "sm_100", 128): (Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True)),
-    ("attention_forward", "sm_120", 64): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+    ("attention_forward", "sm_120", 64): (Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2)),
     ("attention_forward", "sm_120", 128): (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
     ("attention_forward", "gfx942", 64): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
     ("attention_forward", "gfx942", 128): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
-    ("attention_dq", "sm_80", 64): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+    ("attention_dq", "sm_80", 64): (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
     ("attention_dq", "sm_80", 128): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
     ("attention_dq", "sm_86 sm_89", 64): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     ("attention_dq", "sm_86 sm_89", 128): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
@@ -55,7 +56,7 @@ _ATTENTION = {
     ("attention_dq", "sm_90", 128): (Tile(64, 64, 4, 2, True), Tile(64, 32, 4, 2, True)),
     ("attention_dq", "sm_100", 64): (Tile(128, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
     ("attention_dq", "sm_100", 128): (Tile(64, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
-    ("attention_dq", "sm_120", 64): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("attention_dq", "sm_120", 64): (Tile(64, 32, 4, 2, True), Tile(64, 64, 4, 2)),
     ("attention_dq", "sm_120", 128): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
     ("attention_dq", "gfx942", 64): (Tile(64, 64, 4, 1), Tile(128, 64, 4, 1)),
     ("attention_dq", "gfx942", 128): (Tile(64, 32, 4, 1), Tile(64, 64, 4, 1)),
@@ -73,39 +74,31 @@ _ATTENTION = {
     ("attention_dkdv", "gfx942", 128): (Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
 }
 
-# fp32 is for checking, not for speed: one small tile everywhere.
+# fp32 is for checking, not for speed: products on CUDA cores, one small tile everywhere.
 _FP32 = {
-    (f"attention_{part}_fp32", " ".join(ARCHS), D): (Tile(32, 32, 4, 1),)
+    (f"attention_{part}_fp32", EVERY, D): (Tile(16, 16, warps),)
     for part in ("forward", "dq", "dkdv")
-    for D in (64, 128)
+    for D, warps in ((64, 4), (128, 8))
 }
 
-# Row kernels: (kernel, BLOCK, the power of two that holds a row) -> tiles.
+# (kernel, architectures, the power of two that holds a row) -> tiles.
 _ROWS = {
-    "layer_norm_forward": {
-        1024: (Tile(1, 1024, 4), Tile(1, 1024, 2), Tile(1, 1024, 8)),
-        2048: (Tile(1, 2048, 8), Tile(1, 2048, 4)),
-        4096: (Tile(1, 4096, 8), Tile(1, 4096, 16)),
-        8192: (Tile(1, 8192, 16), Tile(1, 8192, 8)),
-    },
-    "layer_norm_backward": {
-        1024: (Tile(1, 1024, 4), Tile(1, 1024, 8)),
-        2048: (Tile(1, 2048, 8), Tile(1, 2048, 4)),
-        4096: (Tile(1, 4096, 16), Tile(1, 4096, 8)),
-        8192: (Tile(1, 8192, 16),),
-    },
-    "cross_entropy": {65536: (Tile(1, 4096, 8), Tile(1, 8192, 8), Tile(1, 8192, 16))},
+    ("layer_norm_forward", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 2), Tile(1, 1024, 8)),
+    ("layer_norm_forward", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 4)),
+    ("layer_norm_forward", EVERY, 4096): (Tile(1, 4096, 8), Tile(1, 4096, 16)),
+    ("layer_norm_forward", EVERY, 8192): (Tile(1, 8192, 16), Tile(1, 8192, 8)),
+    ("layer_norm_backward", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 8)),
+    ("layer_norm_backward", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 4)),
+    ("layer_norm_backward", EVERY, 4096): (Tile(1, 4096, 16), Tile(1, 4096, 8)),
+    ("layer_norm_backward", EVERY.replace("sm_100 ", ""), 8192): (Tile(1, 8192, 16),),
+    ("layer_norm_backward", "sm_100", 8192): (Tile(1, 8192, 8),),  # 16 warps spill there
+    ("cross_entropy", EVERY, 65536): (Tile(1, 4096, 8), Tile(1, 8192, 8), Tile(1, 8192, 16)),
 }
 
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
     (kernel, arch, size): row
-    for (kernel, archs, size), row in (_ATTENTION | _FP32).items()
+    for (kernel, archs, size), row in (_ATTENTION | _FP32 | _ROWS).items()
     for arch in archs.split()
-} | {
-    (kernel, arch, size): row
-    for kernel, rows in _ROWS.items()
-    for size, row in rows.items()
-    for arch in ARCHS
 }
 
 

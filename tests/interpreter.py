@@ -3,14 +3,15 @@
 It turns the interpreter on (triton decides when a kernel is defined), and mends what is wrong in
 Triton 3.7's: bf16 is kept as bit patterns in uint16, which products, sums and comparisons would
 take for numbers, and fp32 -> bf16 truncates. Here products and casts go through fp32 and round to
-the nearest even, as on the GPU; any other arithmetic on bf16 raises, which also holds the kernels to
-fp32. Overflow of int32, silent on the GPU, raises too.
+the nearest even, as on the GPU; any other arithmetic on bf16 raises, which also holds the kernels
+to fp32. Overflow of int32, silent on the GPU, raises too.
 """
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+# ruff: noqa: E402
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
