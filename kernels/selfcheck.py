@@ -87,7 +87,7 @@ def _cases(dtype: torch.dtype, device: torch.device, D: int) -> Iterator[Case]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    B, T, H, C, N, V, padded = 2, 333, 2, 768, 40, 50257, 50304
+    B, T, H, C, N, V, padded = 1, 333, 2, 768, 24, 50257, 50304
     yield "attention", ["o", "dqkv"], [random(B, T, 3 * H * D)], lambda f, qkv: f(qkv, H)
     yield (
         "layer_norm",
