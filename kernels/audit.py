@@ -21,7 +21,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ def cases(archs: list[str]) -> list[Case]:
     ]
 
 
-def launch(case: Case) -> tuple[Callable, dict[str, str], dict[str, Any]]:
+def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, its arguments' types and its constants, as training launches it."""
     from kernels import attention, cross_entropy, layernorm
 
@@ -212,7 +211,8 @@ def _amd(assembly: str) -> dict:
     """What the metadata of a gfx942 kernel says; its loops are not read."""
 
     def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
+        (value,) = re.findall(rf"\.{name}:\s*(\d+)", assembly)
+        return int(value)
 
     return dict(
         registers=field("vgpr_count"),
@@ -319,7 +319,9 @@ def floors(rows: list[dict]) -> list[dict]:
     sizes = dict(layer_norm_forward=1024, layer_norm_backward=1024, cross_entropy=65536, lm_head=0)
     for kernel in ("attention_forward", "attention_dq", "attention_dkdv", *sizes):
         need = work(kernel, GPT2)
-        row = dict(kernel=kernel, megabytes=need.bytes / 1e6, gigaflop=need.flops / 1e9)
+        row: dict[str, Any] = dict(
+            kernel=kernel, megabytes=need.bytes / 1e6, gigaflop=need.flops / 1e9
+        )
         for arch in ("sm_80", "sm_90", "sm_100"):
             card = CARDS[CARD[arch]]
             seconds, by = floor(need, card)

@@ -61,21 +61,17 @@ def sdpa(backend: SDPBackend, n_head: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def unfused_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What nanoGPT does: all logits, in fp32 for the loss."""
-    return F.cross_entropy((h @ weight.T)[:, :VOCAB].float(), targets)
-
-
 def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
     """(operator, whose, what to time, its work); each makes its inputs only when asked for."""
     N = s.B * s.T
-    half = dict(device="cuda", dtype=torch.bfloat16)
-    qkv = torch.randn(s.B, s.T, 3 * s.C, **half, requires_grad=True)
-    x = torch.randn(s.B, s.T, s.C, device="cuda", requires_grad=True)
-    branch = torch.randn(s.B, s.T, s.C, **half, requires_grad=True)
-    weight, bias = (torch.randn(s.C, device="cuda", requires_grad=True) for _ in range(2))
-    h = torch.randn(N, s.C, **half, requires_grad=True)
-    head = torch.randn(s.V, s.C, **half, requires_grad=True)
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+
+    qkv, branch = random(s.B, s.T, 3 * s.C), random(s.B, s.T, s.C)
+    x = random(s.B, s.T, s.C, dtype=torch.float32)
+    weight, bias = (random(s.C, dtype=torch.float32) for _ in range(2))
+    h, head = random(N, s.C), random(s.V, s.C)
     targets = torch.randint(0, VOCAB, (N,), device="cuda")
 
     def norm(f: Callable) -> Callable[..., Tensor]:
@@ -85,20 +81,24 @@ def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callab
 
         return run
 
-    attention = {
+    def unfused(h: Tensor, weight: Tensor) -> Tensor:
+        """What nanoGPT does: all logits at once, in fp32 for the loss."""
+        return F.cross_entropy((h @ weight.T)[:, :VOCAB].float(), targets)
+
+    attention: dict[str, Callable] = {
         "triton": lambda qkv: ops.attention(qkv, s.H),
         "torch flash": sdpa(SDPBackend.FLASH_ATTENTION, s.H),
         "torch cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, s.H),
     }
-    layer_norm = {
+    layer_norm: dict[str, Callable] = {
         "triton": norm(ops.layer_norm),
         "torch": norm(reference.layer_norm),
         "torch.compile": torch.compile(norm(reference.layer_norm)),
     }
-    loss = {
+    loss: dict[str, Callable] = {
         "triton": lambda h, w: ops.linear_cross_entropy(h, w, targets, VOCAB),
-        "torch": lambda h, w: unfused_loss(h, w, targets),
-        "torch.compile": torch.compile(lambda h, w: unfused_loss(h, w, targets)),
+        "torch": unfused,
+        "torch.compile": torch.compile(unfused),
     }
     parts = {
         name: work(name, s) for name in ("attention_forward", "attention_dq", "attention_dkdv")
@@ -181,9 +181,9 @@ def tune(ops: kernels.Operators, s: Shape) -> None:
             tiles.TABLE[key] = (tile,)
             ranked.append((median(timed[operator, "triton"]()), tile))
         tiles.TABLE[key] = shipped
-        ranked.sort()
+        ranked.sort(key=lambda timed: timed[0])
         print(f"# {operator}: " + ", ".join(f"{ms:.3f} ms" for ms, _ in ranked))
-        print(f"({kernel!r}, {arch!r}, {size}): ({', '.join(map(as_source, ranked))},),")
+        print(f'("{kernel}", "{arch}", {size}): ({", ".join(map(as_source, ranked))},),')
 
 
 def as_source(ranked: tuple[float, tiles.Tile]) -> str:

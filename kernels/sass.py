@@ -137,5 +137,6 @@ def disassemble(cubin: bytes) -> Code:
         file.flush()
         code = parse(tool("nvdisasm", "-c", file.name))
         usage = tool("cuobjdump", "-res-usage", file.name)
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    registers, stack = map(int, found)
     return Code(code.instructions, registers, stack)

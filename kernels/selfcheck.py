@@ -66,10 +66,11 @@ def compare(
                 faults.append(f"{operator} in {name}: {type(error).__name__}: {error}")
                 continue
             for tensor, a, b in zip(tensors, got, exact, strict=True):
-                error = ((a.double() - b).norm() / b.norm()).item()
-                worst[name] = max(worst[name], error)
-                if not error <= limit:  # NaN too
-                    faults.append(f"{operator} in {name}: {tensor} is off by {error:.1e}")
+                a, b = a.cpu().double(), b.cpu()  # the one judge that is not on trial
+                off = ((a - b).norm() / b.norm()).item()
+                worst[name] = max(worst[name], off)
+                if not off <= limit:  # NaN too, and 0 / 0 of a GPU that does nothing
+                    faults.append(f"{operator} in {name}: {tensor} is off by {off:.1e}")
     return worst, faults
 
 
