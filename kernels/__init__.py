@@ -5,9 +5,17 @@
     x, y = ops.layer_norm(x, weight, bias, branch)            # x + branch, LayerNorm(x + branch)
     loss = ops.linear_cross_entropy(h, wte, targets, vocab)   # (N, C) -> scalar
 
-kernels/reference.py defines what each computes.
+kernels/reference.py defines what each computes, in plain PyTorch. attention.py, layernorm.py and
+cross_entropy.py compute the same in Triton; they are imported only where they are chosen, so that
+this folder works where Triton isn't installed.
+
+    python -m kernels.audit      what each kernel takes of each GPU, compiled on any machine
+    python -m kernels.selfcheck  on a GPU: kernels against reference, in seconds
+    python -m kernels.bench      on a GPU: kernels against PyTorch's own, timed
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -29,6 +37,38 @@ class Operators(NamedTuple):
 TORCH = Operators(reference.attention, reference.layer_norm, reference.linear_cross_entropy)
 
 
-def operators(choice: Choice, device: torch.device) -> Operators:
-    """The operators for this device."""
-    return TORCH
+def operators(choice: Choice, device: torch.device, head_width: int | None = None) -> Operators:
+    """The operators for this device, and for attention heads of this width where it is given.
+
+    "torch" is the reference. "triton" is the kernels, or a ValueError that says in one line why
+    they cannot run here. "auto" is the kernels on a GPU that can run them, else the reference.
+    """
+    if choice == "torch":
+        return TORCH
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    obstacle = _obstacle(device, head_width, interpreted)
+    if choice == "auto" and (obstacle or interpreted):  # the interpreter is for tests: asked for
+        return TORCH
+    if obstacle:
+        raise ValueError(f"--kernels triton: {obstacle}")
+    from kernels.attention import attention
+    from kernels.cross_entropy import linear_cross_entropy
+    from kernels.layernorm import layer_norm
+
+    return Operators(attention, layer_norm, linear_cross_entropy)
+
+
+def _obstacle(device: torch.device, head_width: int | None, interpreted: bool) -> str | None:
+    """Why the kernels cannot run here and what to do about it, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install triton`, or use --kernels torch"
+    if head_width is not None and head_width not in (64, 128):
+        return f"attention heads are 64 or 128 wide, not {head_width}: use --kernels torch"
+    if device.type == "cuda":
+        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+            return "the GPU is older than sm_80 (A100, RTX 30): use --kernels torch"
+    elif not interpreted:
+        return (
+            f"no GPU ({device.type}): set TRITON_INTERPRET=1 to interpret, or use --kernels torch"
+        )
+    return None

@@ -1,0 +1,217 @@
+"""Times every operator on the GPU at hand, beside PyTorch's own.
+
+    python -m kernels.bench [--json]    each operator at GPT-2 124M, 64 x 1,024 tokens
+    python -m kernels.bench --tune      ranks the tiles of kernels/tiles.py, prints its rows anew
+
+Medians of triton.testing.do_bench, in milliseconds; TFLOP/s counts the causal half of attention,
+GB/s the bytes that must move at least once; `limit` is the least time the card's printed rates
+allow, as a share of the time measured. Needs a GPU, and prints nothing without one.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from kernels import reference, tiles
+from kernels.cards import Card, by_name
+from kernels.roofline import GPT2, Shape, Work, floor, work
+
+VOCAB = 50257
+
+
+class Timing(NamedTuple):
+    operator: str
+    by: str  # whose implementation
+    milliseconds: float | None  # None: it does not run here
+    work: Work
+
+
+def median(function: Callable) -> float:
+    """Milliseconds."""
+    from triton.testing import do_bench
+
+    return do_bench(function, return_mode="median")
+
+
+def forward_backward(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable:
+    """One call of function and of its backward pass, with a gradient made beforehand."""
+    dy = torch.randn_like(function(*inputs))
+    wanted = [x for x in inputs if x.requires_grad]
+    return lambda: torch.autograd.grad(function(*inputs), wanted, dy)
+
+
+def sdpa(backend: SDPBackend, n_head: int) -> Callable[[Tensor], Tensor]:
+    """PyTorch's attention out of the packed projection, with the transposes it needs."""
+
+    def run(qkv: Tensor) -> Tensor:
+        B, T, C3 = qkv.shape
+        q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+        with sdpa_kernel(backend):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).reshape(B, T, C3 // 3)
+
+    return run
+
+
+def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
+    """(operator, whose, what to time, its work); each makes its inputs only when asked for."""
+    N = s.B * s.T
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+
+    qkv, branch = random(s.B, s.T, 3 * s.C), random(s.B, s.T, s.C)
+    x = random(s.B, s.T, s.C, dtype=torch.float32)
+    weight, bias = (random(s.C, dtype=torch.float32) for _ in range(2))
+    h, head = random(N, s.C), random(s.V, s.C)
+    targets = torch.randint(0, VOCAB, (N,), device="cuda")
+
+    def norm(f: Callable) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                return f(*inputs)[1]
+
+        return run
+
+    def unfused(h: Tensor, weight: Tensor) -> Tensor:
+        """What nanoGPT does: all logits at once, in fp32 for the loss."""
+        return F.cross_entropy((h @ weight.T)[:, :VOCAB].float(), targets)
+
+    attention: dict[str, Callable] = {
+        "triton": lambda qkv: ops.attention(qkv, s.H),
+        "torch flash": sdpa(SDPBackend.FLASH_ATTENTION, s.H),
+        "torch cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, s.H),
+    }
+    layer_norm: dict[str, Callable] = {
+        "triton": norm(ops.layer_norm),
+        "torch": norm(reference.layer_norm),
+        "torch.compile": torch.compile(norm(reference.layer_norm)),
+    }
+    loss: dict[str, Callable] = {
+        "triton": lambda h, w: ops.linear_cross_entropy(h, w, targets, VOCAB),
+        "torch": unfused,
+        "torch.compile": torch.compile(unfused),
+    }
+    parts = {
+        name: work(name, s) for name in ("attention_forward", "attention_dq", "attention_dkdv")
+    }
+    both = Work(sum(p.bytes for p in parts.values()), 3.5 * parts["attention_forward"].flops)
+    norms = [work(f"layer_norm_{d}", s) for d in ("forward", "backward")]
+    losses = work("cross_entropy", s), work("lm_head", s)
+    rows: list[tuple[str, str, Callable, Work]] = []
+    for by, f in attention.items():
+        rows.append(("attention", by, lambda f=f: no_grad(f, [qkv]), parts["attention_forward"]))
+        rows.append(("attention + backward", by, lambda f=f: forward_backward(f, [qkv]), both))
+    inputs = [x, weight, bias, branch]
+    for by, f in layer_norm.items():
+        rows.append(("layer_norm", by, lambda f=f: no_grad(f, inputs), norms[0]))
+        total = Work(norms[0].bytes + norms[1].bytes, 0.0)
+        rows.append(("layer_norm + backward", by, lambda f=f: forward_backward(f, inputs), total))
+    for by, f in loss.items():
+        total = Work(losses[0].bytes + losses[1].bytes, losses[1].flops)
+        rows.append(("loss + backward", by, lambda f=f: forward_backward(f, [h, head]), total))
+    return rows
+
+
+def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def measure(ops: kernels.Operators, s: Shape) -> list[Timing]:
+    timings = []
+    for operator, by, prepare, needed in contestants(ops, s):
+        try:
+            milliseconds = median(prepare())
+        except RuntimeError as error:  # no cuDNN, too little memory: the others still count
+            print(f"{operator}, {by}: {str(error).splitlines()[0]}", file=sys.stderr)
+            milliseconds = None
+        timings.append(Timing(operator, by, milliseconds, needed))
+    return timings
+
+
+def as_row(t: Timing, card: Card | None) -> dict:
+    row = {"operator": t.operator, "by": t.by, "milliseconds": t.milliseconds}
+    if t.milliseconds:
+        seconds = t.milliseconds / 1e3
+        row |= {"tflops": t.work.flops / seconds / 1e12, "gbs": t.work.bytes / seconds / 1e9}
+        if card:
+            row["limit"] = floor(t.work, card)[0] / seconds
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'operator':22} {'by':14} {'ms':>8} {'TFLOP/s':>8} {'GB/s':>6} {'limit':>6}"]
+    for r in rows:
+        cells = [f"{r['operator']:22} {r['by']:14}"]
+        if r["milliseconds"]:
+            cells.append(f"{r['milliseconds']:8.3f} {r['tflops']:8.0f} {r['gbs']:6.0f}")
+            cells.append(f"{r['limit']:6.0%}" if "limit" in r else "")
+        lines.append(" ".join(cells))
+    return "\n".join(lines)
+
+
+def tune(ops: kernels.Operators, s: Shape) -> None:
+    """Times each candidate of each kernel in the place where training calls it, best first."""
+    arch = tiles.arch(torch.device("cuda"))
+    timed = {(operator, by): prepare for operator, by, prepare, _ in contestants(ops, s)}
+    calls = {
+        "attention_forward": ("attention", 64),
+        "attention_dq": ("attention + backward", 64),
+        "attention_dkdv": ("attention + backward", 64),
+        "layer_norm_forward": ("layer_norm", 1024),
+        "layer_norm_backward": ("layer_norm + backward", 1024),
+        "cross_entropy": ("loss + backward", 65536),
+    }
+    for kernel, (operator, size) in calls.items():
+        key = kernel, arch, size
+        shipped, ranked = tiles.TABLE[key], []
+        for tile in shipped:
+            tiles.TABLE[key] = (tile,)
+            ranked.append((median(timed[operator, "triton"]()), tile))
+        tiles.TABLE[key] = shipped
+        ranked.sort(key=lambda timed: timed[0])
+        print(f"# {operator}: " + ", ".join(f"{ms:.3f} ms" for ms, _ in ranked))
+        print(f'("{kernel}", "{arch}", {size}): ({", ".join(map(as_source, ranked))},),')
+
+
+def as_source(ranked: tuple[float, tiles.Tile]) -> str:
+    return f"Tile({', '.join(map(str, ranked[1]))})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tune", action="store_true", help="rank the tiles of kernels/tiles.py")
+    parser.add_argument("--json", action="store_true", help="rows instead of a table")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("kernels.bench needs a GPU; `python -m kernels.audit` needs none", file=sys.stderr)
+        return 2
+    ops = kernels.operators("triton", torch.device("cuda"), head_width=64)
+    if args.tune:
+        tune(ops, GPT2)
+        return 0
+    name = torch.cuda.get_device_name()
+    card = by_name(name)
+    rows = [as_row(t, card) for t in measure(ops, GPT2)]
+    if args.json:
+        print(json.dumps({"gpu": name, "torch": torch.__version__, "rows": rows}, indent=1))
+    else:
+        print(name if card else f"{name}: not in kernels/cards.py, so no limits")
+        print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The head's matrix product and the cross-entropy in one, a chunk of tokens at a time, in Triton.
+
+For a token with hidden state h, target t, and logits z = h W^T over the V true tokens:
+
+    loss = log sum_j exp(z_j) - z_t,   dz = softmax(z) - onehot(t),   dh = dz W,   dW = dz^T h
+
+A chunk's logits are made by one matrix product, the kernel turns them into dz in place, and two
+products take them into dh and dW: the chunk is all that is ever in memory of the (N, V) matrix, and
+the backward pass is a multiplication. Liger-Kernel, arXiv 2410.10989; the running maximum and
+sum of a row from arXiv 1805.02867. Logits and dz have the matrix products' dtype; what happens
+between them, and the sum of dW over chunks, is fp32.
+
+Shapes: N tokens, C width, V vocabulary, Vp vocabulary padded (GPT-2: 50,257 in 50,304).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import tiles
+
+IGNORE = tl.constexpr(-100)  # a target that is no target, as in kernels/reference.py
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Logits held at once: 2^28 bf16 values are 512 MiB, and 5,120 of GPT-2's rows, enough to fill a GPU
+# in each product. Half as much would read and write the fp32 dW (154 MB at 124M) twice as often.
+CHUNK_ELEMENTS = 2**28
+
+
+@triton.jit
+def _logits(row, start, V: tl.constexpr, Vp: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """BLOCK logits in units of ln 2 from start on; -inf in the padding.
+
+    Loads are masked by Vp, a multiple of 128, never by V: a mask that ends at 50,257 makes the
+    compiler load 16 bits at a time.
+    """
+    columns = start + tl.arange(0, BLOCK)
+    if EDGE:
+        z = tl.load(row + columns, mask=columns < Vp, other=0.0).to(tl.float32)
+        return tl.where(columns < V, z * LOG2E, float("-inf"))
+    else:
+        return tl.load(row + columns).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def _take(z, top, total):
+    """The running maximum and the running sum of 2^(z - maximum) with the block z taken in."""
+    new_top = tl.maximum(top, tl.max(z))
+    return new_top, total * tl.exp2(top - new_top) + tl.sum(tl.exp2(z - new_top))
+
+
+@triton.jit
+def _softmax(
+    row, start, lse, V: tl.constexpr, Vp: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """Puts the probabilities in the place of the BLOCK logits from start on, 0 in the padding."""
+    p = tl.exp2(_logits(row, start, V, Vp, BLOCK, EDGE) - lse).to(row.dtype.element_ty)
+    columns = start + tl.arange(0, BLOCK)
+    if EDGE:
+        tl.store(row + columns, p, mask=columns < Vp)
+    else:
+        tl.store(row + columns, p)
+
+
+@triton.jit
+def cross_entropy(
+    logits, targets, losses,
+    V: tl.constexpr, Vp: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """One program, one token: grid (rows,). It alone reads and writes this row of logits (rows, Vp)
+    and this cell of losses (rows,), 0 for a token without target.
+
+    With GRADIENT the logits become dz, 0 in the padding and in a row without target. Between the
+    threads of a program: the target's logit is read before the reductions, whose barriers every
+    warp reaches before any writes; a probability is written by the thread that read that logit for
+    it; and the target's is overwritten behind a barrier of its own.
+    """
+    at = tl.program_id(0).to(tl.int64)  # rows * Vp passes 2^31 at 42,691 rows of GPT-2
+    row = logits + at * Vp
+    target = tl.load(targets + at)
+    valid = target != IGNORE
+    z_target = tl.load(row + tl.where(valid, target, 0)).to(tl.float32) * LOG2E
+    WHOLE: tl.constexpr = V // BLOCK * BLOCK
+    top = float("-inf")
+    total = 0.0
+    for start in range(0, WHOLE, BLOCK):
+        top, total = _take(_logits(row, start, V, Vp, BLOCK, False), top, total)
+    for start in tl.static_range(WHOLE, V, BLOCK):
+        top, total = _take(_logits(row, start, V, Vp, BLOCK, True), top, total)
+    lse = top + tl.log2(total)
+    tl.store(losses + at, tl.where(valid, (lse - z_target) / LOG2E, 0.0))
+    if GRADIENT:
+        shift = tl.where(valid, lse, float("inf"))  # 2^-inf: no gradient without a target
+        # Last to first: what was read last is the likeliest to be in the L2 cache still.
+        for start in tl.static_range(WHOLE, Vp, BLOCK):
+            _softmax(row, start, shift, V, Vp, BLOCK, True)
+        for done in range(0, WHOLE, BLOCK):  # a negative step would hide that start is aligned
+            _softmax(row, WHOLE - BLOCK - done, shift, V, Vp, BLOCK, False)
+        tl.debug_barrier()
+        dz_target = tl.exp2(z_target - lse) - 1  # subtracted before it is rounded
+        tl.store(row + target, dz_target.to(row.dtype.element_ty), mask=valid)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out (fp32) = a @ b, or += where add; the product of bf16 is never rounded to bf16."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(out, a, b, beta=int(add), out_dtype=torch.float32, out=out)
+    else:  # CPUs have no such product: exact in fp32
+        torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
+
+
+@torch.library.custom_op("gpt2::linear_cross_entropy", mutates_args=())
+def _fused(
+    h: Tensor, weight: Tensor, targets: Tensor, vocab: int, dtype: torch.dtype, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of losses, dh, dW), all fp32, the last two empty without gradient.
+
+    dtype: of the logits and of what the products take. dh is rounded to h's dtype only after the
+    backward pass has scaled it: rounding twice would cost 1.4 x the error.
+    """
+    total, dh, dw = _fused_outputs(h, weight, targets, vocab, dtype, gradient)
+    N, Vp = h.shape[0], weight.shape[0]
+    losses = h.new_empty(N, dtype=torch.float32)
+    h, weight, targets = (
+        h.to(dtype).contiguous(),
+        weight.to(dtype).contiguous(),
+        targets.contiguous(),
+    )
+    chunks = -(-N * Vp // CHUNK_ELEMENTS)
+    rows = -(-N // chunks // 128) * 128  # whole tiles of the matrix products
+    logits = h.new_empty((min(rows, N), Vp))
+    tile = tiles.pick("cross_entropy", tiles.arch(h.device), triton.next_power_of_2(Vp))
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        z = logits[: part.stop - part.start]  # (rows, Vp)
+        torch.mm(h[part], weight.t(), out=z)
+        cross_entropy[(z.shape[0],)](
+            z, targets[part], losses[part],
+            V=vocab, Vp=Vp, BLOCK=tile.n, GRADIENT=gradient, num_warps=tile.warps,
+        )  # fmt: skip
+        if gradient:
+            _product(z, weight, dh[part], add=False)
+            _product(z.t(), h[part], dw, add=start > 0)
+    torch.sum(losses, 0, out=total)
+    return total, dh, dw
+
+
+@_fused.register_fake
+def _fused_outputs(h, weight, targets, vocab, dtype, gradient):
+    total = h.new_empty((), dtype=torch.float32)
+    dh = h.new_empty(h.shape if gradient else 0, dtype=torch.float32)
+    dw = weight.new_empty(weight.shape if gradient else 0, dtype=torch.float32)
+    return total, dh, dw
+
+
+def _remember(ctx, inputs, output):
+    h, weight, *_ = inputs
+    _, dh, dw = output
+    ctx.save_for_backward(dh, dw)
+    ctx.dtypes = h.dtype, weight.dtype
+
+
+def _gradients(ctx, grad, ddh, ddw):
+    dh, dw = ctx.saved_tensors
+    h_dtype, weight_dtype = ctx.dtypes
+    return (dh * grad).to(h_dtype), (dw * grad).to(weight_dtype), None, None, None, None
+
+
+_fused.register_autograd(_gradients, setup_context=_remember)
+
+
+@register_flop_formula(torch.ops.gpt2.linear_cross_entropy)
+def _flops(h_shape, weight_shape, targets_shape, vocab, dtype, gradient, *args, **kwargs) -> int:
+    """One product of (N, C) and (C, Vp) for the logits, and one each for dh and dW."""
+    N, C = h_shape
+    return 2 * N * C * weight_shape[0] * (3 if gradient else 1)
+
+
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of softmax(h @ weight.T) against targets, without ever holding all logits.
+
+    h: (N, C); weight: (Vp, C), of which the rows from `vocab` on are padding that takes no
+    probability; targets: (N,) in [0, vocab) or -100, which counts for nothing. Products run in the
+    autocast dtype, or without autocast in h's (bf16, fp16 or fp32; ValueError for another). Returns
+    a scalar in nats, fp32: the sum, or the mean over the targets that count (0 where none does).
+    Gradients are made beside the loss, where they are on. Defined by kernels/reference.py.
+    """
+    autocast = torch.is_autocast_enabled(h.device.type)
+    dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
+    tiles.check_dtype("linear_cross_entropy", dtype)
+    gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    total, _, _ = torch.ops.gpt2.linear_cross_entropy(h, weight, targets, vocab, dtype, gradient)
+    if reduction == "sum":
+        return total
+    return total / (targets != -100).sum().clamp(min=1)

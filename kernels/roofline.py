@@ -1,0 +1,78 @@
+"""What each kernel has to do, in bytes and FLOP, and the time below which a card cannot do it.
+
+    work("attention_forward", GPT2)         # Work(bytes=..., flops=...)
+    floor(work(...), CARDS["h100"])         # seconds, and "memory" or "tensor"
+
+The bytes are those that must cross the memory bus once, at bf16 activations and an fp32 residual
+stream; the FLOP those of the matrix products, with the causal half of attention's scores.
+"""
+
+from typing import NamedTuple
+
+from kernels.cards import Card
+
+
+class Shape(NamedTuple):
+    """One micro-batch of one model."""
+
+    B: int
+    T: int
+    C: int
+    H: int
+    V: int  # padded vocabulary
+
+
+GPT2 = Shape(B=64, T=1024, C=768, H=12, V=50304)  # 124M, 65,536 tokens on one GPU
+
+
+class Work(NamedTuple):
+    bytes: float
+    flops: float
+
+
+def work(kernel: str, s: Shape) -> Work:
+    """One launch; `lm_head` is the three matrix products around the cross_entropy kernel."""
+    N = s.B * s.T
+    activation = 2.0 * N * s.C  # (N, C) in bf16
+    statistic = 4.0 * N * s.H  # (B, H, T) in fp32
+    product = 2.0 * N * s.T * s.C / 2  # T x T x C, the causal half
+    return {
+        # reads qkv; writes out and lse
+        "attention_forward": Work(4 * activation + statistic, 2 * product),
+        # reads qkv, out, dout, lse; writes dq and delta
+        "attention_dq": Work(6 * activation + 2 * statistic, 3 * product),
+        # reads qkv, dout, lse, delta; writes dk and dv
+        "attention_dkdv": Work(6 * activation + 2 * statistic, 4 * product),
+        # reads x (fp32) and branch; writes their sum (fp32) and y
+        "layer_norm_forward": Work(6 * activation, 0.0),
+        # reads dy, the sum and its gradient (fp32 both); writes dx (fp32) and dbranch
+        "layer_norm_backward": Work(8 * activation, 0.0),
+        # reads the logits twice, writes them once
+        "cross_entropy": Work(3 * 2.0 * N * s.V, 0.0),
+        # the logits, dh and dW
+        "lm_head": Work(6.0 * N * s.V, 3 * 2.0 * N * s.V * s.C),
+    }[kernel]
+
+
+def floor(work: Work, card: Card) -> tuple[float, str]:
+    """Seconds that the card needs at its printed rates, and what for."""
+    memory, tensor = work.bytes / card.memory_bandwidth, work.flops / card.bf16_flops
+    return max((memory, "memory"), (tensor, "tensor"))
+
+
+def loop_floor(kernel: str, s: Shape, m: int, n: int, loops: list[float], card: Card) -> float:
+    """Seconds that an attention kernel's inner loops take, with all SMs busy and nothing else.
+
+    loops: cycles of one pass of the unmasked loop and of the one across the diagonal, or of the
+    one loop that does both.
+    """
+    rows, step = (n, m) if kernel == "attention_dkdv" else (m, n)
+    whole = masked = 0
+    for tile in range(-(-s.T // rows)):
+        across = -(-min(rows, s.T - tile * rows) // step)
+        before = tile * rows // step
+        after = max(0, -(-(s.T - (tile + 1) * rows) // step))
+        whole += after if kernel == "attention_dkdv" else before
+        masked += across
+    cycles = s.B * s.H * (whole * loops[0] + masked * loops[-1])
+    return cycles / card.sms / card.clock_hz

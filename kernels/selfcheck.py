@@ -1,0 +1,136 @@
+"""Compares the kernels with the reference on the very GPU that is about to train, in seconds.
+
+    python -m kernels.selfcheck
+    operators, line = selfcheck.checked("auto", device, head_width=64)
+
+Prints one line. Every operator runs forward and backward on random data, in bf16 and in fp32, and
+each result is held against the reference in fp64. The interpreter has already shown that the
+kernels compute the right thing; this shows that this GPU, driver and compiler do.
+"""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import reference
+
+# Relative errors (Frobenius). What the interpreter shows is 2e-3 to 3e-3 in bf16 and 1e-7 to 6e-7
+# in fp32; a GPU's own exponentials and order of summation may double that, a wrong tile gives 0.1
+# and more. bf16: 2.5 unit roundoffs of 2^-8. fp32: 2^-16.6, room for a sum of thousands of terms.
+LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+
+
+def checked(
+    choice: kernels.Choice, device: torch.device, head_width: int | None = None
+) -> tuple[kernels.Operators, str]:
+    """The operators to train with, and one line to print.
+
+    Where kernels were chosen they are compared first. If one disagrees with the reference, or fails
+    to run, "auto" warns and falls back to the reference, and "triton" stops with a RuntimeError;
+    both name operator, tensor and error.
+    """
+    operators = kernels.operators(choice, device, head_width)
+    if operators is kernels.TORCH:
+        return operators, "kernels: torch"
+    start = time.perf_counter()
+    worst, faults = compare(operators, device, head_width or 64)
+    seconds = time.perf_counter() - start
+    if not faults:
+        shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
+        return operators, f"kernels: triton, checked in {seconds:.1f} s (largest errors: {shown})"
+    line = "kernels disagree with the reference: " + "; ".join(faults)
+    if choice == "triton":
+        raise RuntimeError(f"{line}; use --kernels torch")
+    warnings.warn(f"{line}; falling back to --kernels torch", stacklevel=2)
+    return kernels.TORCH, f"kernels: torch ({line})"
+
+
+def compare(
+    operators: kernels.Operators, device: torch.device, head_width: int
+) -> tuple[dict[str, float], list[str]]:
+    """The largest error of each dtype, and a sentence for each tensor beyond its limit."""
+    worst, faults = {}, []
+    for dtype, limit in LIMITS.items():
+        name = str(dtype).removeprefix("torch.")
+        worst[name] = 0.0
+        for operator, tensors, inputs, run in _cases(dtype, device, head_width):
+            try:
+                exact = _gradients(getattr(reference, operator), run, [x.double() for x in inputs])
+                got = _gradients(getattr(operators, operator), run, inputs)
+            except Exception as error:  # a kernel that does not compile or launch is a fault too
+                faults.append(f"{operator} in {name}: {type(error).__name__}: {error}")
+                continue
+            for tensor, a, b in zip(tensors, got, exact, strict=True):
+                a, b = a.cpu().double(), b.cpu()  # the one judge that is not on trial
+                off = ((a - b).norm() / b.norm()).item()
+                worst[name] = max(worst[name], off)
+                if not off <= limit:  # NaN too, and 0 / 0 of a GPU that does nothing
+                    faults.append(f"{operator} in {name}: {tensor} is off by {off:.1e}")
+    return worst, faults
+
+
+Case = tuple[str, list[str], list[Tensor], Callable]
+
+
+def _cases(dtype: torch.dtype, device: torch.device, D: int) -> Iterator[Case]:
+    """(operator, its tensors' names, inputs, how to call it). Sizes are odd on purpose.
+
+    At T = 333 every tile has a ragged end, C = 768 fills three quarters of a block, and GPT-2's
+    vocabulary has padding.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    B, T, H, C, N, V, padded = 1, 333, 2, 768, 24, 50257, 50304
+    yield "attention", ["o", "dqkv"], [random(B, T, 3 * H * D)], lambda f, qkv: f(qkv, H)
+    yield (
+        "layer_norm",
+        ["x + branch", "y", "dx", "dweight", "dbias", "dbranch"],
+        [random(N, C), random(C), random(C), random(N, C)],
+        lambda f, *inputs: f(*inputs),
+    )
+    targets = torch.randint(0, V, (N,), generator=generator).to(device)
+    targets[::7] = reference.IGNORE
+    yield (
+        "linear_cross_entropy",
+        ["loss", "dh", "dweight"],
+        [random(N, 64), random(padded, 64) / 8],
+        lambda f, h, weight: f(h, weight, targets, V),
+    )
+
+
+def _gradients(function: Callable, run: Callable, inputs: list[Tensor]) -> list[Tensor]:
+    """The outputs, and the gradients for the same gradients of the outputs each time.
+
+    Those are rounded to bf16, so that every dtype holds them exactly.
+    """
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = run(function, *inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator("cpu").manual_seed(1)
+    upstream = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]
+    torch.autograd.backward(outputs, upstream)
+    return [y.detach() for y in outputs] + [x.grad for x in inputs]
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("kernels.selfcheck needs a GPU; without one, `make test` interprets the kernels")
+        return 2
+    try:
+        print(checked("triton", torch.device("cuda"))[1])
+    except (RuntimeError, ValueError) as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

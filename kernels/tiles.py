@@ -1,0 +1,143 @@
+"""Which tile each kernel runs with on each architecture: a table, not an autotuner.
+
+The first tile of a row is the one that ships; the others are what `python -m kernels.bench --tune`
+tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles them all
+and fails where one that ships spills, or outgrows the card. What decided between them so far is
+that audit (instructions, registers, CTAs per SM), not a clock: nothing here was timed on a GPU.
+
+A search at run time would make two runs of one configuration differ, and needs a GPU to test.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+PROGRAMS_PER_SM = 4  # layer_norm_backward: enough warps to hide loads, and 3 MB of partial sums
+
+
+class Tile(NamedTuple):
+    """M rows by N columns, the warps that share it, and the depth of the load pipeline."""
+
+    m: int  # queries (attention), rows (layer_norm, cross_entropy)
+    n: int  # keys (attention), columns taken at once
+    warps: int
+    stages: int = 1
+    tma: bool = False  # loads through tensor descriptors: one instruction a tile, sm_90 and later
+
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+EVERY = " ".join(ARCHS)
+
+# (kernel, architectures, head width) -> tiles.
+_ATTENTION = {
+    ("attention_forward", "sm_80", 64): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+    ("attention_forward", "sm_80", 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("attention_forward", "sm_86 sm_89", 64): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+    ("attention_forward", "sm_86 sm_89", 128): (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
+    ("attention_forward", "sm_90", 64): (
+        Tile(128, 64, 4, 2, True),
+        Tile(128, 64, 4, 3, True),
+        Tile(64, 64, 4, 2, True),
+    ),
+    ("attention_forward", "sm_90", 128): (Tile(64, 64, 4, 2, True), Tile(128, 128, 8, 2, True)),
+    ("attention_forward", "sm_100", 64): (Tile(128, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
+    ("attention_forward", "sm_100", 128): (Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True)),
+    ("attention_forward", "sm_120", 64): (Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2)),
+    ("attention_forward", "sm_120", 128): (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
+    ("attention_forward", "gfx942", 64): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
+    ("attention_forward", "gfx942", 128): (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
+    ("attention_dq", "sm_80", 64): (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
+    ("attention_dq", "sm_80", 128): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+    ("attention_dq", "sm_86 sm_89", 64): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    ("attention_dq", "sm_86 sm_89", 128): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+    ("attention_dq", "sm_90", 64): (Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True)),
+    ("attention_dq", "sm_90", 128): (Tile(64, 64, 4, 2, True), Tile(64, 32, 4, 2, True)),
+    ("attention_dq", "sm_100", 64): (Tile(128, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
+    ("attention_dq", "sm_100", 128): (Tile(64, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
+    ("attention_dq", "sm_120", 64): (Tile(64, 32, 4, 2, True), Tile(64, 64, 4, 2)),
+    ("attention_dq", "sm_120", 128): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+    ("attention_dq", "gfx942", 64): (Tile(64, 64, 4, 1), Tile(128, 64, 4, 1)),
+    ("attention_dq", "gfx942", 128): (Tile(64, 32, 4, 1), Tile(64, 64, 4, 1)),
+    ("attention_dkdv", "sm_80", 64): (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+    ("attention_dkdv", "sm_80", 128): (Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
+    ("attention_dkdv", "sm_86 sm_89", 64): (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+    ("attention_dkdv", "sm_86 sm_89", 128): (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
+    ("attention_dkdv", "sm_90", 64): (Tile(64, 64, 4, 2, True), Tile(64, 128, 8, 2, True)),
+    ("attention_dkdv", "sm_90", 128): (Tile(32, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),
+    ("attention_dkdv", "sm_100", 64): (Tile(64, 64, 4, 2, True), Tile(64, 128, 8, 2, True)),
+    ("attention_dkdv", "sm_100", 128): (Tile(32, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),
+    ("attention_dkdv", "sm_120", 64): (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+    ("attention_dkdv", "sm_120", 128): (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
+    ("attention_dkdv", "gfx942", 64): (Tile(32, 64, 4, 1), Tile(64, 64, 4, 1)),
+    ("attention_dkdv", "gfx942", 128): (Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
+}
+
+# fp32 is for checking, not for speed: products on CUDA cores, one small tile everywhere.
+_FP32 = {
+    (f"attention_{part}_fp32", EVERY, D): (Tile(16, 16, warps),)
+    for part in ("forward", "dq", "dkdv")
+    for D, warps in ((64, 4), (128, 8))
+}
+
+# (kernel, architectures, the power of two that holds a row) -> tiles.
+_ROWS = {
+    ("layer_norm_forward", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 2), Tile(1, 1024, 8)),
+    ("layer_norm_forward", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 4)),
+    ("layer_norm_forward", EVERY, 4096): (Tile(1, 4096, 8), Tile(1, 4096, 16)),
+    ("layer_norm_forward", EVERY, 8192): (Tile(1, 8192, 16), Tile(1, 8192, 8)),
+    ("layer_norm_backward", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 8)),
+    ("layer_norm_backward", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 4)),
+    ("layer_norm_backward", EVERY, 4096): (Tile(1, 4096, 16), Tile(1, 4096, 8)),
+    ("layer_norm_backward", EVERY.replace("sm_100 ", ""), 8192): (Tile(1, 8192, 16),),
+    ("layer_norm_backward", "sm_100", 8192): (Tile(1, 8192, 8),),  # 16 warps spill there
+    ("cross_entropy", EVERY, 65536): (Tile(1, 4096, 8), Tile(1, 8192, 8), Tile(1, 8192, 16)),
+}
+
+TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
+    (kernel, arch, size): row
+    for (kernel, archs, size), row in (_ATTENTION | _FP32 | _ROWS).items()
+    for arch in archs.split()
+}
+
+
+def arch(device: torch.device) -> str:
+    """The row of the table for a device; under the interpreter on a CPU, sm_80's.
+
+    A later member of a family takes the row of the one listed: sm_103 sm_100's, sm_87 sm_86's.
+    """
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in ((8, 0), (8, 9)):
+        return f"sm_{major}{minor}"
+    return {8: "sm_86", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+
+
+def pick(kernel: str, arch: str, size: int) -> Tile:
+    """The tile that ships. A row that has none of its own takes the next longer one's warps."""
+    if size in _SIZES[kernel]:
+        return TABLE[kernel, arch, size][0]
+    longer = min(known for known in _SIZES[kernel] if known > size)
+    return TABLE[kernel, arch, longer][0]
+
+
+_SIZES = {kernel: {size for name, _, size in TABLE if name == kernel} for kernel, _, _ in TABLE}
+
+
+def programs(device: torch.device) -> int:
+    """How many programs share the rows of layer_norm_backward."""
+    if device.type != "cuda":
+        return PROGRAMS_PER_SM  # the interpreter's time goes by programs
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def check_dtype(operator: str, dtype: torch.dtype) -> None:
+    """ValueError for a dtype the kernels do not compute in."""
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{operator} kernel: bf16, fp16 or fp32, not {dtype}; use --kernels torch for fp64"
+        )

@@ -1,0 +1,213 @@
+"""The kernels as PyTorch operators: chosen, traced, compiled, counted, and in a whole model.
+
+pytest tests/test_kernels_operators.py
+"""
+
+import interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from kernels import reference, tiles
+
+CPU = torch.device("cpu")
+OPS = kernels.operators("triton", CPU)
+
+
+@pytest.fixture(autouse=True)
+def one_tile(monkeypatch):
+    monkeypatch.setattr(tiles, "pick", lambda *_: tiles.Tile(64, 64, 4))
+
+
+def attention_inputs():
+    return torch.randn(1, 33, 3 * 64, requires_grad=True), 1
+
+
+def layer_norm_inputs(branch: bool):
+    x, r = torch.randn(2, 9, 64, requires_grad=True), torch.randn(2, 9, 64, requires_grad=True)
+    weight, bias = torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True)
+    return x, weight, bias, (r if branch else None), 1e-5, torch.float32
+
+
+def loss_inputs(gradient: bool):
+    h, weight = torch.randn(9, 64, requires_grad=True), torch.randn(128, 64, requires_grad=True)
+    return h, weight, torch.randint(0, 65, (9,)), 65, torch.float32, gradient
+
+
+CASES = {
+    "attention": ("attention_forward", attention_inputs()),
+    "layer_norm": ("layer_norm_forward", layer_norm_inputs(False)),
+    "layer_norm of a sum": ("layer_norm_forward", layer_norm_inputs(True)),
+    "loss": ("linear_cross_entropy", loss_inputs(True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case):
+    """Schema, fake tensors, autograd registration and AOT dispatch, as PyTorch checks them."""
+    name, inputs = CASES[case]
+    torch.library.opcheck(getattr(torch.ops.gpt2, name).default, inputs)
+
+
+def test_opcheck_of_the_backward_operators():
+    out, dout, lse = torch.randn(1, 33, 64), torch.randn(1, 33, 64), torch.randn(1, 1, 33)
+    qkv = torch.randn(1, 33, 192)
+    torch.library.opcheck(torch.ops.gpt2.attention_backward.default, (dout, qkv, out, lse, 1))
+    x, dy, weight, stat = torch.randn(9, 64), torch.randn(9, 64), torch.randn(64), torch.ones(9)
+    for ds, narrow in ((None, torch.float32), (dy, torch.bfloat16)):
+        inputs = (dy, ds, x, weight, stat, stat, torch.float32, narrow)
+        torch.library.opcheck(torch.ops.gpt2.layer_norm_backward.default, inputs)
+
+
+class Block(torch.nn.Module):
+    """A transformer's block and its loss, with each operator in the place it has in GPT-2."""
+
+    def __init__(self, ops: kernels.Operators, C: int = 128, vocab: int = 65):
+        super().__init__()
+        self.ops, self.vocab = ops, vocab
+        self.wte = torch.nn.Embedding(128, C)
+        self.ln_1, self.ln_2, self.ln_f = (torch.nn.LayerNorm(C) for _ in range(3))
+        self.c_attn, self.c_proj = torch.nn.Linear(C, 3 * C), torch.nn.Linear(C, C)
+        self.c_fc, self.c_out = torch.nn.Linear(C, 4 * C), torch.nn.Linear(4 * C, C)
+
+    def forward(self, tokens, targets):
+        norm = self.ops.layer_norm
+        x, y = norm(self.wte(tokens), self.ln_1.weight, self.ln_1.bias)
+        branch = self.c_proj(self.ops.attention(self.c_attn(y), 2))
+        x, y = norm(x, self.ln_2.weight, self.ln_2.bias, branch)
+        branch = self.c_out(F.gelu(self.c_fc(y), approximate="tanh"))
+        _, y = norm(x, self.ln_f.weight, self.ln_f.bias, branch)
+        return self.ops.linear_cross_entropy(
+            y.flatten(0, 1), self.wte.weight, targets.flatten(), self.vocab
+        )
+
+
+def step(ops: kernels.Operators, compiled: str = "", autocast: bool = False):
+    """Loss and gradients of one step, from the same weights and tokens every time."""
+    torch.manual_seed(0)
+    model = Block(ops)
+    tokens, targets = torch.randint(0, 65, (2, 2, 33))  # 33: a ragged tile
+    function = torch.compile(model, backend=compiled, fullgraph=True) if compiled else model
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = function(tokens, targets)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("compiled", ["", "aot_eager"])
+def test_a_training_step_equals_the_references(compiled):
+    """fp32. The limits are the project's: loss 1e-5, every gradient 1e-4, relative."""
+    loss, grads = step(OPS, compiled)
+    right, exact = step(kernels.TORCH)
+    assert abs(loss - right) <= 1e-5 * right
+    for name, grad in grads.items():
+        assert (grad - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
+
+
+def test_a_training_step_under_autocast():
+    """bf16: both round about the same numbers, 2^-8 each, some ten times in a row."""
+    loss, grads = step(OPS, autocast=True)
+    right, exact = step(kernels.TORCH, autocast=True)
+    assert abs(loss - right) <= 2**-8 * right
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - exact[name]).norm() <= 10 * 2**-8 * exact[name].norm(), name
+
+
+def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones():
+    with FakeTensorMode():
+        qkv = torch.empty(2, 40, 384, dtype=torch.bfloat16)
+        assert OPS.attention(qkv, 2).shape == (2, 40, 128)
+        x, weight = torch.empty(2, 40, 128), torch.empty(128)
+        total, y = OPS.layer_norm(x, weight, weight, x.bfloat16())
+        assert (total.dtype, y.shape) == (torch.float32, x.shape)
+        targets = torch.empty(80, dtype=torch.long)
+        loss = OPS.linear_cross_entropy(x.view(80, 128), torch.empty(256, 128), targets, 200)
+        assert loss.shape == () and loss.dtype == torch.float32
+
+
+def test_export():
+    class Attention(torch.nn.Module):
+        def forward(self, qkv):
+            return OPS.attention(qkv, 1)
+
+    program = torch.export.export(Attention(), (torch.randn(1, 33, 192),))
+    assert any("gpt2.attention_forward" in str(node.target) for node in program.graph.nodes)
+
+
+def test_flops_are_counted_as_pytorch_counts_its_own():
+    B, T, H, D = 2, 33, 2, 64
+    C, N, padded = H * D, 20, 128
+    qkv = torch.randn(B, T, 3 * C, requires_grad=True)
+    q, k, v = torch.randn(3, B, H, T, D, requires_grad=True)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with FlopCounterMode(display=False) as ours:
+        OPS.attention(qkv, H)
+    with FlopCounterMode(display=False) as math, sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(q, k, v)
+    assert ours.get_total_flops() == math.get_total_flops() == 4 * B * T * T * C
+    with FlopCounterMode(display=False) as both:
+        OPS.attention(qkv, H).sum().backward()
+    assert both.get_total_flops() == (4 + 10) * B * T * T * C  # one product is made twice
+
+    h, weight = torch.randn(N, C, requires_grad=True), torch.randn(padded, C, requires_grad=True)
+    targets = torch.randint(0, 100, (N,))
+    with FlopCounterMode(display=False) as loss:
+        OPS.linear_cross_entropy(h, weight, targets, 100).backward()
+    with FlopCounterMode(display=False) as plain:
+        F.cross_entropy(h @ weight.T, targets).backward()
+    assert loss.get_total_flops() == plain.get_total_flops() == 6 * N * C * padded
+
+
+def test_what_the_kernels_cannot_do_is_said():
+    with pytest.raises(ValueError, match="head width 64 or 128, not 32"):
+        OPS.attention(torch.randn(1, 8, 96), 1)
+    with pytest.raises(ValueError, match="not torch.float64"):
+        OPS.attention(torch.randn(1, 8, 192, dtype=torch.float64), 1)
+    with pytest.raises(ValueError, match="at most 8192, not 8193"):
+        OPS.layer_norm(torch.randn(1, 8193), torch.randn(8193), torch.randn(8193))
+
+
+def test_choices_on_a_cpu(monkeypatch):
+    assert kernels.operators("torch", CPU) is kernels.TORCH
+    assert kernels.operators("auto", CPU) is kernels.TORCH  # the interpreter only where asked for
+    assert OPS.attention is not reference.attention
+    with pytest.raises(ValueError, match="64 or 128 wide, not 32"):
+        kernels.operators("triton", CPU, head_width=32)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="no GPU .*TRITON_INTERPRET=1"):
+        kernels.operators("triton", CPU)
+
+
+def test_choices_on_a_gpu(monkeypatch):
+    """Without one: what would be chosen on an H100, on a T4, and where heads are 32 wide."""
+    gpu = torch.device("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernels.operators("auto", gpu) == OPS == kernels.operators("triton", gpu, 64)
+    assert kernels.operators("auto", gpu, head_width=32) is kernels.TORCH
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert kernels.operators("auto", gpu) is kernels.TORCH
+    with pytest.raises(ValueError, match="older than sm_80"):
+        kernels.operators("triton", gpu)
+
+
+def test_without_triton_the_reference_remains():
+    """In a fresh process in which `import triton` fails."""
+    code = """
+import sys; sys.modules["triton"] = None
+import torch, kernels, kernels.cards, kernels.audit, kernels.tiles, kernels.selfcheck
+assert kernels.operators("auto", torch.device("cpu")) is kernels.TORCH
+try: kernels.operators("triton", torch.device("cpu"))
+except ValueError as error: assert "not installed" in str(error), error
+else: raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

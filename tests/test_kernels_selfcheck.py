@@ -1,0 +1,65 @@
+"""The check at the start of a GPU run, with an interpreter in the place of the GPU.
+
+pytest tests/test_kernels_selfcheck.py
+"""
+
+import interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference, selfcheck, tiles
+
+CPU = torch.device("cpu")
+
+
+def test_the_kernels_pass(monkeypatch):
+    pick = tiles.pick
+
+    def larger(kernel, arch, size):  # fp32 tiles are small, and take long to interpret
+        return tiles.Tile(64, 64, 4) if kernel.startswith("attention") else pick(kernel, arch, size)
+
+    monkeypatch.setattr(tiles, "pick", larger)
+    operators, line = selfcheck.checked("triton", CPU)
+    assert operators == kernels.operators("triton", CPU)
+    assert line.startswith("kernels: triton, checked in") and "bfloat16" in line
+
+
+def crooked(qkv, n_head):
+    return reference.attention(qkv, n_head) * 1.5
+
+
+def crashing(*arguments):
+    raise RuntimeError("ptxas died")
+
+
+@pytest.mark.parametrize(
+    "attention, said",
+    [(crooked, "attention in bfloat16: o is off by 5.0e-01"), (crashing, "ptxas died")],
+)
+def test_a_wrong_kernel_is_named_and_not_used(attention, said, monkeypatch):
+    wrong = kernels.TORCH._replace(attention=attention)
+    monkeypatch.setattr(kernels, "operators", lambda *_: wrong)
+    with pytest.warns(UserWarning, match=said):
+        operators, line = selfcheck.checked("auto", CPU)
+    assert operators is kernels.TORCH and said in line and line.startswith("kernels: torch")
+    with pytest.raises(RuntimeError, match=said):
+        selfcheck.checked("triton", CPU)
+
+
+def test_the_reference_is_not_checked_against_itself():
+    assert selfcheck.checked("auto", CPU) == (kernels.TORCH, "kernels: torch")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
+@pytest.mark.parametrize("command", ["selfcheck", "bench"])
+def test_commands_that_need_a_gpu_say_so(command):
+    done = subprocess.run(
+        [sys.executable, "-m", f"kernels.{command}"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "needs a GPU" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
