@@ -1,11 +1,11 @@
-# make train | test | lint: each sets up .venv by itself first.
+# make train | test | lint | audit: each sets up .venv by itself first.
 # make train ARGS='--steps 100' passes flags on; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: train test lint clean
+.PHONY: train test lint audit clean
 
 train: $(READY)
 	@$(BIN)/python train_gpt2.py demo $(ARGS)
@@ -17,6 +17,9 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+audit: $(READY)
+	@$(BIN)/python -m kernels.audit $(ARGS)
 
 clean:
 	rm -rf .venv

@@ -23,7 +23,7 @@ from data.loader import DataConfig, Loader, fit_micro_batch, open_data
 from eval.exam import Exam, examine, set_exam
 from eval.report import plot_losses
 from eval.sample import prompt_tokens
-from kernels import Choice, operators
+from kernels import Choice, selfcheck
 from launch import cli, folder
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write, folder_lock
@@ -98,9 +98,9 @@ GPT2_124M = TrainConfig()
 # GPT-2 (table 2) and GPT-3 (arXiv 2005.14165, table 2.1). micro_batch is what 80 GB hold.
 PRESETS = {
     "demo": TrainConfig(
-        name="demo", steps=480, batch_tokens=1024, micro_batch=8, eval_every=120, save_every=240,
-        model=GPTConfig(n_layer=4, n_head=4, n_embd=256, n_ctx=128),
-        optim=OptimConfig(lr=2e-3, warmup_steps=96), data=DataConfig(dir=""),
+        name="demo", steps=840, batch_tokens=1024, micro_batch=8, eval_every=210, save_every=420,
+        model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
+        optim=OptimConfig(lr=8e-3, warmup_steps=160), data=DataConfig(dir=""),
         prompt="In the beginning", hellaswag="off"),
     "gpt2-124m": GPT2_124M,
     "gpt2-350m": replace(GPT2_124M, name="gpt2-350m", steps=60_000, micro_batch=32,
@@ -207,7 +207,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     source = world.on_main(lambda: checkpoint.find_start(config.resume, path))
     if source:
         folder.require_same(checkpoint.read_config(source), description, source)
-    model, start = build_model(config, world, dtype), 0
+    model, start = world.together(lambda: build_model(config, world, dtype)), 0
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == "fp16")
     training = checkpoint.Training(model, make_optimizer(model, config.optim), scaler)
     if source:
@@ -235,12 +235,15 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
 
 def build_model(config: TrainConfig, world: World, dtype: str) -> GPT:
     """A new model, the same on every rank and device: it's drawn on the CPU from the seed."""
-    torch.manual_seed(config.seed)
+    weights = torch.float64 if dtype == "fp64" else torch.float32
+    head_width = config.model.n_embd // config.model.n_head
     try:
-        model = GPT(config.model, operators(config.kernels, world.device))
-    except ValueError as error:  # kernels knows nothing of this project's errors
+        ops, line = selfcheck.checked(config.kernels, world.device, head_width, weights)
+    except (ValueError, RuntimeError) as error:  # kernels knows nothing of this project's errors
         raise BadInput(str(error)) from None
-    return model.to(world.device, torch.float64 if dtype == "fp64" else torch.float32)
+    world.print(line)
+    torch.manual_seed(config.seed)
+    return GPT(config.model, ops).to(world.device, weights)
 
 
 def next_batch(run: Run, step: int) -> torch.Tensor:
@@ -279,17 +282,15 @@ def write_checkpoint(run: Run, step: int) -> None:
 
 def finish(run: Run, step: int) -> int:
     """Says how the run ended: the plot, a marker after a signal, the next command to try."""
-    stopped = step < run.config.steps
+    world, stopped = run.world, step < run.config.steps
+    world.print("plot:", world.on_main(lambda: plot_losses(run.path)))
     if stopped:
         reason = f"stopped by {run.guard.stop_name()} at step {step}"
         run.tracker.log(step, event=reason)
-        run.world.print(f"{reason}; the same command goes on from there")
-    if run.world.is_main:
-        print(f"plot: {plot_losses(run.path)}")
-        if stopped:
-            write_marker(run.path, reason)
-        else:
-            print(f'next: python -m eval.sample {run.path} --prompt "{run.config.prompt}"')
+        world.on_main(lambda: write_marker(run.path, reason))
+        world.print(f"{reason}; the same command goes on from there")
+    else:
+        world.print(f'next: python -m eval.sample {run.path} --prompt "{run.config.prompt}"')
     return run.guard.exit_code if stopped else 0
 
 

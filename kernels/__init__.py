@@ -37,8 +37,13 @@ class Operators(NamedTuple):
 TORCH = Operators(reference.attention, reference.layer_norm, reference.linear_cross_entropy)
 
 
-def operators(choice: Choice, device: torch.device, head_width: int | None = None) -> Operators:
-    """The operators for this device, and for attention heads of this width where it is given.
+def operators(
+    choice: Choice,
+    device: torch.device,
+    head_width: int | None = None,
+    weights: torch.dtype = torch.float32,
+) -> Operators:
+    """The operators for this device, these weights, and attention heads of this width if given.
 
     "torch" is the reference. "triton" is the kernels, or a ValueError that says in one line why
     they cannot run here. "auto" is the kernels on a GPU that can run them, else the reference.
@@ -46,7 +51,7 @@ def operators(choice: Choice, device: torch.device, head_width: int | None = Non
     if choice == "torch":
         return TORCH
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    obstacle = _obstacle(device, head_width, interpreted)
+    obstacle = _obstacle(device, head_width, weights, interpreted)
     if choice == "auto" and (obstacle or interpreted):  # the interpreter is for tests: asked for
         return TORCH
     if obstacle:
@@ -58,12 +63,16 @@ def operators(choice: Choice, device: torch.device, head_width: int | None = Non
     return Operators(attention, layer_norm, linear_cross_entropy)
 
 
-def _obstacle(device: torch.device, head_width: int | None, interpreted: bool) -> str | None:
+def _obstacle(
+    device: torch.device, head_width: int | None, weights: torch.dtype, interpreted: bool
+) -> str | None:
     """Why the kernels cannot run here and what to do about it, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: `pip install triton`, or use --kernels torch"
     if head_width is not None and head_width not in (64, 128):
         return f"attention heads are 64 or 128 wide, not {head_width}: use --kernels torch"
+    if weights == torch.float64:
+        return "the kernels compute in bf16, fp16 and fp32, not in fp64: use --kernels torch"
     if device.type == "cuda":
         if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
             return "the GPU is older than sm_80 (A100, RTX 30): use --kernels torch"

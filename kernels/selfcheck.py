@@ -26,7 +26,10 @@ LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
 def checked(
-    choice: kernels.Choice, device: torch.device, head_width: int | None = None
+    choice: kernels.Choice,
+    device: torch.device,
+    head_width: int | None = None,
+    weights: torch.dtype = torch.float32,
 ) -> tuple[kernels.Operators, str]:
     """The operators to train with, and one line to print.
 
@@ -34,7 +37,7 @@ def checked(
     to run, "auto" warns and falls back to the reference, and "triton" stops with a RuntimeError;
     both name operator, tensor and error.
     """
-    operators = kernels.operators(choice, device, head_width)
+    operators = kernels.operators(choice, device, head_width, weights)
     if operators is kernels.TORCH:
         return operators, "kernels: torch"
     start = time.perf_counter()

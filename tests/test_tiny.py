@@ -3,7 +3,7 @@
 import json
 import math
 import signal
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from eval.sample import sample_texts
 from launch.tracker import read_rows
 from model.checkpoint import load_model
 from model.generate import SampleConfig
+from model.gpt2 import GPTConfig
 from tests.running import flags, losses, run_program, weights
 from train_gpt2 import train
 
@@ -154,8 +155,9 @@ def test_ctrl_c_saves_and_exits_130(tiny, tmp_path, monkeypatch):
 
 def test_compiled_steps_are_the_eager_steps(tiny, tmp_path):
     """Inductor fuses and reorders fp32 sums: a relative 1e-5 of the loss is a hundred roundings."""
-    train(tiny(name="eager", steps=3))
-    done = run_program(flags(replace(tiny(name="compiled", steps=3), compile=True)), timeout=300)
+    small = {"steps": 3, "model": GPTConfig(n_layer=1, n_head=1, n_embd=16, n_ctx=16)}
+    train(tiny(name="eager", **small))
+    done = run_program(flags(tiny(name="compiled", compile=True, **small)), timeout=300)
     assert done.returncode == 0, done.stderr
     for (_, one), (_, two) in zip(
         losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True
