@@ -77,7 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh = torch.empty_like(low_h) if need_grad else low_h
         dw = torch.zeros_like(weight, dtype=exact) if need_grad else weight
         chunks = -(-h.shape[0] * weight.shape[0] // CHUNK_ELEMENTS)
-        for x, target, dx in zip(*(t.tensor_split(chunks) for t in (low_h, targets, dh))):
+        parts = (t.tensor_split(chunks) for t in (low_h, targets, dh))
+        for x, target, dx in zip(*parts, strict=True):
             logits = x @ low_w.t()  # (rows, Vp)
             logits[:, vocab:] = -math.inf  # the padding takes no probability
             log_p = torch.log_softmax(logits, -1, dtype=exact)
