@@ -12,10 +12,20 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 # ruff: noqa: E402
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton, which is not installed")
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.jit import JITFunction
+
+if isinstance(tl.zeros, JITFunction):
+    raise ImportError(
+        "triton was imported before TRITON_INTERPRET=1 was set: see tests/conftest.py"
+    )
 
 
 def is_bf16(x: TensorHandle | tl.tensor) -> bool:
