@@ -43,7 +43,7 @@ IEEE = tl.constexpr("ieee")  # fp32 products in fp32, not in TF32's 10 bits; bf1
 def _load(
     x, b, row, column, T, width,
     ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+):
     """(ROWS, D) of x (B, T, width) from (b, row, column) on; rows from T on are zero.
 
     x is a tensor descriptor (TMA) or a pointer. EDGE: the tile may reach past T. A descriptor
@@ -75,7 +75,7 @@ def _store(x, value, b, row, column, T, width, ROWS: tl.constexpr, D: tl.constex
 def _forward_step(
     q, acc, total, top, keys, b, row, n, column, T, H,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+):
     """Takes the keys n .. n + N into (acc, total, top) of the queries row .. row + M."""
     SCALE: tl.constexpr = LOG2E / D**0.5
     k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)  # (N, D)
@@ -98,7 +98,7 @@ def _forward_step(
 def attention_forward(
     queries, keys, out, lse, T, H,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+):
     """One program, one tile of M queries of one head: grid (ceil(T / M), B * H).
 
     It alone writes these M rows of this head's columns in out (B, T, C) and lse (B, H, T).
@@ -128,7 +128,7 @@ def attention_forward(
 def _dq_step(
     q, do, dq, lse, delta, keys, b, row, n, column, T, H,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+):
     """Adds what the keys n .. n + N contribute to dq of the queries row .. row + M."""
     SCALE: tl.constexpr = LOG2E / D**0.5
     k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)  # (N, D)
@@ -147,7 +147,7 @@ def _dq_step(
 def attention_dq(
     queries, keys, out, dout, lse, delta, dqkv, T, H,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+):
     """One program, one tile of M queries of one head: grid (ceil(T / M), B * H).
 
     It alone writes these rows of delta (B, H, T) and of the head's dq in dqkv (B, T, 3C).
@@ -175,7 +175,7 @@ def attention_dq(
 def _dkdv_step(
     k, v, dk, dv, queries, dout, lse, delta, b, row, n, column, T, H,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+):
     """Adds what the queries row .. row + M contribute to dk, dv of the keys n .. n + N.
 
     Scores are transposed, (N, M), so that p^T and ds^T are at hand for the products. A query past
@@ -203,7 +203,7 @@ def _dkdv_step(
 def attention_dkdv(
     queries, keys, dout, lse, delta, dqkv, T, H,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+):
     """One program, one tile of N keys of one head: grid (ceil(T / N), B * H).
 
     It alone writes these rows of the head's dk and dv in dqkv (B, T, 3C). The first keys are seen
@@ -222,12 +222,12 @@ def attention_dkdv(
         dk, dv = _dkdv_step(
             k, v, dk, dv, queries, dout, lse, delta,
             b, row, n, column, T, H, D, M, N, TMA, True,
-        )  # fmt: skip
+        )
     for row in range(n + N, T, M):  # every query of the tile sees all keys
         dk, dv = _dkdv_step(
             k, v, dk, dv, queries, dout, lse, delta,
             b, row, n, column, T, H, D, M, N, TMA, False,
-        )  # fmt: skip
+        )
     _store(dqkv, dk * (1 / D**0.5), b, n, H * D + column, T, 3 * H * D, N, D)
     _store(dqkv, dv, b, n, 2 * H * D + column, T, 3 * H * D, N, D)
 
@@ -259,7 +259,7 @@ def _forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     attention_forward[(triton.cdiv(T, t.m), B * n_head)](
         _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), out, lse, T, n_head,
         D=D, M=t.m, N=t.n, TMA=t.tma, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+    )
     return out, lse
 
 
@@ -280,13 +280,13 @@ def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) 
     attention_dq[(triton.cdiv(T, t.m), B * n_head)](
         _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), out, dout, lse, delta, dqkv,
         T, n_head, D=D, M=t.m, N=t.n, TMA=t.tma, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+    )
     t = _tile("attention_dkdv", qkv, D)
     attention_dkdv[(triton.cdiv(T, t.n), B * n_head)](
         _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), _operand(dout, t.m, D, t.tma),
         lse, delta, dqkv, T, n_head,
         D=D, M=t.m, N=t.n, TMA=t.tma, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+    )
     return dqkv
 
 

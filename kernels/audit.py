@@ -31,7 +31,7 @@ from kernels.roofline import GPT2, floor, loop_floor, work
 
 # The card that stands for an architecture.
 CARD = dict(sm_80="a100", sm_86="3090", sm_89="4090", sm_90="h100", sm_100="b200", sm_120="5090",
-            gfx942="mi300x")  # fmt: skip
+            gfx942="mi300x")
 
 VOCAB = 50257  # of GPT-2, padded to GPT2.V
 

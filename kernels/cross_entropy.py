@@ -54,7 +54,7 @@ def _take(z, top, total):
 @triton.jit
 def _softmax(
     row, start, lse, V: tl.constexpr, Vp: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr
-):  # fmt: skip
+):
     """Puts the probabilities in the place of the BLOCK logits from start on, 0 in the padding."""
     p = tl.exp2(_logits(row, start, V, Vp, BLOCK, EDGE) - lse).to(row.dtype.element_ty)
     columns = start + tl.arange(0, BLOCK)
@@ -68,7 +68,7 @@ def _softmax(
 def cross_entropy(
     logits, targets, losses,
     V: tl.constexpr, Vp: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
+):
     """One program, one token: grid (rows,). It alone reads and writes this row of logits (rows, Vp)
     and this cell of losses (rows,), 0 for a token without target.
 
@@ -139,7 +139,7 @@ def _fused(
         cross_entropy[(z.shape[0],)](
             z, targets[part], losses[part],
             V=vocab, Vp=Vp, BLOCK=tile.n, GRADIENT=gradient, num_warps=tile.warps,
-        )  # fmt: skip
+        )
         if gradient:
             _product(z, weight, dh[part], add=False)
             _product(z.t(), h[part], dw, add=start > 0)

@@ -31,7 +31,7 @@ MAX_WIDTH = 8192  # a row is held in registers: 16 values in each of 512 threads
 def layer_norm_forward(
     x, branch, weight, bias, total, y, mean, rstd, C, eps,
     BLOCK: tl.constexpr, BRANCH: tl.constexpr,
-):  # fmt: skip
+):
     """One program, one row: grid (N,). It alone writes this row of total, y, mean and rstd.
 
     x, branch, total, y: (N, C); weight, bias: (C,); mean, rstd: (N,). total = x + branch is
@@ -61,7 +61,7 @@ def layer_norm_forward(
 def layer_norm_backward(
     dy, dtotal, total, weight, mean, rstd, dx, dbranch, dweight, dbias, N, C,
     BLOCK: tl.constexpr, DTOTAL: tl.constexpr, DBRANCH: tl.constexpr,
-):  # fmt: skip
+):
     """One program, every P-th row: grid (P,).
 
     It alone writes those rows of dx and dbranch (N, C), and its own row of the partial sums dweight
@@ -109,7 +109,7 @@ def _forward(
         x.contiguous(), None if branch is None else branch.contiguous(),
         weight.contiguous(), bias.contiguous(), total, y, mean, rstd, C, eps,
         BLOCK=block, BRANCH=branch is not None, num_warps=tile.warps,
-    )  # fmt: skip
+    )
     return total, y, mean, rstd
 
 
@@ -129,7 +129,7 @@ def _forward_outputs(x, weight, bias, branch, eps, dtype):
 def _backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     dtype: torch.dtype, branch_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dbranch, dweight, dbias); dbranch is empty where it is dx."""
     dx, dbranch, dweight, dbias = _backward_outputs(
         dy, dtotal, total, weight, mean, rstd, dtype, branch_dtype
@@ -144,7 +144,7 @@ def _backward(
         weight.contiguous(), mean, rstd, dx, dbranch, partial[0], partial[1], N, C,
         BLOCK=block, DTOTAL=dtotal is not None, DBRANCH=dtype != branch_dtype,
         num_warps=tile.warps,
-    )  # fmt: skip
+    )
     torch.sum(partial[0], 0, out=dweight)
     torch.sum(partial[1], 0, out=dbias)
     return dx, dbranch, dweight, dbias

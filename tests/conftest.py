@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when a kernel is defined, so before torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 os.environ.setdefault("WANDB_SILENT", "true")
 

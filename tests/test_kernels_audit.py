@@ -76,7 +76,7 @@ SASS = """
         /*0160*/               @P1 BRA `(.L_x_1) ;
         /*0170*/               @P2 BRA `(.L_x_0) ;
         /*0180*/                   EXIT ;
-"""  # fmt: skip
+"""
 
 
 def test_machine_code_is_read():
@@ -103,7 +103,7 @@ GOOD = dict(
     registers=188, stack=0, spills=0, shared_bytes=49184, tmem_columns=0, mma="HGMMA",
     async_copies="tma", ctas_per_sm=2, limited_by="registers", load_widths=[],
     loops=[dict(mma_waste=1.0)],
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(
