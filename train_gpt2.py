@@ -25,7 +25,7 @@ from eval.report import plot_losses
 from eval.sample import prompt_tokens
 from kernels import Choice, selfcheck
 from launch import cli, folder
-from launch.errors import BadInput, Failed, one_line_errors
+from launch.errors import BadInput, Failed, leave, one_line_errors
 from launch.files import atomic_write, folder_lock
 from launch.guard import Guard, clear_marker, write_marker
 from launch.tracker import Mode, Tracker, start_profiler
@@ -296,4 +296,4 @@ def finish(run: Run, step: int) -> int:
 
 if __name__ == "__main__":
     with one_line_errors():
-        sys.exit(train(cli.parse(TrainConfig, PRESETS)))
+        leave(train(cli.parse(TrainConfig, PRESETS)))

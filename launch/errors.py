@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 
@@ -37,15 +38,26 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        _leave(f"error: {error}", error.exit_code)
+        leave(error.exit_code, f"error: {error}")
     except torch.OutOfMemoryError:
-        _leave("error: the GPU's memory is full: halve --micro_batch (the result is the same)", 1)
+        leave(1, "error: the GPU's memory is full: halve --micro_batch (the result is the same)")
+    except SystemExit as done:  # --help, a wrong flag, a run that is finished already
+        leave(done.code if isinstance(done.code, int) else 0)
     except KeyboardInterrupt:  # outside the training loop, which has a guard of its own
-        _leave("interrupted", 130)
+        leave(130, "interrupted")
 
 
-def _leave(line: str, exit_code: int) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        sys.stdout.flush()
-        print(line, file=sys.stderr, flush=True)
+def leave(exit_code: int, line: str = "") -> NoReturn:
+    """Ends the process, with a last line from rank 0. Everything has to be closed before.
+
+    Under torchrun the interpreter isn't taken down: gloo's threads sometimes abort it there
+    ("terminate called without an active exception", SIGABRT), and a finished run would count as a
+    crash and be started again.
+    """
+    sys.stdout.flush()
+    if line and int(os.environ.get("RANK", "0")) == 0:
+        print(line, file=sys.stderr)
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(exit_code)
     sys.exit(exit_code)

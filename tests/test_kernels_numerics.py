@@ -8,7 +8,7 @@ fp32 additions, whose errors average out; bf16 and fp16 1.2 x what PyTorch's own
 the same inputs, for both round the same intermediates. Every output is NaN before it is written.
 """
 
-import interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
+import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
 
 import pytest
 import torch

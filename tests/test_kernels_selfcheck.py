@@ -3,7 +3,7 @@
 pytest tests/test_kernels_selfcheck.py
 """
 
-import interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
+import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
 
 import subprocess
 import sys
