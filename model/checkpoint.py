@@ -73,7 +73,9 @@ def save(run: Path, step: int, tokens: int, training: Training, keep: int) -> Pa
         shutil.rmtree(work, ignore_errors=True)
         raise Failed(f"could not save {final}: {error}") from None
     with contextlib.suppress(OSError):  # what can't be pruned now will be after the next save
-        for old in list_checkpoints(checkpoints)[keep:]:
+        # Newer folders are damaged ones that the run went back from: they don't count as kept.
+        kept = [c for c in list_checkpoints(checkpoints) if c.name <= final.name]
+        for old in kept[keep:]:
             _remove(old)
     return final
 
