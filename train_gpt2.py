@@ -9,25 +9,27 @@ config.json, metrics.jsonl, checkpoints/ and report/. Start the same command aga
 from the newest checkpoint. gpt2-124m on FineWeb ends at a validation loss of about 3.28 (llm.c).
 """
 
-import json
+import shlex
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data.loader import DataConfig, Loader, fit_micro_batch, open_data
+from data.tokenizer import VOCAB
 from eval.exam import Exam, examine, set_exam
 from eval.report import plot_losses
 from eval.sample import prompt_tokens
 from kernels import Choice, selfcheck
 from launch import cli, folder
 from launch.errors import BadInput, Failed, leave, one_line_errors
-from launch.files import atomic_write, folder_lock
-from launch.guard import Guard, clear_marker, write_marker
+from launch.files import folder_lock
+from launch.guard import Guard, refuse_nonsense, write_marker
 from launch.tracker import Mode, Tracker, start_profiler
 from launch.world import Dtype, World, autocast, choose_dtype, start_world
 from model import checkpoint, parallel
@@ -90,6 +92,8 @@ class TrainConfig:
             raise BadInput(f"--seed {self.seed}: expected 0 to 4294967295")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise BadInput(f"--name {self.name!r} is no folder name; --out_dir takes a path")
+        if self.model.n_vocab != VOCAB or self.profile < 0:
+            raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's; --profile at least 0")
         prompt_tokens(self.prompt, self.model.n_ctx)
 
 
@@ -129,6 +133,7 @@ class Run:
     tracker: Tracker
     guard: Guard
     start: int  # steps finished before this process began
+    evaluated: set[int]  # steps whose validation loss is on record already
 
 
 def train(config: TrainConfig) -> int:
@@ -138,14 +143,14 @@ def train(config: TrainConfig) -> int:
         world, model, optimizer, scaler = run.world, *run.training
         parallel_model = parallel.wrap(model, world.device, world.size)
         profiler = stack.enter_context(start_profiler(run.path, config.profile, world.is_main))
-        done = run.start or -1  # the step that was evaluated and saved before this process began
 
         for step in range(run.start, config.steps + 1):
             last = step == config.steps
-            if (step % config.eval_every == 0 or last) and step != done:
-                evaluate(run, step)
             stop = run.guard.asked_to_stop()
-            if (step % config.save_every == 0 or last or stop) and step != done:
+            if (step % config.eval_every == 0 and not stop or last) and step not in run.evaluated:
+                evaluate(run, step)
+            saved = step == run.start > 0  # the checkpoint that this process began from
+            if (step % config.save_every == 0 or last or stop) and not saved:
                 save(run, step, must_succeed=last or stop or step == 0)
             if last or stop:
                 break
@@ -173,6 +178,7 @@ def train(config: TrainConfig) -> int:
             mean_loss = world.sum(loss.item())[0] / world.size
             seconds = time.perf_counter() - started
             run.tracker.step(step + 1, loss=mean_loss, lr=lr, norm=norm.item(), seconds=seconds)
+            refuse_nonsense(step + 1, mean_loss, norm.item(), skipped=scaler.is_enabled())
             if profiler:
                 profiler.step()
         return finish(run, step)
@@ -206,7 +212,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     world.on_main(lambda: stack.enter_context(folder_lock(path)))
     source = world.on_main(lambda: checkpoint.find_start(config.resume, path))
     if source:
-        folder.require_same(checkpoint.read_config(source), description, source)
+        world.together(lambda: folder.require_same(source, description))
     model, start = world.together(lambda: build_model(config, world, dtype)), 0
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == "fp16")
     training = checkpoint.Training(model, make_optimizer(model, config.optim), scaler)
@@ -219,10 +225,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
         sys.exit(0)
     if compiled:
         model.compile_blocks()
-    if world.is_main:
-        clear_marker(path)
-        checkpoint.clean_up(path / "checkpoints")
-        atomic_write(path / "config.json", json.dumps(description, indent=2) + "\n")
+    evaluated = world.on_main(lambda: folder.open_run(path, description, start if source else -1))
     flops = flops_per_token(config.model)
     tracker = world.together(lambda: Tracker(path, world, description, start, flops))
     stack.callback(tracker.close)
@@ -230,7 +233,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     if start:
         world.print(f"going on from {source}")
         tracker.log(start, event=f"resumed on {world.size} ranks")
-    return Run(config, world, path, dtype, loader, exam, training, tracker, guard, start)
+    return Run(config, world, path, dtype, loader, exam, training, tracker, guard, start, evaluated)
 
 
 def build_model(config: TrainConfig, world: World, dtype: str) -> GPT:
@@ -247,13 +250,12 @@ def build_model(config: TrainConfig, world: World, dtype: str) -> GPT:
 
 
 def next_batch(run: Run, step: int) -> torch.Tensor:
-    """This rank's tokens. A damaged shard ends the run, but not before rank 0 has saved."""
-    try:
-        return run.loader.batch(step).to(run.world.device, non_blocking=True)
-    except BadInput:
-        if run.world.is_main and step > run.start:
-            write_checkpoint(run, step)
-        raise
+    """This rank's tokens. Data that can't be read on any rank stops them all, after a save."""
+    batch, fault = run.loader.try_batch(step)
+    if run.world.max(fault is not None):
+        save(run, step, must_succeed=True)
+        run.world.agree(fault)
+    return batch.to(run.world.device, non_blocking=True)
 
 
 def evaluate(run: Run, step: int) -> None:
@@ -265,8 +267,10 @@ def evaluate(run: Run, step: int) -> None:
 
 def save(run: Run, step: int, must_succeed: bool) -> None:
     """Writes a checkpoint on rank 0. One that fails in mid-run is reported; training goes on."""
+    tokens, keep = step * run.config.batch_tokens, run.config.keep
+    write = partial(checkpoint.save, run.path, step, tokens, run.training, keep)
     try:
-        run.world.on_main(lambda: write_checkpoint(run, step))
+        run.world.print("saved", run.world.on_main(write))
     except Failed as error:
         if must_succeed:
             raise
@@ -274,23 +278,18 @@ def save(run: Run, step: int, must_succeed: bool) -> None:
         run.tracker.log(step, event=f"checkpoint failed: {error}")
 
 
-def write_checkpoint(run: Run, step: int) -> None:
-    """Writes a checkpoint from this rank. Raises Failed where the disk won't take it."""
-    tokens = step * run.config.batch_tokens
-    print("saved", checkpoint.save(run.path, step, tokens, run.training, run.config.keep))
-
-
 def finish(run: Run, step: int) -> int:
     """Says how the run ended: the plot, a marker after a signal, the next command to try."""
     world, stopped = run.world, step < run.config.steps
-    world.print("plot:", world.on_main(lambda: plot_losses(run.path)))
     if stopped:
         reason = f"stopped by {run.guard.stop_name()} at step {step}"
-        run.tracker.log(step, event=reason)
         world.on_main(lambda: write_marker(run.path, reason))
+        run.tracker.log(step, event=reason)
         world.print(f"{reason}; the same command goes on from there")
-    else:
-        world.print(f'next: python -m eval.sample {run.path} --prompt "{run.config.prompt}"')
+    world.print("plot:", world.on_main(lambda: plot_losses(run.path)))
+    if not stopped:
+        prompt = shlex.quote(run.config.prompt)
+        world.print(f"next: python -m eval.sample {run.path} --prompt {prompt}")
     return run.guard.exit_code if stopped else 0
 
 

@@ -159,6 +159,13 @@ class Loader:
         self._next = (step + 1, self._thread.submit(self._read, step + 1))
         return future.result()
 
+    def try_batch(self, step: int) -> tuple[torch.Tensor, BadInput | None]:
+        """The batch, or an empty one and what is wrong with the data (the disk's errors too)."""
+        try:
+            return self.batch(step), None
+        except (BadInput, OSError) as error:
+            return torch.empty(0), BadInput(str(error))
+
     def __len__(self) -> int:
         """Micro-steps in a step."""
         return self.shape[0]

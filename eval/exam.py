@@ -47,7 +47,7 @@ def open_questions(source: str, world: World) -> list[hellaswag.Question]:
     if source != "auto":
         return world.together(lambda: hellaswag.read_questions(Path(source)))
     try:
-        return hellaswag.read_questions(world.on_main(hellaswag.fetch))
+        return world.on_main(lambda: hellaswag.read_questions(hellaswag.fetch()))
     except Failed as error:
         world.print(f"no HellaSwag in this run: {error}")
         return []

@@ -69,6 +69,8 @@ def read_questions(path: Path, limit: int = 0) -> list[Question]:
             for number, line in enumerate(file, 1):
                 if limit and len(questions) == limit:
                     break
+                if not line.strip():
+                    continue
                 questions.append(_question(line, f"{path}, line {number}"))
     except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise BadInput(f"can't read HellaSwag's rows from {path}: {error}") from None
@@ -80,17 +82,15 @@ def read_questions(path: Path, limit: int = 0) -> list[Question]:
 def _question(line: str, where: str) -> Question:
     try:
         row = json.loads(line)
-        context, endings, label = row["ctx"], row["endings"], int(row["label"])
-    except (ValueError, KeyError, TypeError) as error:
+        context, endings, label = encode(row["ctx"]), row["endings"], int(row["label"])
+        tokens = [encode(" " + ending) for ending in endings]
+        sizes = [len(ending.encode()) for ending in endings]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{where}: no HellaSwag row with ctx, endings, label: {error!r}") from None
-    if len(endings) != 4 or label not in range(4):
-        raise BadInput(f"{where}: {len(endings)} endings, label {label}; expected 4, 0 to 3")
-    return Question(
-        encode(context),
-        [encode(" " + ending) for ending in endings],
-        [len(ending.encode()) for ending in endings],
-        label,
-    )
+    if len(endings) != 4 or not all(sizes) or label not in range(4):
+        raise BadInput(f"{where}: {len(endings)} endings, label {label}; expected 4 that aren't "
+                       "empty, and 0 to 3")
+    return Question(context, tokens, sizes, label)
 
 
 @torch.no_grad()
@@ -155,6 +155,8 @@ def main(
         limit: Only the first questions; 0 for all.
         dtype: Number format of the matrix products.
     """
+    if limit < 0:
+        raise BadInput(f"--limit {limit}: expected 0 (all) or more")
     world = start_world()
     questions = read_questions(Path(data) if data else world.on_main(fetch), limit)
     model = load_model(checkpoint).to(world.device).eval()

@@ -65,7 +65,9 @@ def stream_text(tokens: Iterable[int]) -> Iterator[str]:
 def main(arguments: Arguments) -> None:
     if not arguments.checkpoint:
         raise BadInput("which checkpoint? python -m eval.sample CHECKPOINT --prompt TEXT")
-    device = choose_device(0)
+    if arguments.num < 1:
+        raise BadInput(f"--num {arguments.num}: expected at least 1")
+    device = choose_device()
     keep_freed_memory()
     model = load_model(arguments.checkpoint).to(device).eval()
     dtype = choose_dtype(arguments.dtype, device)
@@ -86,7 +88,4 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        try:
-            main(tyro.cli(Arguments, config=(tyro.conf.FlagConversionOff,)))
-        except ValueError as error:
-            raise BadInput(str(error)) from None
+        main(tyro.cli(Arguments, config=(tyro.conf.FlagConversionOff,)))

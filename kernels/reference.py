@@ -27,7 +27,7 @@ CACHED_ROWS = 16  # rows of logits whose fp32 copy (3 MiB) stays in a CPU's cach
 
 
 @functools.lru_cache(maxsize=8)
-def _future(T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _causal_mask(T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(T, T): -inf where a query would see a later key, 0 elsewhere."""
     return torch.full((T, T), -math.inf, dtype=dtype, device=device).triu(1)
 
@@ -43,7 +43,7 @@ def attention(qkv: Tensor, n_head: int) -> Tensor:
     q, k, v = qkv.view(B, T, 3, n_head, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     if qkv.device.type == "cpu" and T <= SHORT:
         q, k, v = (z.reshape(B * n_head, T, D) for z in (q, k, v))
-        scores = torch.baddbmm(_future(T, qkv.dtype, qkv.device), q, k.mT, alpha=D**-0.5)
+        scores = torch.baddbmm(_causal_mask(T, qkv.dtype, qkv.device), q, k.mT, alpha=D**-0.5)
         y = (scores.softmax(-1) @ v).view(B, n_head, T, D)  # (B, H, T, T) @ (B, H, T, D)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)

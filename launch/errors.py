@@ -5,6 +5,7 @@
 Under torchrun only rank 0 speaks; the others leave with the same code.
 """
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -35,14 +36,20 @@ class Failed(BadInput):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns a BadInput, a full GPU or Ctrl-C into one line on standard error and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may hold any character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except BadInput as error:
         leave(error.exit_code, f"error: {error}")
-    except torch.OutOfMemoryError:
-        leave(1, "error: the GPU's memory is full: halve --micro_batch (the result is the same)")
+    except torch.OutOfMemoryError:  # on one rank, perhaps not 0, and the others don't know
+        rank = os.environ.pop("RANK", "0")
+        leave(1, f"error: the GPU of rank {rank} is full: halve --micro_batch (the result is the "
+                 "same)")
     except SystemExit as done:  # --help, a wrong flag, a run that is finished already
-        leave(done.code if isinstance(done.code, int) else 0)
+        if not isinstance(done.code, int | None):
+            raise
+        leave(done.code or 0)
     except KeyboardInterrupt:  # outside the training loop, which has a guard of its own
         leave(130, "interrupted")
 

@@ -6,6 +6,7 @@
                  report/*.png     eval/report.py
 """
 
+import json
 import platform
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import BadInput
+from launch.files import atomic_write
+from launch.guard import clear_marker
+from launch.tracker import cut_after, read_rows
 from launch.world import World, device_name
 
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "tyro")
@@ -39,6 +43,17 @@ def describe(
         "packages": {"python": platform.python_version(), **package_versions()},
         "hardware": {"device": device_name(world.device), "ranks": world.size},
     }
+
+
+def open_run(path: Path, description: dict[str, Any], last_row: int) -> set[int]:
+    """Writes config.json, drops what a stop left behind and metrics past the step `last_row`.
+
+    Returns the steps whose validation loss is on record, which need no second evaluation.
+    """
+    clear_marker(path)
+    atomic_write(path / "config.json", json.dumps(description, indent=2) + "\n")
+    cut_after(path / "metrics.jsonl", last_row)
+    return {row["step"] for row in read_rows(path / "metrics.jsonl") if "val_loss" in row}
 
 
 def introduction(description: dict[str, Any], parameters: int, T: int) -> str:
@@ -88,14 +103,22 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def require_same(saved: dict[str, Any], asked: dict[str, Any], checkpoint: Path) -> None:
+def require_same(checkpoint: Path, asked: dict[str, Any]) -> None:
     """Raises BadInput that lists what differs between a checkpoint's config.json and this run's."""
+    try:
+        saved = json.loads((checkpoint / "config.json").read_text())
+        before = saved["config"]["init"] or "none"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{checkpoint / 'config.json'} is no run's: {error!r}") from None
     old, new = flatten(saved.get("must_match", {})), flatten(asked["must_match"])
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+    init = asked["config"]["init"]
+    if init and init != before:
+        different.append(f"init {before} there, {init} asked")
     if different:
         raise BadInput(
             f"{checkpoint} belongs to another run: {'; '.join(different)}. "

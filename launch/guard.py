@@ -5,10 +5,12 @@ raise a flag; the training loop reads it between steps, saves and leaves. A seco
 nothing, for clusters send SIGTERM twice.
 """
 
+import math
 import signal
 from pathlib import Path
 from types import FrameType
 
+from launch.errors import Failed
 from launch.files import atomic_write
 from launch.world import World
 
@@ -47,6 +49,16 @@ class Guard:
         """Gives the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def refuse_nonsense(step: int, loss: float, norm: float, skipped: bool) -> None:
+    """Raises Failed where the loss or the gradient is no number, before that is saved.
+
+    skipped: a loss scaler leaves out steps whose scaled gradient overflows, as it should.
+    """
+    if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
+        raise Failed(f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was "
+                     "saved since. A lower --optim.lr or another --seed may get past it")
 
 
 def write_marker(run: Path, reason: str) -> None:

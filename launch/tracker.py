@@ -5,14 +5,15 @@ metrics.jsonl holds one JSON object a line, each with `step` (finished updates) 
 memory_mib val_loss val_set hellaswag_acc hellaswag_acc_norm sample event.
 """
 
+import contextlib
 import json
-import os
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.errors import BadInput
+from launch.errors import BadInput, Failed
 from launch.files import atomic_write
 from launch.world import World, peak_flops, peak_memory_mib
 
@@ -38,9 +39,7 @@ class Tracker:
         self.file: Any = None
         self.wandb: Any = None
         if world.is_main:
-            # Step 0 is evaluated by every process that begins there.
-            cut_after(run / "metrics.jsonl", start or -1)
-            self.file = (run / "metrics.jsonl").open("a")
+            self.file = (run / "metrics.jsonl").open("a", buffering=1)
             if config["wandb"] != "disabled":
                 self.wandb = _start_wandb(run, config["wandb"], description)
 
@@ -49,9 +48,12 @@ class Tracker:
         if not self.file:
             return
         row = {"step": step, "tokens": step * self.batch_tokens}
-        row |= {key: value for key, value in values.items() if value is not None}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        row |= {key: value for key, value in values.items() if _can_be_written(value)}
+        try:
+            self.file.write(json.dumps(row, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:  # a row is not worth a run
+            self.world.print(f"warning: metrics.jsonl misses step {step}: {error.strerror}")
         if self.wandb:
             self.wandb.log(row, step=step)
 
@@ -73,14 +75,18 @@ class Tracker:
         )
 
     def close(self) -> None:
-        """Flushes to the disk."""
+        """Closes the file, and the wandb run."""
         if not self.file:
             return
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with contextlib.suppress(OSError):
+            self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def _can_be_written(value: Any) -> bool:
+    """None is left out, and so are infinities and NaN, which JSON doesn't have."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def clock(seconds: float) -> str:
@@ -96,9 +102,11 @@ def read_rows(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
 
@@ -119,10 +127,13 @@ def _start_wandb(run: Path, mode: Mode, config: dict) -> Any:
     id_file = run / "wandb_id"
     if not id_file.exists():
         atomic_write(id_file, f"{run.name}-{time.time_ns():x}")
-    return wandb.init(
-        project="gpt2", name=run.name, id=id_file.read_text(), resume="allow", mode=mode,
-        dir=str(run), config=config,
-    )
+    try:
+        return wandb.init(
+            project="gpt2", name=run.name, id=id_file.read_text(), resume="allow", mode=mode,
+            dir=str(run), config=config,
+        )
+    except wandb.errors.Error as error:
+        raise Failed(f"wandb: {error}; `wandb login` first, or --wandb offline") from None
 
 
 def start_profiler(run: Path, steps: int, is_main: bool) -> AbstractContextManager:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from kernels import cards
-from launch.errors import BadInput
+from launch.errors import BadInput, Failed
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 DTYPES = {
@@ -26,7 +26,8 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another before it gives up
+# How long a rank waits for another before it gives up; rank 0 may be hashing and saving 19 GB.
+TIMEOUT = timedelta(minutes=30)
 
 T = TypeVar("T")
 
@@ -37,7 +38,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -70,13 +70,21 @@ class World:
     def together(self, step: Callable[[], T]) -> T:
         """Runs a step that may find bad input; if it does on any rank, all ranks stop together.
 
-        The error that rank 0 raises names the rank that found it.
+        The error that rank 0 raises names the rank that found it. A disk or file that fails
+        (OSError) becomes a Failed.
         """
         result, error = None, None
         try:
             result = step()
         except BadInput as found:
             error = found
+        except OSError as found:
+            error = Failed(str(found))
+        self.agree(error)
+        return result  # type: ignore[return-value]
+
+    def agree(self, error: BadInput | None) -> None:
+        """Raises on every rank what any rank found; rank 0's message names the rank."""
         if self.size > 1:
             errors: list[Any] = [None] * self.size
             dist.all_gather_object(errors, error)
@@ -87,7 +95,6 @@ class World:
                     error = type(error)(f"rank {rank}: {error}")
         if error is not None:
             raise error
-        return result  # type: ignore[return-value]
 
     def on_main(self, step: Callable[[], T]) -> T:
         """Runs a step on rank 0 alone; every rank gets its result, or its bad input."""
@@ -98,26 +105,20 @@ class World:
             result = box[0]
         return result  # type: ignore[return-value]
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self.size > 1:
-            dist.barrier()
-
     def close(self) -> None:
         """Leaves the group; harmless where there is none."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def choose_device(local_rank: int) -> torch.device:
+def choose_device() -> torch.device:
     """CUDA (or ROCm, which torch calls cuda) where there is one, then Apple's MPS, then the CPU."""
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise BadInput(
-                f"{torch.cuda.device_count()} GPUs here, and local rank {local_rank} wants one of "
-                f"its own: start torchrun with --nproc_per_node={torch.cuda.device_count()}"
-            )
-        return torch.device("cuda", local_rank)
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if ranks > gpus:  # every rank sees it, so all stop, and rank 0 speaks
+            raise BadInput(f"{ranks} ranks on this machine and {gpus} GPUs, one for each: start "
+                           f"torchrun with --nproc_per_node={gpus}")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -127,8 +128,7 @@ def start_world() -> World:
     """Joins the ranks that torchrun started, or stands alone."""
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = choose_device(local_rank)
+    device = choose_device()
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
@@ -138,7 +138,7 @@ def start_world() -> World:
         dist.init_process_group(
             "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None
         )
-    return World(rank, size, local_rank, device)
+    return World(rank, size, device)
 
 
 def keep_freed_memory() -> None:
@@ -149,11 +149,12 @@ def keep_freed_memory() -> None:
     """
     if sys.platform != "linux":
         return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; mallopt(3)
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h; mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        # glibc before 2.35 refuses a threshold above 32 MiB (and answers 0): no mmap at all then.
+        if libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or libc.mallopt(M_MMAP_MAX, 0):
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_dtype(asked: Dtype, device: torch.device) -> str:

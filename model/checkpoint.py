@@ -139,7 +139,7 @@ def find(spec: str) -> Path:
         if found is None:
             raise BadInput(f"the run {folder} has no checkpoint yet")
         return found
-    if not (folder / "manifest.json").is_file() and not (folder / "model.safetensors").is_file():
+    if not any((folder / name).is_file() for name in ("manifest.json", "state.json")):
         raise BadInput(
             f"{spec} is no checkpoint: looked for {folder / 'manifest.json'} (a checkpoint) and "
             f"{folder / 'checkpoints'} (a run); write hf:{spec} for a Hugging Face folder"
@@ -151,24 +151,26 @@ def find(spec: str) -> Path:
 
 
 def find_start(resume: str, run: Path) -> Path | None:
-    """The checkpoint that a run goes on from; None for a new run.
+    """The checkpoint that a run goes on from; None for a new run. The caller owns the folder.
 
     resume: "auto", "never" or a checkpoint. Raises BadInput where the run's folder forbids it.
     """
     checkpoints = run / "checkpoints"
+    clean_up(checkpoints)
     if resume == "never":
         if (run / "config.json").exists():
             raise BadInput(f"{run} holds a run, and --resume never refuses it: choose --name")
         return None
-    if resume == "auto":
+    own = list_checkpoints(checkpoints)
+    branched = own and Path(resume).resolve().parent != checkpoints.resolve()
+    if resume == "auto" or branched:  # a run that began in another run's checkpoint goes on too
         source, complaints = newest_valid(checkpoints)
         for complaint in complaints:
             print(f"warning: {complaint}; going back to {source}", flush=True)
         return source
     source = find(resume)
-    newest = next(iter(list_checkpoints(checkpoints)), source)
-    if newest.name > source.name:
-        raise BadInput(f"{run} goes on to {newest.name}, past {source}: choose another --name "
+    if own and own[0].name > source.name:
+        raise BadInput(f"{run} goes on to {own[0].name}, past {source}: choose another --name "
                        "for a run that branches off there")
     return source
 
@@ -193,10 +195,14 @@ def model_config(folder: Path) -> GPTConfig:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json."""
+    path = folder / "config.json"
     try:
-        return json.loads((folder / "config.json").read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"can't read {folder / 'config.json'}: {error}") from None
+        raise BadInput(f"can't read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is no object of settings")
+    return content
 
 
 def copy_weights(model: GPT, spec: str) -> None:

@@ -34,8 +34,10 @@ class SampleConfig:
     """The same seed gives the same text."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 0 or self.temperature < 0 or self.top_k < 0:
-            raise ValueError("max_tokens, temperature and top_k can't be negative")
+        if not (self.max_tokens >= 0 and 0 <= self.temperature < float("inf") and self.top_k >= 0):
+            raise ValueError("max_tokens, temperature and top_k are finite and not negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: expected 0 to 2^63 - 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is a probability above 0, not {self.top_p}")
 
@@ -91,7 +93,7 @@ def generate(
 
 def _cache_dtype(model: GPT) -> torch.dtype:
     """What the projection's output will be: the autocast dtype, or the weights' own."""
-    device = model.wte.weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return model.wte.weight.dtype
+    weights = model.wte.weight
+    if torch.is_autocast_enabled(weights.device.type) and weights.dtype != torch.float64:
+        return torch.get_autocast_dtype(weights.device.type)
+    return weights.dtype

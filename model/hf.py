@@ -98,6 +98,8 @@ def read_config(folder: Path) -> GPTConfig:
         content = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is no Hugging Face folder: config.json: {error}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{folder / 'config.json'} is no object of settings")
     for key, value in FIXED.items():
         if content.get(key, value) != value:
             raise BadInput(f"{folder} is another network than GPT-2: {key} is {content[key]!r}, "
@@ -107,10 +109,10 @@ def read_config(folder: Path) -> GPTConfig:
             n_layer=content["n_layer"],
             n_head=content["n_head"],
             n_embd=content["n_embd"],
-            n_ctx=content.get("n_positions", content.get("n_ctx", 1024)),
+            n_ctx=content.get("n_positions") or content.get("n_ctx") or 1024,
             n_vocab=content["vocab_size"],
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise BadInput(f"{folder / 'config.json'} has no GPT-2 shape: {error}") from None
 
 

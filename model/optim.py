@@ -28,9 +28,19 @@ class OptimConfig:
     clip: float = 1.0
     """Largest norm of the gradient; 0 leaves it as it is (GPT-3, appendix B)."""
 
+    def __post_init__(self) -> None:
+        for key in ("lr", "final_lr", "warmup_steps", "weight_decay", "eps", "clip"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key} {getattr(self, key)} is negative or no number")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} lie in [0, 1)")
+
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Linear warm-up, then a cosine down to final_lr * lr at the last step. step counts from 0."""
+    """Linear warm-up, then a cosine towards final_lr * lr, which step = steps would have.
+
+    step counts the finished updates, from 0.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file
 
 import train_gpt2
 from data.loader import DataConfig
@@ -35,6 +36,11 @@ from train_gpt2 import PRESETS, TrainConfig, train
         (["gpt2-124m", "--data.dir", "/nowhere"], "python -m data.fineweb"),
         (["demo", "--init", "/nowhere"], "is no checkpoint"),
         (["demo", "--resume", "/nowhere"], "is no checkpoint"),
+        (["demo", "--model.n_vocab", "100"], "--model.n_vocab is 50257"),
+        (["demo", "--profile", "-1"], "--profile at least 0"),
+        (["demo", "--optim.clip", "-1"], "clip -1.0 is negative"),
+        (["demo", "--optim.lr", "nan"], "lr nan is negative or no number"),
+        (["demo", "--optim.beta1", "1.5"], "beta1 1.5"),
     ],
     ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "",
 )
@@ -159,6 +165,18 @@ def test_going_back_past_a_later_checkpoint_needs_another_name(tiny, tmp_path):
     with pytest.raises(BadInput, match="choose another --name"):
         train(tiny(resume=early))
     assert train(tiny(resume=early, name="branch")) == 0
+    with pytest.raises(SystemExit):  # the same command again: finished, and not a conflict
+        train(tiny(resume=early, name="branch"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tiny, tmp_path):
+    wild = replace(tiny().optim, lr=1e18, warmup_steps=0)
+    with pytest.raises(Failed, match="the loss is nan"):
+        train(tiny(optim=wild, steps=20, save_every=1, eval_every=100))
+    saved = load_file(
+        checkpoint.newest_valid(tmp_path / "tiny" / "checkpoints")[0] / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert "NaN" not in (tmp_path / "tiny" / "metrics.jsonl").read_text()
 
 
 def test_init_of_another_shape_is_refused(tiny, tmp_path):

@@ -19,7 +19,7 @@ from launch.errors import BadInput, Failed
 from launch.world import World
 from model.gpt2 import GPT, GPTConfig
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=32)
 
 
@@ -63,7 +63,7 @@ def test_validation_loss_does_not_depend_on_batches_or_ranks(model, stream, micr
 
     for rank in range(ranks):
         validation_loss(model, stream, sequences, micro_batch,
-                        Deaf(rank, ranks, rank, torch.device("cpu")))
+                        Deaf(rank, ranks, torch.device("cpu")))
     total, count = (sum(column) for column in zip(*partial, strict=True))
     assert count == sequences * 32
     assert total / count == pytest.approx(one_by_one(model, stream, sequences), rel=1e-12)
@@ -128,7 +128,7 @@ def test_hellaswag_is_the_same_on_any_number_of_ranks(model, questions_file):
             return list(values)
 
     for rank in range(4):
-        hellaswag.evaluate(model, questions, Deaf(rank, 4, rank, torch.device("cpu")))
+        hellaswag.evaluate(model, questions, Deaf(rank, 4, torch.device("cpu")))
     acc, acc_norm, acc_bytes = (sum(column) / 15 for column in zip(*counts, strict=True))
     assert (acc, acc_norm, acc_bytes) == (whole.acc, whole.acc_norm, whole.acc_bytes)
 

@@ -87,11 +87,20 @@ def test_an_error_of_one_rank_stops_all_and_rank_0_speaks(tmp_path):
 
 
 def test_what_differs_is_listed(tmp_path):
-    saved = {"must_match": {"model": {"n_layer": 2, "n_head": 2}, "seed": 1}}
-    asked = {"must_match": {"model": {"n_layer": 3, "n_head": 2}, "seed": 2}}
+    config = {"config": {"init": "hf:gpt2"}}
+    saved = config | {"must_match": {"model": {"n_layer": 2, "n_head": 2}, "seed": 1}}
+    asked = config | {"must_match": {"model": {"n_layer": 3, "n_head": 2}, "seed": 2}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(saved))
     with pytest.raises(BadInput, match="model.n_layer 2 there, 3 asked; seed 1 there, 2 asked"):
-        require_same(saved, asked, tmp_path)
-    require_same(saved, saved, tmp_path)
+        require_same(tmp_path, asked)
+    with pytest.raises(BadInput, match="init hf:gpt2 there, hf:other asked"):
+        require_same(tmp_path, saved | {"config": {"init": "hf:other"}})
+    require_same(tmp_path, saved)
+    require_same(tmp_path, saved | {"config": {"init": ""}})
+    path.write_text("[]")
+    with pytest.raises(BadInput, match="is no run's"):
+        require_same(tmp_path, saved)
 
 
 def test_dtype_follows_the_hardware(monkeypatch):
@@ -140,9 +149,8 @@ def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_lonely_world_talks_to_nobody():
-    world = World(0, 1, 0, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     assert world.sum(1.5, 2) == [1.5, 2]
     assert world.max(3) == 3
     assert world.on_main(lambda: "x") == "x"
-    world.barrier()
     world.close()

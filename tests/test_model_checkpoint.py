@@ -154,3 +154,10 @@ def test_weights_alone_can_not_be_resumed(run):
     (folder / "optimizer.safetensors").unlink()
     with pytest.raises(BadInput, match="--init"):
         checkpoint.load_training(trained(), folder)
+
+
+def test_pruning_spares_what_was_just_written(run):
+    """The run went back from a damaged step 2 to step 1, and stops there once more."""
+    truncate(run / "checkpoints" / "step_00000002")
+    checkpoint.save(run, 1, 32, trained(1), keep=1)
+    assert checkpoint.newest_valid(run / "checkpoints")[0].name == "step_00000001"
