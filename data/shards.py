@@ -1,6 +1,8 @@
 """Shards: files of GPT-2 tokens that any reader of this field can use.
 
-    python -m data.shards verify fineweb10B/     # header, length, every token, sha256
+    python -m data.shards verify fineweb10B             # header, length, every token, sha256
+    python -m data.shards info fineweb10B               # counts, longest document, first text
+    python -m data.shards convert fineweb10B --to npy   # into fineweb10B-npy; or --to nanogpt
 
 A shard is llm.c's format: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then
 uint16 tokens; every document begins with 50256. A folder holds NAME_val_000000.bin, then
@@ -11,20 +13,24 @@ shard its tokens, documents and sha256). build-nanogpt's .npy and nanoGPT's trai
 
 import hashlib
 import json
-import sys
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
+import tyro
 
-from data.tokenizer import EOT, RANKS_SHA256
-from launch.errors import BadInput, one_line_errors
-from launch.files import atomic_write, sha256
+from data.tokenizer import EOT, RANKS_SHA256, decode
+from launch.errors import BadInput, Failed, one_line_errors
+from launch.files import atomic_write, free_bytes, fsync, sha256
 
 MAGIC, VERSION = 20240520, 1  # dev/data/data_common.py of llm.c
 HEADER = 256  # int32 values
 HEADER_BYTES = 4 * HEADER
 NANOGPT_NAMES = ("train.bin", "val.bin")
+BLOCK = 1 << 24  # tokens read at a time from files of any size
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,7 @@ class Shard:
                 f"{self.path} is not the file that manifest.json describes (its sha256 differs): "
                 "make or download it again"
             )
-        step = 1 << 24
-        for start in range(0, len(self.tokens), step):
-            part = self.tokens[start : start + step]
+        for start, part in blocks(self.tokens):
             if part.max() > EOT:
                 at = start + int(np.argmax(part > EOT))
                 raise BadInput(
@@ -53,13 +57,68 @@ class Shard:
                 )
 
 
+def blocks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(position, tokens from there on), piece by piece."""
+    for start in range(0, len(tokens), BLOCK):
+        yield start, tokens[start : start + BLOCK]
+
+
 def shard_bytes(tokens: np.ndarray) -> bytes:
     """A whole shard file. tokens: uint16, none above 50256."""
     if tokens.dtype != np.uint16 or len(tokens) == 0 or tokens.max() > EOT:
         raise ValueError(f"a shard takes uint16 tokens up to {EOT}, at least one")
-    header = np.zeros(HEADER, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    return header.tobytes() + tokens.astype("<u2").tobytes()
+    return header(len(tokens)) + tokens.astype("<u2").tobytes()
+
+
+def header(tokens: int) -> bytes:
+    """The 1,024 bytes before a shard's tokens."""
+    numbers = np.zeros(HEADER, dtype="<i4")
+    numbers[:3] = MAGIC, VERSION, tokens
+    return numbers.tobytes()
+
+
+class ShardWriter:
+    """A shard written bit by bit under a hidden name; finish() gives it its own."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """size: tokens that it takes at most."""
+        self.path, self.size, self.room, self.documents = path, size, size, 0
+        self.temporary = path.with_name(f".{path.name}.tmp")
+        self.file: BinaryIO = self.temporary.open("wb")
+        self.digest = hashlib.sha256()
+        self._write(header(size))
+
+    def append(self, tokens: np.ndarray) -> None:
+        """tokens: uint16, none above 50256, no more than there is room for."""
+        if tokens.dtype != np.uint16 or len(tokens) > self.room or tokens.max(initial=0) > EOT:
+            raise ValueError(f"a shard takes up to {self.size:,} uint16 tokens up to {EOT}")
+        self._write(tokens.astype("<u2", copy=False).data.cast("B"))
+        self.room -= len(tokens)
+        self.documents += int((tokens == EOT).sum())
+
+    def finish(self) -> dict[str, Any]:
+        """Flushes and renames the file; returns its entry in the manifest."""
+        tokens = self.size - self.room
+        if self.room:  # the last shard of a stream
+            self.file.seek(0)
+            self.file.write(header(tokens))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        digest = sha256(self.temporary) if self.room else self.digest.hexdigest()
+        self.temporary.replace(self.path)
+        fsync(self.path.parent)
+        return {"file": self.path.name, "tokens": tokens, "documents": self.documents,
+                "sha256": digest}
+
+    def abandon(self) -> None:
+        """Removes what has been written."""
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+    def _write(self, content: bytes | memoryview) -> None:
+        self.file.write(content)
+        self.digest.update(content)
 
 
 def write_folder(
@@ -172,7 +231,10 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def verify(folder: Path) -> None:
+Folder = Annotated[Path, tyro.conf.Positional]
+
+
+def verify(folder: Folder) -> None:
     """Checks every shard of a folder and prints a line for each."""
     train, val, dataset = open_folder(folder)
     for shard in val + train:
@@ -183,12 +245,80 @@ def verify(folder: Path) -> None:
     print(f"{dataset}: {len(val) + len(train)} shards, {total:,} tokens, all right")
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) != 2 or arguments[0] != "verify":
-        raise BadInput("usage: python -m data.shards verify DIR")
-    verify(Path(arguments[1]))
+def info(folder: Folder) -> None:
+    """Prints what a folder holds: documents, tokens, the longest document, the first text."""
+    train, val, dataset = open_folder(folder)
+    documents = longest = carried = 0  # carried: tokens of the document that is open
+    for shard in val + train:
+        here = 0
+        for _, part in blocks(shard.tokens):
+            ends = np.flatnonzero(part == EOT)
+            if len(ends):
+                inside = int(np.diff(ends).max(initial=1)) - 1
+                longest = max(longest, carried + int(ends[0]), inside)
+                carried = len(part) - int(ends[-1]) - 1
+            else:
+                carried += len(part)
+            here += len(ends)
+        documents += here
+        print(f"{shard.path.name}: {len(shard.tokens):,} tokens, {here:,} documents begin in it")
+    longest = max(longest, carried)
+    total = sum(len(shard.tokens) for shard in val + train)
+    print(f"{dataset}: {total:,} tokens in {documents:,} documents, "
+          f"{total / max(1, documents):,.1f} tokens each, the longest {longest:,}")
+    manifest = read_manifest(folder)
+    if manifest.get("revision"):
+        print(f"revision {manifest['revision']}")
+    for key, value in manifest.get("statistics", {}).items():
+        print(f"{key}: {value:,}")
+    beginning = decode((val + train)[0].tokens[:1024].tolist())
+    text = next((text for text in beginning.split("<|endoftext|>") if text), "")
+    print(f"it begins: {text[:400]!r}")
+
+
+def convert(folder: Folder, to: Literal["npy", "nanogpt"]) -> None:
+    """Copies checked shards into FOLDER-npy (build-nanogpt) or FOLDER-nanogpt (two bare files)."""
+    train, val, _ = open_folder(folder)
+    target = folder.resolve().with_name(f"{folder.resolve().name}-{to}")
+    needed = sum(2 * len(shard.tokens) for shard in val + train)
+    if needed > free_bytes(target):
+        raise BadInput(f"not enough disk: {needed / 1e9:,.2f} GB are needed for {target}")
+    if to == "npy":
+        parts = [(f"{shard.path.stem}.npy", [shard]) for shard in val + train]
+    else:
+        parts = [("val.bin", val), ("train.bin", train)]
+    target.mkdir(exist_ok=True)
+    for name, group in parts:
+        for shard in group:
+            shard.check()
+        tokens = sum(len(shard.tokens) for shard in group)
+        temporary = target / f".{name}.tmp"
+        try:
+            with temporary.open("wb") as file:
+                if to == "npy":
+                    np.lib.format.write_array_header_1_0(
+                        file, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
+                    )
+                for shard in group:
+                    for _, part in blocks(shard.tokens):
+                        file.write(part.astype("<u2", copy=False).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise Failed(f"can't write {target / name}: {error.strerror}") from None
+        temporary.replace(target / name)
+        fsync(target)
+        print(f"{target / name}: {tokens:,} tokens")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        {"verify": verify, "info": info, "convert": convert},
+        args=arguments, prog="python -m data.shards",
+    )
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main()
