@@ -23,19 +23,19 @@ Mode = Literal["disabled", "offline", "online"]
 class Tracker:
     """Keeps the record of a run on rank 0; on the other ranks every call does nothing.
 
-    description: what config.json holds; start: steps finished before. flops_per_token is for
-    the MFU, which is left out where the card's peak isn't known.
+    description: what config.json holds. flops_per_token is for the MFU, which is left out where
+    the card's peak isn't known.
     """
 
     def __init__(
-        self, run: Path, world: World, description: dict, start: int, flops_per_token: int
+        self, run: Path, world: World, description: dict[str, Any], flops_per_token: int
     ) -> None:
         config = description["config"]
         peak = peak_flops(world.device, description["resolved"]["dtype"])
-        self.world, self.start, self.last = world, start, config["steps"]
+        self.world, self.last = world, config["steps"]
         self.batch_tokens, self.flops = config["batch_tokens"], flops_per_token
         self.peak = peak * world.size if peak else None
-        self.seconds = 0.0  # spent in training steps since the start, for the ETA
+        self.pace = 0.0  # seconds a step, smoothed, for the first ones are slow
         self.file: Any = None
         self.wandb: Any = None
         if world.is_main:
@@ -59,7 +59,7 @@ class Tracker:
 
     def step(self, step: int, *, loss: float, lr: float, norm: float, seconds: float) -> None:
         """Logs a training step and prints its line. seconds: of this step alone."""
-        self.seconds += seconds
+        self.pace = 0.8 * self.pace + 0.2 * seconds if self.pace else seconds
         rate = self.batch_tokens / seconds
         mfu = rate * self.flops / self.peak if self.peak else None
         self.log(
@@ -67,7 +67,7 @@ class Tracker:
             mfu=mfu and round(mfu, 4), step_ms=round(seconds * 1e3, 2),
             memory_mib=peak_memory_mib(self.world.device),
         )
-        eta = clock((self.last - step) * self.seconds / (step - self.start))
+        eta = clock((self.last - step) * self.pace)
         share = "n/a" if mfu is None else f"{mfu:.1%}"
         self.world.print(
             f"step {step:6d}/{self.last} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.2f} | "
