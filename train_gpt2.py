@@ -102,9 +102,9 @@ GPT2_124M = TrainConfig()
 # GPT-2 (table 2) and GPT-3 (arXiv 2005.14165, table 2.1). micro_batch is what 80 GB hold.
 PRESETS = {
     "demo": TrainConfig(
-        name="demo", steps=900, batch_tokens=1024, micro_batch=8, eval_every=225, save_every=450,
+        name="demo", steps=960, batch_tokens=1024, micro_batch=8, eval_every=240, save_every=480,
         model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
-        optim=OptimConfig(lr=6e-3, warmup_steps=110, weight_decay=0.02, beta2=0.995),
+        optim=OptimConfig(lr=6e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
         data=DataConfig(dir=""), prompt="In the beginning", hellaswag="off"),
     "gpt2-124m": GPT2_124M,
     "gpt2-350m": replace(GPT2_124M, name="gpt2-350m", steps=60_000, micro_batch=32,
