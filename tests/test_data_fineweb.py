@@ -213,10 +213,15 @@ def test_20_kills_and_the_shards_are_those_of_a_job_never_killed(corpus, tmp_pat
 
 def test_a_killed_job_keeps_its_finished_shards(corpus, tmp_path):
     out = tmp_path / "out"
-    assert run_jobs(corpus[0], [(out, 2, 1), (out, 2, 2), (out, 2, 3)]) == [-signal.SIGKILL] * 3
-    assert not (out / "manifest.json").exists()
-    kept = json.loads((out / ".progress.json").read_text())["shards"]
+    kept: list[dict] = []
+    for seed in (1, 2, 3, 5, 6, 7, 9, 10, 11):  # each job gets some operations further
+        assert run_jobs(corpus[0], [(out, 2, seed)]) == [-signal.SIGKILL]
+        progress = out / ".progress.json"
+        kept = json.loads(progress.read_text())["shards"] if progress.exists() else []
+        if len(kept) > 1:
+            break
     assert len(kept) > 1
+    assert not (out / "manifest.json").exists()
     before = {entry["file"]: (out / entry["file"]).stat().st_ino for entry in kept}
     make(FineWebConfig(out, source=corpus[0], shard_tokens=1000))
     assert before == {name: (out / name).stat().st_ino for name in before}
