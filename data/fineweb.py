@@ -7,7 +7,7 @@
 Documents keep their order, each begins with EOT and none is dropped. The first shard_tokens tokens
 are the validation shard, the rest follows in train shards; manifest.json comes last and names the
 source, its revision and each shard's sha256. A stopped job goes on from its last finished shard,
-with any number of workers. Two cores tokenise 10 billion tokens in 5 to 10 minutes.
+with any number of workers.
 """
 
 import errno
