@@ -170,10 +170,10 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     """Checks the configuration, opens data and run folder, builds the model, and resumes."""
     config.check()
     world = start_world(config.compute.deterministic)
-    stack.callback(world.close)
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
     guard = Guard(world, path, config.guard)
     stack.callback(guard.close)
+    stack.callback(world.close)
     dtype = choose_dtype(config.compute.dtype, world.device)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     data = world.together(lambda: open_data(config.data))
@@ -283,7 +283,8 @@ def finish(run: Run, step: int) -> int:
         reason = f"stopped by {run.guard.stop_name()} at step {step}"
         world.on_main(lambda: write_marker(run.path, reason))
         run.tracker.event(step, f"{reason}; the same command goes on from there")
-    world.print("plot:", world.on_main(lambda: plot_losses(run.path)))
+    if step:
+        world.print("plot:", world.on_main(lambda: plot_losses(run.path)))
     if not stopped:
         prompt = shlex.quote(run.config.exam.prompt)
         world.print(f"next: python -m eval.sample {run.path} --prompt {prompt}")

@@ -22,15 +22,19 @@ from train_gpt2 import PRESETS, TrainConfig, train
 
 FAULT = json.loads(os.environ.get("FAULT", "{}"))
 FIRST_START = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-now = {"step": 0}
+now = {"step": 0, "faults": 0}
 
 
 def happens() -> bool:
-    return (
+    """Whether the fault is due; it is so once."""
+    due = (
         FIRST_START
+        and not now["faults"]
         and FAULT.get("step") == now["step"]
         and FAULT.get("rank", 0) == int(os.environ.get("RANK", "0"))
     )
+    now["faults"] += due
+    return due
 
 
 def plant() -> None:

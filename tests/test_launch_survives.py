@@ -154,8 +154,12 @@ def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, mode):
 # ---- signals ----
 
 
-@pytest.mark.parametrize("moment", ["validation", "sample", "save"])
-def test_a_signal_at_any_moment_saves_and_goes_on(tiny, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("moment", "call", "step"),
+    [("validation", 1, 0), ("validation", 3, 3), ("sample", 2, 3), ("save", 2, 4)],
+)
+def test_a_signal_at_any_moment_saves_and_goes_on(tiny, tmp_path, monkeypatch, moment, call, step):
+    """A validation takes two batches; the signal comes in the given call of what is going on."""
     from eval import exam, loss
     from model.saving import Saver
 
@@ -166,7 +170,7 @@ def test_a_signal_at_any_moment_saves_and_goes_on(tiny, tmp_path, monkeypatch, m
 
     def signalled(*rest, **more):
         calls.append(name)
-        if len(calls) == 2:  # at step 3: step 0 was the first
+        if len(calls) == call:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
         return original(*rest, **more)
@@ -175,7 +179,7 @@ def test_a_signal_at_any_moment_saves_and_goes_on(tiny, tmp_path, monkeypatch, m
         patch.setattr(place, name, signalled)
         assert train(tiny()) == 0
     stopped = (tmp_path / "tiny" / "STOPPED").read_text()
-    assert stopped == "stopped by SIGTERM at step 3\n"
+    assert stopped == f"stopped by SIGTERM at step {step}\n"
     assert train(tiny()) == 0
     assert same_weights(tmp_path / "whole", tmp_path / "tiny", 6)
     val = [[r["val_loss"] for r in read_rows(tmp_path / run / "metrics.jsonl") if "val_loss" in r]
@@ -190,7 +194,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(tiny, tmp_p
 
     def signalled(*rest):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:  # two batches at step 0
             signal.raise_signal(signal.SIGTERM)
         return original(*rest)
 
