@@ -13,6 +13,7 @@ Shapes: B micro-batch, T time, N = B * T tokens, C width, H heads, L blocks, V v
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -59,6 +60,16 @@ VALIDATED = ("a100", "a100-40gb", "h100")  # cards with published runs, all on o
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What to plan for."""
+
+    plan: str = ""
+    """COUNTxGPU, as in 8xh100: print what the run needs and costs there, and exit."""
+    plan_price: float = 0.0
+    """Dollars per GPU-hour, for --plan; 0: not known."""
+
+
+@dataclass(frozen=True)
 class Job:
     """The numbers of a run that its cost depends on. BadInput for a dtype that no GPU trains in."""
 
@@ -77,6 +88,19 @@ class Job:
     checkpointing: bool = False  # blocks computed again in the backward pass
     compile: bool = True
     kernels: str = "auto"  # auto, triton or torch
+
+    @classmethod
+    def of(cls, settings: Mapping, parameters: int, flops_per_token: int) -> "Job":
+        """From a run's settings, as config.json has them."""
+        compute = settings["compute"]
+        return cls(
+            **settings["model"], parameters=parameters, flops_per_token=flops_per_token,
+            **{key: settings[key] for key in ("batch_tokens", "micro_batch", "steps")},
+            dtype="bf16" if compute["dtype"] == "auto" else compute["dtype"],
+            parallel=compute["parallel"], kernels=compute["kernels"],
+            checkpointing=compute["activation_checkpointing"],
+            compile=compute["compile"] is not False,
+        )
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bf16", "fp16", "fp32"):
@@ -110,21 +134,19 @@ class Job:
 def cluster(text: str) -> tuple[int, Card]:
     """How many of which GPU: "8xh100". Raises BadInput with the nearest that there is."""
     match = re.fullmatch(r"(?:(-?\d+)\s*x\s*)?([a-z0-9-]+)", text.strip().lower())
+    known = f"there are {', '.join(CARDS)}"
     if not match:
-        raise BadInput(f"--plan {text}: expected COUNTxGPU as in 8xh100; there are "
-                       f"{', '.join(CARDS)}")
+        raise BadInput(f"--plan {text}: expected COUNTxGPU as in 8xh100; {known}")
     count, key = int(match[1] or 1), match[2]
     if key not in CARDS:
         close = difflib.get_close_matches(key, CARDS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise BadInput(f"--plan {text}: no GPU is called {key!r}: {hint}There are "
-                       f"{', '.join(CARDS)}")
+        raise BadInput(f"--plan {text}: no GPU is called {key!r}: {hint}{known}")
     if not 1 <= count <= MOST_GPUS:
         raise BadInput(f"--plan {text}: 1 to {MOST_GPUS:,} GPUs, not {count:,}")
-    if count > NODE and count % NODE:
-        below = count // NODE * NODE
+    if count > NODE and (rest := count % NODE):
         raise BadInput(f"--plan {text}: beyond one node GPUs come in nodes of {NODE}: "
-                       f"{below} or {below + NODE}")
+                       f"{count - rest} or {count - rest + NODE}")
     return count, CARDS[key]
 
 
@@ -224,10 +246,8 @@ def traffic(job: Job, gpus: int, micro_steps: int) -> tuple[float, float]:
 
 
 def matmul(m: int, n: int, k: int, job: Job, card: Card) -> float:
-    """Seconds of an (m, k) x (k, n) product: the tensor cores' time or the memory's.
-
-    The last wave of 128 x 128 tiles leaves SMs idle. Few tiles: the libraries split k instead.
-    """
+    """Seconds of an (m, k) x (k, n) product: the tensor cores' time or the memory's."""
+    # The last wave of 128 x 128 tiles leaves SMs idle. Few tiles: the libraries split k instead.
     tiles = -(-m // 128) * -(-n // 128)
     waves = tiles / card.sms
     idle = math.ceil(waves) / waves if waves > 1 else 1.0
@@ -258,8 +278,7 @@ def micro_step(job: Job, card: Card, B: int) -> dict[str, float]:
     if not (job.fused or job.compile):  # sum, normalisation and casts apart, each there and back
         forward, backward = N * C * 24.0, N * C * 36.0
     norms = (2 * L + 1) * (again * forward + backward)
-    # GELU of 4C: reads and writes forward; reads two, writes one backward. Four biases' gradients
-    # read what the products write, 9C together.
+    # GELU of 4C: two passes forward, three backward; biases' gradients read 9C together
     pointwise = L * N * C * (again * 16 + 24 + 18) * e
     logit = 6 if job.fused else 30  # bytes: the kernel's passes, or those of reference.py
     # Each parameter: cast for the products (6), its gradient cast back (6), added up (12).
@@ -310,15 +329,14 @@ def fit(job: Job, text: str) -> tuple[int, Card, int, int]:
     most = largest_micro_batch(job, card, gpus)
     if most == 0:
         need = sum(memory(job, gpus, 1).values())
-        modes: list[Parallel] = ["zero1", "fsdp"] if gpus > 1 else []
-        ways = [f"--parallel {mode}" for mode in modes
-                if largest_micro_batch(replace(job, parallel=mode), card, gpus)]
-        cards = sorted((c for c in CARDS.values() if c.memory_bytes >= need),
-                       key=lambda c: c.memory_bytes)
-        ways += [f"{gpus}x{c.key}" for c in cards[:2]]
-        if not job.checkpointing and largest_micro_batch(
-                replace(job, checkpointing=True), card, gpus):
-            ways.append("recomputing activations")
+        changes: list[tuple[str, Job]] = [
+            ("--parallel zero1", replace(job, parallel="zero1")),
+            ("--parallel fsdp", replace(job, parallel="fsdp")),
+            ("--activation_checkpointing True", replace(job, checkpointing=True)),
+        ]
+        ways = [flag for flag, other in changes if largest_micro_batch(other, card, gpus)]
+        larger = [c for c in CARDS.values() if c.memory_bytes >= need]
+        ways += [f"{gpus}x{c.key}" for c in sorted(larger, key=lambda c: c.memory_bytes)[:2]]
         raise BadInput(f"{text}: one sequence needs {gib(need)}, {gib(need - card.memory_bytes)} "
                        f"more than a {card.key} has; what fits: {' or '.join(ways) or 'nothing'}")
     n = share(job, gpus)
@@ -365,10 +383,9 @@ def report(job: Job, text: str, price: float = 0.0) -> str:
         f"step       {low * 1e3:,.0f} to {high * 1e3:,.0f} ms; about {low * TYPICAL * 1e3:,.0f} "
         "where the software is as good as the best published; at the roofline:",
         *(f"  {key:<46}{value * 1e3:>9,.1f} ms" for key, value in parts.items()),
-        f"speed      {tokens / high:,.0f} to {tokens / low:,.0f} tokens/s, MFU {mfu[0]:.0%} to "
-        f"{mfu[1]:.0%}",
-        f"time       {hours * low:,.2f} to {hours * high:,.2f} hours, without start, evaluations, "
-        "checkpoints",
+        f"speed      {tokens / high:,.0f} to {tokens / low:,.0f} tokens/s, MFU "
+        f"{mfu[0]:.0%} to {mfu[1]:.0%}",
+        f"time       {hours * low:,.2f} to {hours * high:,.2f} hours, evaluations not included",
         f"cost       {cost}",
         f"assumed    matrix products at {MATMUL.get(card.arch, MATMUL_ASSUMED):.0%} of the peak, "
         f"attention at {ATTENTION.get(card.arch, ATTENTION_ASSUMED):.0%}, memory at {MEMORY:.0%}; "
