@@ -248,13 +248,12 @@ def traffic(job: Job, gpus: int, micro_steps: int) -> tuple[float, float]:
 def matmul(m: int, n: int, k: int, job: Job, card: Card) -> float:
     """Seconds of an (m, k) x (k, n) product: the tensor cores' time or the memory's."""
     # The last wave of 128 x 128 tiles leaves SMs idle. Few tiles: the libraries split k instead.
-    tiles = -(-m // 128) * -(-n // 128)
-    waves = tiles / card.sms
+    waves = -(-m // 128) * -(-n // 128) / card.sms
     idle = math.ceil(waves) / waves if waves > 1 else 1.0
     peak = card.fp32_flops if job.dtype == "fp32" else card.bf16_flops
     flops = 2.0 * m * n * k / (peak * MATMUL.get(card.arch, MATMUL_ASSUMED)) * idle
-    e = job.width
-    return max(flops, e * (m * k + k * n + m * n) / (card.memory_bandwidth * MEMORY))
+    size = job.width * (m * k + k * n + m * n)
+    return max(flops, size / (card.memory_bandwidth * MEMORY))
 
 
 def micro_step(job: Job, card: Card, B: int) -> dict[str, float]:
@@ -294,9 +293,7 @@ def link_rate(card: Card) -> float:
     return LINK_PCIE if card.link.startswith("PCIe") else LINK
 
 
-def step(
-    job: Job, card: Card, gpus: int, B: int, network_rate: float = NETWORK
-) -> dict[str, float]:
+def step(job: Job, card: Card, gpus: int, B: int, net: float = NETWORK) -> dict[str, float]:
     """Seconds of an optimizer step, by part, at the rates above: what good software can reach."""
     micro_steps = share(job, gpus) // B
     parts = {key: value * micro_steps for key, value in micro_step(job, card, B).items()}
@@ -309,13 +306,12 @@ def step(
     if gpus > 1:
         link, network = traffic(job, gpus, micro_steps)
         seconds = (link / (card.link_bandwidth * link_rate(card))
-                   + network / (card.network_bandwidth * network_rate))
+                   + network / (card.network_bandwidth * net))
         # DDP sends during the last backward pass, two thirds of a micro-step, all but the tied
         # embedding, whose gradient is ready last; ZeRO-1 sends its weights after the step; FSDP
         # hides what fits behind the computation of all micro-steps.
-        if job.parallel == "fsdp":
-            hidden = compute
-        else:
+        hidden = compute
+        if job.parallel != "fsdp":
             late = job.padded_vocab * job.n_embd / job.stored
             gradients = seconds * (8 / 12 if job.parallel == "zero1" else 1)
             hidden = min(compute / micro_steps * 2 / 3, gradients * (1 - late))
@@ -369,7 +365,7 @@ def report(job: Job, text: str, price: float = 0.0) -> str:
     money = [gpus * hours * seconds * (price or 1) for seconds in (low, high)]
     cost = f"${money[0]:,.2f} to ${money[1]:,.2f} at ${price:g} per GPU-hour" if price else (
         f"{money[0]:,.1f} to {money[1]:,.1f} GPU-hours (--plan_price 2.5 makes dollars of them)")
-    lines = [
+    return "\n".join([
         f"plan for {gpus} x {card.key}: {card.memory_bytes / 1e9:.0f} GB, "
         f"{peak / gpus / 1e12:.0f} TFLOP/s, {card.memory_bandwidth / 1e9:,.0f} GB/s each",
         f"model      {job.parameters:,} parameters, {job.flops_per_token / 1e6:,.0f} MFLOP a token",
@@ -395,5 +391,11 @@ def report(job: Job, text: str, price: float = 0.0) -> str:
         f"           slow end: x {SLOWEST}, the slowest published run of twelve"
         + ("" if card.key in VALIDATED else f"; none of them was on a {card.key}")
         + ("; none was on several nodes" if gpus > NODE else ""),
-    ]
-    return "\n".join(lines)
+    ])
+
+
+def show(settings: Mapping, parameters: int, flops_per_token: int) -> int:
+    """Prints the plan that a run's settings ask for. Returns the exit code."""
+    asked = settings["planning"]
+    print(report(Job.of(settings, parameters, flops_per_token), asked["plan"], asked["plan_price"]))
+    return 0
