@@ -145,8 +145,8 @@ def cluster(text: str) -> tuple[int, Card]:
     if not 1 <= count <= MOST_GPUS:
         raise BadInput(f"--plan {text}: 1 to {MOST_GPUS:,} GPUs, not {count:,}")
     if count > NODE and (rest := count % NODE):
-        raise BadInput(f"--plan {text}: beyond one node GPUs come in nodes of {NODE}: "
-                       f"{count - rest} or {count - rest + NODE}")
+        near = f"{count - rest} or {count - rest + NODE}"
+        raise BadInput(f"--plan {text}: beyond one node GPUs come in nodes of {NODE}: {near}")
     return count, CARDS[key]
 
 
@@ -223,8 +223,8 @@ def memory(job: Job, gpus: int, B: int) -> dict[str, float]:
 def largest_micro_batch(job: Job, card: Card, gpus: int) -> int:
     """The largest divisor of a GPU's share whose memory fits; 0: not even one sequence does."""
     n = share(job, gpus)
-    fits = (B for B in range(1, n + 1)
-            if n % B == 0 and sum(memory(job, gpus, B).values()) <= card.memory_bytes)
+    fits = (B for B in range(1, n + 1) if n % B == 0
+            and sum(memory(job, gpus, B).values()) <= card.memory_bytes)
     return max(fits, default=0)
 
 
@@ -352,10 +352,8 @@ def report(job: Job, text: str, price: float = 0.0) -> str:
     if not 0 <= price < math.inf:
         raise BadInput(f"--plan_price {price}: expected dollars per GPU-hour, as in 2.5")
     gpus, card, B, most = fit(job, text)
-    per_gpu = share(job, gpus)
-    micro_steps = per_gpu // B
-    held = memory(job, gpus, B)
-    parts = step(job, card, gpus, B)
+    micro_steps = (per_gpu := share(job, gpus)) // B
+    held, parts = memory(job, gpus, B), step(job, card, gpus, B)
     low = sum(parts.values())
     high = SLOWEST * sum(step(job, card, gpus, B, NETWORK / 2).values())
     link, network = traffic(job, gpus, micro_steps)
@@ -381,7 +379,7 @@ def report(job: Job, text: str, price: float = 0.0) -> str:
         *(f"  {key:<46}{value * 1e3:>9,.1f} ms" for key, value in parts.items()),
         f"speed      {tokens / high:,.0f} to {tokens / low:,.0f} tokens/s, MFU "
         f"{mfu[0]:.0%} to {mfu[1]:.0%}",
-        f"time       {hours * low:,.2f} to {hours * high:,.2f} hours, evaluations not included",
+        f"time       {hours * low:,.2f} to {hours * high:,.2f} hours, evaluations not included\n"
         f"cost       {cost}",
         f"assumed    matrix products at {MATMUL.get(card.arch, MATMUL_ASSUMED):.0%} of the peak, "
         f"attention at {ATTENTION.get(card.arch, ATTENTION_ASSUMED):.0%}, memory at {MEMORY:.0%}; "

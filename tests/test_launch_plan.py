@@ -296,6 +296,13 @@ def test_the_report_says_it_all():
         preset("gpt2-124m"), "16xb200")
 
 
+def test_the_plan_is_printed_from_settings(capsys):
+    settings = asdict(PRESETS["demo"]) | {"planning": asdict(plan.PlanConfig("1xa10", 0.5))}
+    model = PRESETS["demo"].model
+    assert plan.show(settings, parameter_count(model), flops_per_token(model)) == 0
+    assert "at $0.5 per GPU-hour" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("name", "text", "price", "line"), [
     ("gpt2-124m", "8xh10", 0, "no GPU is called 'h10': did you mean h100"),
     ("gpt2-124m", "8 cards", 0, "expected COUNTxGPU as in 8xh100"),
