@@ -4,6 +4,7 @@ A picture is a figure of one pair of axes over tokens. It is drawn once; where n
 was recorded there is none.
 """
 
+import html
 import io
 import re
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def make_picture(name: str, title: str, draw: Draw, entries: list[Entry]) -> Pic
             draw(axes, entries)
             if not axes.has_data():
                 return None
-            axes.set(title=title, xlabel="tokens trained on")
+            axes.set(title=_plain(title), xlabel="tokens trained on")
             axes.xaxis.set_major_formatter(_count)
             if name == "tokens_per_second":
                 axes.yaxis.set_major_formatter(_count)
@@ -250,7 +251,7 @@ def _mark_events(axes: "Axes", record: Record) -> None:
                     linestyle=style, linewidth=1, alpha=0.8, zorder=0)
 
 
-def _count(number: float, position: int | None = None) -> str:
+def _count(number: float, _: float) -> str:
     """2_500_000_000 -> '2.5B', as this field counts tokens."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= unit:
@@ -275,4 +276,5 @@ def _svg(figure: "Figure", name: str, title: str) -> str:
     # Ids are hashes of what they name, and two pictures may have one in common.
     body = re.sub(r'(\bid="|\bhref="#|\burl\(#)', rf"\g<1>{name}-", body)
     width, height = (72 * inches for inches in figure.get_size_inches())
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{title}">{body}'
+    label = html.escape(title)
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body}'

@@ -17,6 +17,7 @@ from launch.tracker import read_rows
 
 # llm.c's outlier detector (llmc/outlier_detector.h) and the threshold of its run_gpt3_125M.sh.
 SPIKE_WINDOW, SPIKE_Z = 128, 7.0
+SPIKE_BEGIN = 32  # steps: the first windows are shorter, so that early spikes are seen
 
 Kind = Literal["spike", "restart", "stop", "other"]
 
@@ -88,7 +89,7 @@ class Record:
                 if not told & {step - 1, step, step + 1}:
                     told.add(step)
                     text = (f"spike: {what} {value:.4g}, {z:.0f} standard deviations above the "
-                            f"{SPIKE_WINDOW} steps before")
+                            "steps before")
                     events.append(Event(step, tokens, "spike", text))
         return sorted(events, key=lambda event: event.step)
 
@@ -146,15 +147,21 @@ def read_records(paths: list[Path]) -> list[Record]:
 
 
 def spikes(series: Series) -> list[tuple[int, int, float, float]]:
-    """(step, tokens, value, z): values far above the SPIKE_WINDOW before them."""
+    """(step, tokens, value, z): values SPIKE_Z standard deviations above the window before them."""
     values = series.values
-    if len(values) <= SPIKE_WINDOW:
+    if len(values) <= SPIKE_BEGIN:
         return []
-    windows = np.lib.stride_tricks.sliding_window_view(values[:-1], SPIKE_WINDOW)
-    mean = windows.mean(axis=1)
-    z = (values[SPIKE_WINDOW:] - mean) / np.maximum(windows.std(axis=1), 1e-3 * np.abs(mean) + 1e-9)
-    return [(int(series.steps[i + SPIKE_WINDOW]), int(series.tokens[i + SPIKE_WINDOW]),
-             float(values[i + SPIKE_WINDOW]), float(z[i])) for i in np.flatnonzero(z > SPIKE_Z)]
+    end = np.arange(SPIKE_BEGIN, len(values))  # the window is [start, end)
+    start = np.maximum(0, end - SPIKE_WINDOW)
+    middle = np.median(values)  # taken off, so that the sums keep their digits
+    sums, squares = (np.concatenate([[0.0], np.cumsum((values - middle) ** power)])
+                     for power in (1, 2))
+    mean, square = ((total[end] - total[start]) / (end - start) for total in (sums, squares))
+    # Never below 1 %: a window of equal values would call any change a spike.
+    deviation = np.sqrt(np.maximum(square - mean**2, (0.01 * (mean + middle)) ** 2)) + 1e-9
+    z = (values[end] - middle - mean) / deviation
+    return [(int(series.steps[i]), int(series.tokens[i]), float(values[i]), float(z_i))
+            for i, z_i in zip(end[z > SPIKE_Z], z[z > SPIKE_Z], strict=True)]
 
 
 def _kind(event: str) -> Kind:

@@ -12,7 +12,7 @@ import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
@@ -23,6 +23,9 @@ from eval.verdict import Verdict, judge
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write
 from launch.tracker import clock
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SAMPLES = 12  # on a page, spread over the run
 EVENTS = 50  # on a page, of each run
@@ -42,12 +45,18 @@ class Arguments:
 def plot_losses(run: Path) -> Path:
     """Draws train and validation loss against tokens from metrics.jsonl; returns the PNG's path.
 
-    Raises BadInput where there is no run, Failed where the picture can't be written.
+    A run that was stopped before its first loss gets an empty picture. Raises BadInput where there
+    is no run, Failed where the picture can't be written.
     """
     record = read_record(run)
-    picture = make_picture("loss", f"Loss of {record.name}", draw_losses, [Entry(record, None)])
-    if picture is None:
-        raise BadInput(f"{run} is no run with losses: looked in {run / 'metrics.jsonl'}")
+
+    def draw(axes: "Axes", entries: list[Entry]) -> None:
+        draw_losses(axes, entries)
+        if not axes.has_data():
+            axes.plot([], [], label="no losses yet")
+
+    picture = make_picture("loss", f"Loss of {record.name}", draw, [Entry(record, None)])
+    assert picture  # `draw` always draws
     path = run / "report" / "loss.png"
     _write(path, picture.png)
     return path
@@ -82,7 +91,7 @@ def page(entries: list[Entry], pictures: list[Picture]) -> str:
 <h1>{title}</h1>
 {"".join(verdict_card(entry, len(entries) > 1) for entry in entries)}
 <section class="charts">{figures}</section>
-<p class="hint">Dotted red lines mark spikes; dashed and dash-dotted amber lines restarts and stops.
+<p class="hint">Vertical lines: spikes red and dotted, restarts and stops amber and dashed.
 Pale bands reach from the smallest to the largest value of neighbouring steps.</p>
 <h2>Figures</h2>{figures_table([entry.record for entry in entries])}
 <h2>Events</h2>{"".join(events_table(e.record, len(entries) > 1) for e in entries)}
