@@ -149,7 +149,7 @@ def test_what_may_change_on_resume_may(tiny, tmp_path, monkeypatch):
     whole = tiny(name="whole")
     train(whole)
     train(tiny())
-    checkpoint._remove(tmp_path / "tiny" / "checkpoints" / "step_00000006")
+    checkpoint.remove(tmp_path / "tiny" / "checkpoints" / "step_00000006")
     assert train(tiny(micro_batch=5, eval_every=2, save_every=2, keep=5, val_tokens=160)) == 0
 
 

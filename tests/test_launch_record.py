@@ -134,7 +134,7 @@ def test_wandb_offline_goes_on_in_the_same_run(tiny, tmp_path):
     first = (tmp_path / "tiny" / "wandb_id").read_text()
     from model import checkpoint
 
-    checkpoint._remove(tmp_path / "tiny" / "checkpoints" / "step_00000002")
+    checkpoint.remove(tmp_path / "tiny" / "checkpoints" / "step_00000002")
     again = run_program(flags(config))
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "tiny" / "wandb_id").read_text() == first
