@@ -191,7 +191,7 @@ def draw_hellaswag(axes: "Axes", entries: list[Entry]) -> None:
                      label=f"{label} {size.name} {value:.3f}")
     axes.axhline(0.25, color=PUBLISHED, linewidth=0.5)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.4 * (high - low))  # the legend's place
+    axes.set_ylim(low, high + (0.3 + 0.15 * len(entries)) * (high - low))  # the legend's place
     axes.set_ylabel("acc_norm (chance: 0.25)")
 
 

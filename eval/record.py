@@ -98,10 +98,10 @@ class Record:
         if not self.rows:
             return "nothing recorded yet"
         last, planned = self.rows[-1]["step"], self.config.get("steps")
-        if last == planned:
-            return "finished"
         if _kind(str(self.rows[-1].get("event", ""))) == "stop":
             return str(self.rows[-1]["event"])
+        if last == planned:
+            return "finished"
         of = f" of {planned:,}" if isinstance(planned, int) else ""
         return f"at step {last:,}{of}: running, or killed"
 
