@@ -19,6 +19,7 @@ elif [[ -n ${SLURM_STEP_ID:-} ]]; then # inside srun; a batch script by itself i
     "one task a node is right (srun --ntasks-per-node=1), torchrun starts a rank for every GPU"
 elif [[ -n ${PET_MASTER_ADDR:-} ]]; then # Kubeflow Trainer's names; jobset.yaml sets them too
   nodes=$PET_NNODES node=$PET_NODE_RANK head=$PET_MASTER_ADDR port=$PET_MASTER_PORT
+  unset PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT # torchrun warns of each beside c10d
 fi
 
 # Flags and data are checked on every node before torchrun starts: a wrong flag would otherwise be
