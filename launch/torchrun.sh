@@ -33,7 +33,7 @@ with run.one_line_errors():  # node 0 alone speaks of flags, every node of its o
     print(run.torch.cuda.device_count(), file=open(3, "w"))' "$@" 3>&1 1>&2)
 [[ -n $gpus ]] || exit 0 # --help
 ranks=${PET_NPROC_PER_NODE:-auto}
-[[ $ranks != auto ]] || ranks=$(( gpus > 0 ? gpus : 1 ))
+[[ $ranks =~ ^[0-9]+$ ]] || ranks=$(( gpus > 0 ? gpus : 1 ))
 
 # torch 2.13 hands a restarted group the keys of its predecessor; of 9 restarts 6 lost a rank.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
