@@ -241,7 +241,8 @@ def test_a_node_that_dies_and_comes_back_changes_nothing(tiny, tmp_path):
 
 
 def test_shellcheck_finds_nothing():
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shellcheck = shutil.which("shellcheck", path=path)
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (it's in the dev extra)")
     scripts = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")]
