@@ -132,16 +132,14 @@ class Slurm:
     def requeued(self, job: str, *changes: str) -> None:
         """Returns when the job was back in the queue and runs again, spared the two minutes there.
 
-        Slurm sets those when the last process of the job is gone, after it has called it pending.
+        They are there for a reason: started again before the last process of the first run is
+        gone, it would take that one's exit code for its own. squeue says when (COMPLETING).
         """
-
-        def hurried() -> bool:
-            if waiting := self.show(job, "JobState") == "PENDING":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
-            return not waiting
-
-        self.wait(job, "PENDING")
-        wait_for(hurried, 60, lambda: f"job {job} stays in the queue: {self.log(job)[-3000:]}")
+        state = ("squeue", "-h", "-j", job, "-o", "%T %r")
+        wait_for(lambda: self.run(*state) == "PENDING BeginTime", 90,
+                 lambda: f"{job} is {self.run(*state)}: {self.log(job)[-3000:]}")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
+        self.wait(job, "RUNNING", "COMPLETED")
 
 
 @contextmanager
