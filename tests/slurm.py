@@ -132,13 +132,14 @@ class Slurm:
     def requeued(self, job: str, *changes: str) -> None:
         """Returns when the job was back in the queue and runs again, spared the two minutes there.
 
-        They are there for a reason: started again before the last process of the first run is
-        gone, it would take that one's exit code for its own. squeue says when (COMPLETING).
+        They are there for a reason: a node refuses credentials as old as the order to end the
+        job's first run, and their clock counts seconds. squeue says when that run is gone
+        (COMPLETING until then), and three seconds more are enough.
         """
         state = ("squeue", "-h", "-j", job, "-o", "%T %r")
         wait_for(lambda: self.run(*state) == "PENDING BeginTime", 90,
                  lambda: f"{job} is {self.run(*state)}: {self.log(job)[-3000:]}")
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+3", *changes)
         self.wait(job, "RUNNING", "COMPLETED")
 
 
