@@ -67,7 +67,7 @@ def test_preempted_it_saves_goes_back_to_the_queue_and_ends_the_same(slurm, tiny
     slurm.requeued(job)
     slurm.wait(job, "COMPLETED")
     assert slurm.show(job, "Restarts") == "1"
-    assert "going on from" in slurm.log(job)
+    assert f"from {run / 'checkpoints'}" in slurm.log(job)
     train(tiny(name="never stopped", **SMALL))
     same_losses(run, tmp_path / "never stopped")
 

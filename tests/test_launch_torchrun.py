@@ -233,7 +233,7 @@ def test_a_node_that_dies_and_comes_back_changes_nothing(tiny, tmp_path):
         with agent(two, port, 1, logs) as second:
             assert first.wait(timeout=90) == 0, logs.read_text()
             assert second.wait(timeout=30) == 0, logs.read_text()
-    assert "going on from" in logs.read_text()
+    assert f"from {run / 'checkpoints'}" in logs.read_text()
     train(tiny(name="one", **start))
     for (step, one), (same, other) in zip(losses(tmp_path / "one"), losses(run), strict=True):
         assert step == same
