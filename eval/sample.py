@@ -96,13 +96,6 @@ def continue_prompts(
     return texts
 
 
-def sample_texts(
-    model: GPT, prompt: str, num: int, config: SampleConfig, device: torch.device
-) -> list[str]:
-    """`num` continuations of a prompt, drawn side by side, without the prompt."""
-    return [text for _, text, _ in continue_prompts(model, [prompt] * num, config, device)]
-
-
 def stream_text(tokens: Iterable[int]) -> Iterator[str]:
     """Text as its tokens come; bytes wait until their character is whole."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
