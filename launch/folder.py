@@ -115,7 +115,8 @@ def require_same(checkpoint: Path, asked: dict[str, Any]) -> None:
         saved = json.loads((checkpoint / "config.json").read_text())
         before = saved["config"]["init"] or "none"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{checkpoint / 'config.json'} is no run's: {error!r}") from None
+        raise BadInput(f"{checkpoint / 'config.json'} is no run's ({error!r}): --init {checkpoint} "
+                       "starts anew from its weights") from None
     old, new = flatten(saved.get("must_match", {})), flatten(asked["must_match"])
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
