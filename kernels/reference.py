@@ -60,7 +60,8 @@ def layer_norm(
     """
     if branch is not None:
         x = x + branch
-    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    dtype = torch.promote_types(x.dtype, weight.dtype)  # weights may be bf16 under FSDP
+    return x, F.layer_norm(x, x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
 
 
 def _softmax_in_place(logits: Tensor, exact: torch.dtype) -> Tensor:

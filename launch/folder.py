@@ -71,6 +71,12 @@ def introduction(description: dict[str, Any], parameters: int, T: int) -> str:
     )
 
 
+def check_name(name: str) -> None:
+    """Raises BadInput where a run can't be called so."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise BadInput(f"--name {name!r} is no folder name; --out_dir takes a path")
+
+
 def code_version() -> str:
     """The commit this runs from, with -dirty where files were changed; "unknown" outside git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]

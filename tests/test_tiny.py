@@ -89,7 +89,7 @@ def test_rows_past_the_resumed_step_are_cut(tiny, tmp_path):
     train(config)
     run = tmp_path / "tiny"
     before = losses(run)
-    train_gpt2.checkpoint._remove(run / "checkpoints" / "step_00000006")
+    train_gpt2.checkpoint.remove(run / "checkpoints" / "step_00000006")
     train(config)
     assert losses(run) == before  # rows 4 to 6 were written again, not twice
 
