@@ -122,6 +122,8 @@ def _fused(
     """
     total, dh, dw = _fused_outputs(h, weight, targets, vocab, dtype, gradient)
     N, Vp = h.shape[0], weight.shape[0]
+    if N == 0:  # no token: no loss, and nothing for the weight to learn
+        return total.zero_(), dh, dw.zero_()
     losses = h.new_empty(N, dtype=torch.float32)
     h, weight, targets = (
         h.to(dtype).contiguous(),
