@@ -56,12 +56,12 @@ def open_run(path: Path, description: dict[str, Any], last_row: int) -> set[int]
     return {row["step"] for row in read_rows(path / "metrics.jsonl") if "val_loss" in row}
 
 
-def introduction(description: dict[str, Any], parameters: int, T: int) -> str:
+def introduction(description: dict[str, Any], T: int) -> str:
     """Three lines on what is about to happen."""
     config, resolved = description["config"], description["resolved"]
     ranks, device = description["hardware"]["ranks"], description["hardware"]["device"]
     return (
-        f"{config['name']}: {parameters:,} parameters on {ranks} x {device}, "
+        f"{config['name']}: {resolved['parameters']:,} parameters on {ranks} x {device}, "
         f"{resolved['dtype']}{', compiled' * resolved['compile']}\n"
         f"{config['batch_tokens']:,} tokens a step: {ranks} ranks x {resolved['accumulation']} "
         f"micro-steps x {resolved['micro_batch']} sequences x {T}\n"

@@ -12,6 +12,7 @@ Shapes: B micro-batch, T time, N = B * T tokens, C width, H heads, L blocks, V v
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -61,12 +62,14 @@ VALIDATED = ("a100", "a100-40gb", "h100")  # cards with published runs, all on o
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What to plan for."""
+    """What to find out before a run is paid for; the run itself then doesn't start."""
 
     plan: str = ""
     """COUNTxGPU, as in 8xh100: print what the run needs and costs there, and exit."""
     plan_price: float = 0.0
     """Dollars per GPU-hour, for --plan; 0: not known."""
+    preflight: bool = False
+    """Check these machines against what the run will need (launch/preflight.py), and exit."""
 
 
 @dataclass(frozen=True)
@@ -395,5 +398,7 @@ def report(job: Job, text: str, price: float = 0.0) -> str:
 def show(settings: Mapping, parameters: int, flops_per_token: int) -> int:
     """Prints the plan that a run's settings ask for. Returns the exit code."""
     asked = settings["planning"]
+    if int(os.environ.get("RANK", "0")):
+        return 0
     print(report(Job.of(settings, parameters, flops_per_token), asked["plan"], asked["plan_price"]))
     return 0

@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -252,6 +253,18 @@ def report(found: dict[int, list[Line]]) -> int:
     failed = any(row["status"] == "fail" for row in rows)
     print(json.dumps({"fit": not failed, "ranks": len(found), "checks": rows}), flush=True)
     return int(failed)
+
+
+def of_run(settings: Mapping, parameters: int) -> int:
+    """Checks all ranks against what a run with these settings will need. Returns the exit code."""
+    data, model = settings["data"], settings["model"]
+    source = data["text"] or data["dir"]
+    return run(Needs(
+        data=Path(source) if source else None, out_dir=Path(settings["out_dir"]),
+        checkpoint_bytes=12 * parameters,  # weights and two moments in fp32
+        keep=settings["saving"]["keep"], head_width=model["n_embd"] // model["n_head"],
+        wandb=settings["tracker"]["wandb"],
+    ))
 
 
 def main() -> int:
