@@ -11,6 +11,7 @@ torch.chunk cuts them, so who owns which row follows from the number of ranks al
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -187,6 +188,8 @@ def _shard(model: GPT, mesh: DeviceMesh, dtype: str) -> None:
         reduce_dtype=torch.float32 if half else None,
         cast_forward_inputs=False,
     )
+    # It warns of changing a block's output in place, which nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     fully_shard(
