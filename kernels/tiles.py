@@ -1,9 +1,10 @@
 """Which tile each kernel runs with on each architecture: a table, not an autotuner.
 
 The first tile of a row is the one that ships; the others are what `python -m kernels.bench --tune`
-tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles them all
-and fails where one that ships spills, or outgrows the card. What decided between them so far is
-that audit (instructions, registers, CTAs per SM), not a clock: nothing here was timed on a GPU.
+tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles what
+ships (with `--candidates` the others too) and fails where it spills, or outgrows the card. What
+decided between them so far is that audit (instructions, registers, CTAs per SM), not a clock:
+nothing here was timed on a GPU.
 
 A search at run time would make two runs of one configuration differ, and needs a GPU to test.
 """
