@@ -23,7 +23,7 @@ from data.loader import DataConfig, Loader, fit_micro_batch, open_data
 from data.tokenizer import VOCAB
 from eval.exam import Exam, ExamConfig, examine, set_exam
 from eval.report import plot_losses
-from launch import cli, folder
+from launch import cli, folder, plan, preflight
 from launch.errors import BadInput, leave, one_line_errors
 from launch.files import folder_lock
 from launch.guard import MARKER, Guard, GuardConfig, write_marker
@@ -64,6 +64,7 @@ class TrainConfig:
     exam: OmitArgPrefixes[ExamConfig] = field(default_factory=ExamConfig)
     tracker: OmitArgPrefixes[TrackerConfig] = field(default_factory=TrackerConfig)
     guard: OmitArgPrefixes[GuardConfig] = field(default_factory=GuardConfig)
+    planning: OmitArgPrefixes[plan.PlanConfig] = field(default_factory=plan.PlanConfig)
 
     def check(self) -> None:
         """Raises BadInput for numbers that make no run."""
@@ -120,6 +121,11 @@ class Run:
 
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
+    parameters, flops = parameter_count(config.model), flops_per_token(config.model)
+    if config.planning.plan:
+        return plan.show(asdict(config), parameters, flops)
+    if config.planning.preflight:
+        return preflight.of_run(asdict(config), parameters)
     with ExitStack() as stack:
         run = set_up(config, stack)
         world, net, optimizer, scale = run.world, *run.training
@@ -170,10 +176,10 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     """Checks the configuration, opens data and run folder, builds the model, and resumes."""
     config.check()
     world = start_world(config.compute.deterministic)
-    stack.callback(world.close)
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
     guard = Guard(world, path, config.guard)
     stack.callback(guard.close)
+    stack.callback(world.close)
     dtype = choose_dtype(config.compute.dtype, world.device)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     data = world.together(lambda: open_data(config.data))
@@ -187,6 +193,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
         asdict(config), world, data.fingerprint(), dtype=dtype,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
         accumulation=len(loader), epochs=loader.epoch(config.steps), val_set=exam.val_set,
+        parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
 
     world.on_main(lambda: stack.enter_context(folder_lock(path)))
@@ -203,12 +210,11 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
         world.print(f"{path} is finished: {config.steps} steps. For another run: --name")
         sys.exit(0)
     evaluated = world.on_main(lambda: folder.open_run(path, description, start if source else -1))
-    flops = flops_per_token(config.model)
-    tracker = world.together(lambda: Tracker(path, world, description, flops))
+    tracker = world.together(lambda: Tracker(path, world, description))
     stack.callback(tracker.close)
     saver = Saver(path, training, tracker, config.saving.keep)
     stack.callback(saver.close)
-    world.print(folder.introduction(description, parameter_count(config.model), T))
+    world.print(folder.introduction(description, T))
     if start:
         tracker.event(start, f"resumed on {world.size} ranks from {source}")
     return Run(config, world, path, dtype, loader, exam, training, saver, tracker, guard, start,
@@ -228,23 +234,21 @@ def evaluate(run: Run, step: int) -> bool:
     """Judges the model, if that isn't on record, on all ranks; False where a signal came first."""
     if step in run.evaluated:
         return True
-    model, guard = run.training.net.model, run.guard
+    model, stop = run.training.net.model, run.guard.asked_to_stop
     with run.training.net.whole(), autocast(run.world.device, run.dtype):
-        row = examine(model, run.exam, run.world, guard.asked_to_stop, with_questions=step > 0)
-    if row is None:
-        return False
-    run.tracker.log(step, **row)
-    run.evaluated.add(step)
-    return True
+        row = examine(model, run.exam, run.world, stop, with_questions=step > 0)
+    if row:
+        run.tracker.log(step, **row)
+        run.evaluated.add(step)
+    return row is not None
 
 
 def save(run: Run, step: int, wait: bool) -> None:
     """Begins a checkpoint. One that fails in mid-run is reported, and training goes on."""
     if step == run.saved:
         return
-    tokens = step * run.config.batch_tokens
-    state = {"step": step, "tokens": tokens, "skipped": run.loader.skipped}
-    state |= run.guard.spikes.state()
+    progress = {"step": step, "tokens": step * run.config.batch_tokens}
+    state = progress | {"skipped": run.loader.skipped} | run.guard.spikes.state()
     run.saver.save(step, state, wait)
     run.saved = step
 

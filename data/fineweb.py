@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from data.counts import Counts, count_duplicates, in_words
 from data.shards import HEADER_BYTES, ShardWriter, read_manifest
 from data.sources import BadFile, File, Piece, hub_files, local_files, pieces, text_share
 from data.tokenise import SAMPLE_EVERY, Encode, Tokens, encoder, tokenise
@@ -37,7 +38,6 @@ NAMES = {"fineweb": "fineweb", "fineweb-edu": "edu_fineweb"}  # of llm.c's dev/d
 READERS = 4  # pieces read and tokenised at a time; each is tokenised by all workers
 LOCK_WAIT = 5.0  # seconds that a restarted job gives its predecessor
 BYTES_PER_TOKEN = 4.0  # FineWeb has 4.5 to 4.7; the disk that is needed is rounded up
-LONG = 100_000  # tokens; a longer document is seldom a page that somebody wrote
 PROGRESS = ".progress.json"
 HASHES = ".document_hashes"
 
@@ -66,19 +66,6 @@ class FineWebConfig:
     """Go on without the undecodable rest of a damaged file, and name it in the manifest."""
     pretokenised: bool = False
     """Download shards that others have made of the data set, checked against the Hub's hashes."""
-
-
-@dataclass
-class Counts:
-    """What there is to know about the documents whose first token has been written."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    non_ascii_bytes: int = 0
-    empty: int = 0
-    longer_than_100k_tokens: int = 0
-    longest_tokens: int = 0
 
 
 @dataclass
@@ -306,25 +293,11 @@ class Job:
                 self.writer = ShardWriter(self.config.out / name, self.config.shard_tokens)
             end = min(len(tokens.ids), at + self.writer.room)
             self.writer.append(tokens.ids[at:end])
-            self._count(tokens, at, end)
+            self.hashes.append(self.counts.add(tokens, at, end))
             at = end
             if self.writer.room == 0:
                 last = int(np.searchsorted(tokens.starts[:-1], end - 1, side="right")) - 1
                 self._close((piece.file, piece.first + last, end - int(tokens.starts[last])))
-
-    def _count(self, tokens: Tokens, begin: int, end: int) -> None:
-        """Counts the documents that begin at tokens [begin, end) of a piece."""
-        a, b = np.searchsorted(tokens.starts[:-1], [begin, end])
-        lengths = np.diff(tokens.starts[a : b + 1]) - 1
-        counts = self.counts
-        counts.documents += int(b - a)
-        counts.tokens += end - begin
-        counts.text_bytes += int(tokens.text_bytes[a:b].sum())
-        counts.non_ascii_bytes += int(tokens.non_ascii[a:b].sum())
-        counts.empty += int((lengths == 0).sum())
-        counts.longer_than_100k_tokens += int((lengths > LONG).sum())
-        counts.longest_tokens = max(counts.longest_tokens, int(lengths.max(initial=0)))
-        self.hashes.append(tokens.hashes[a:b])
 
     def _close(self, position: tuple[int, int, int]) -> None:
         """Finishes the open shard: it gets its name, then .progress.json says so."""
@@ -360,12 +333,7 @@ class Job:
 def _finish(out: Path, dataset: str, progress: Progress) -> None:
     """Writes the manifest, tells what the data is like, removes what was for resuming."""
     counts = progress.counts
-    duplicates = count_duplicates(out / HASHES)
-    statistics = asdict(counts) | {
-        "duplicates": duplicates,
-        "non_ascii_share": round(counts.non_ascii_bytes / max(1, counts.text_bytes), 6),
-        "tokens_per_byte": round(counts.tokens / max(1, counts.text_bytes), 6),
-    }
+    statistics = counts.statistics(count_duplicates(out / HASHES))
     manifest = {
         "dataset": dataset,
         "revision": progress.settings["revision"] or None,
@@ -379,29 +347,9 @@ def _finish(out: Path, dataset: str, progress: Progress) -> None:
     atomic_write(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     (out / PROGRESS).unlink(missing_ok=True)
     (out / HASHES).unlink(missing_ok=True)
-    print(
-        f"{counts.documents:,} documents: {counts.empty:,} empty, {duplicates:,} that repeat "
-        f"another exactly, {counts.longer_than_100k_tokens:,} longer than {LONG:,} tokens (the "
-        f"longest {counts.longest_tokens:,})\n"
-        f"{100 * statistics['non_ascii_share']:.2f} % of the bytes are not ASCII, "
-        f"{statistics['tokens_per_byte']:.4f} tokens per byte\n"
-        f"{len(progress.shards)} shards, {counts.tokens:,} tokens in {out}"
-        + "".join(f"\nskipped the rest of {name}" for name in progress.skipped_files)
-    )
-
-
-def count_duplicates(path: Path, memory: int = 1 << 27) -> int:
-    """How many of a file's uint64 hashes repeat another; `memory` bytes are sorted at a time."""
-    total = path.stat().st_size // 8
-    passes = np.uint64(max(1, -(-8 * total // memory)))
-    different = 0
-    for part in range(int(passes)):
-        chosen = []
-        with path.open("rb") as file:
-            while len(chunk := np.frombuffer(file.read(1 << 22), "<u8")):
-                chosen.append(chunk[chunk % passes == part])
-        different += len(np.unique(np.concatenate(chosen))) if chosen else 0
-    return total - different
+    print(in_words(statistics))
+    print(f"{len(progress.shards)} shards, {counts.tokens:,} tokens in {out}"
+          + "".join(f"\nskipped the rest of {name}" for name in progress.skipped_files))
 
 
 def _read_progress(out: Path) -> Progress | None:

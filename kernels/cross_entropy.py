@@ -160,6 +160,7 @@ def _fused_outputs(h, weight, targets, vocab, dtype, gradient):
 def _remember(ctx, inputs, output):
     h, weight, *_ = inputs
     _, dh, dw = output
+    ctx.set_materialize_grads(False)  # no zeros as large as dh and dw for gradients nobody takes
     ctx.save_for_backward(dh, dw)
     ctx.dtypes = h.dtype, weight.dtype
 

@@ -17,7 +17,8 @@ import tyro
 from launch.errors import BadInput
 
 C = TypeVar("C")
-BARE = ("compute", "saving", "exam", "tracker", "guard")  # flags without prefix (OmitArgPrefixes)
+# Settings whose flags have no prefix (tyro.conf.OmitArgPrefixes).
+BARE = ("compute", "saving", "exam", "tracker", "guard", "planning")
 
 
 def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = None) -> C:

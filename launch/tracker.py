@@ -37,17 +37,14 @@ class TrackerConfig:
 class Tracker:
     """Keeps the record of a run on rank 0; on the other ranks every call does nothing.
 
-    description: what config.json holds. flops_per_token is for the MFU, which is left out where
-    the card's peak isn't known.
+    description: what config.json holds. The MFU is left out where the card's peak isn't known.
     """
 
-    def __init__(
-        self, run: Path, world: World, description: dict[str, Any], flops_per_token: int
-    ) -> None:
-        config = description["config"]
-        peak = peak_flops(world.device, description["resolved"]["dtype"])
+    def __init__(self, run: Path, world: World, description: dict[str, Any]) -> None:
+        config, resolved = description["config"], description["resolved"]
+        peak = peak_flops(world.device, resolved["dtype"])
         self.world, self.last = world, config["steps"]
-        self.batch_tokens, self.flops = config["batch_tokens"], flops_per_token
+        self.batch_tokens, self.flops = config["batch_tokens"], resolved["flops_per_token"]
         self.peak = peak * world.size if peak else None
         self.pace = 0.0  # seconds a step, smoothed, for the first ones are slow
         self.file: Any = None

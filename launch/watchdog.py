@@ -34,7 +34,8 @@ class Watchdog:
         """Something has moved on: the waiting begins anew."""
         self.deadline = time.monotonic() + self.seconds
         # Also from C, for a thread that hangs with Python's lock held stops this one as well.
-        faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True, file=sys.__stderr__)
+        # (2 is standard error, whatever sys.stderr has become.)
+        faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True, file=2)
         if not self.thread.ident:
             with contextlib.suppress(OSError):
                 self._note(self.world.rank).unlink(missing_ok=True)
@@ -61,7 +62,7 @@ class Watchdog:
         if self.world.rank == min((r for r, note in notes.items() if note), default=-1):
             print(f"error: no step was finished in {self.seconds:g} s (--hang_timeout):\n"
                   + report(notes), file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=2, all_threads=True)
         os._exit(1)
 
     def _where(self) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when a kernel is defined, so before torch
@@ -52,19 +53,19 @@ def corpus_file(tmp_path_factory) -> Path:
     return path
 
 
+def make_config(out_dir: Path, text: Path, **changes) -> TrainConfig:
+    """A tiny run in out_dir on this text, with these changes, wherever their settings live."""
+    settings = TINY | {"out_dir": str(out_dir), "data": DataConfig(text=str(text))} | changes
+    for key, part in PARTS.items():
+        names = settings.keys() & {f.name for f in fields(part)}
+        settings[key] = part(**{name: settings.pop(name) for name in names})
+    return TrainConfig(**settings)
+
+
 @pytest.fixture
 def tiny(tmp_path, corpus_file):
     """tiny(steps=3, ...) is a configuration of a run in this test's own folder."""
-
-    def make(**changes) -> TrainConfig:
-        settings = TINY | {"out_dir": str(tmp_path), "data": DataConfig(text=str(corpus_file))}
-        settings |= changes
-        for key, part in PARTS.items():
-            names = settings.keys() & {f.name for f in fields(part)}
-            settings[key] = part(**{name: settings.pop(name) for name in names})
-        return TrainConfig(**settings)
-
-    return make
+    return partial(make_config, tmp_path, corpus_file)
 
 
 @pytest.fixture(scope="session")

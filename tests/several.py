@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 
 import train_gpt2
-
 from launch import cli
 from launch.errors import leave, one_line_errors
 from launch.world import World, start_world
 from train_gpt2 import PRESETS, TrainConfig, train
-
 
 
 class Kept(World):

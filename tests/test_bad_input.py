@@ -144,6 +144,12 @@ def test_resuming_on_other_data_is_refused(tiny, tmp_path):
         train(tiny(steps=2, data=DataConfig(text=str(tmp_path / "other.txt"))))
 
 
+def test_resuming_with_sequences_cut_otherwise_is_refused(tiny, corpus_file):
+    train(tiny(steps=2))
+    with pytest.raises(BadInput, match="training data .* there, .*, cut at documents asked"):
+        train(tiny(steps=2, data=DataConfig(text=str(corpus_file), align="documents")))
+
+
 def test_what_may_change_on_resume_may(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2, "finish", lambda run, step: 0)
     whole = tiny(name="whole")

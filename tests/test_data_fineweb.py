@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import fineweb, sources
-from data.fineweb import FineWebConfig, count_duplicates, make
+from data.counts import count_duplicates
+from data.fineweb import FineWebConfig, make
 from data.shards import open_folder
 from data.tokenizer import EOT, decode, encode_documents
 from launch.errors import BadInput, Failed, FolderInUse

@@ -8,20 +8,34 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import Loader, Stream, fit_micro_batch, validation_batch, validation_sequences
-from data.shards import Shard, open_folder, write_folder
+from data.loader import (
+    DataConfig,
+    Loader,
+    Stream,
+    document_sequences,
+    fit_micro_batch,
+    open_data,
+    validation_batch,
+    validation_sequences,
+)
+from data.shards import Shard, convert, open_folder, write_folder
+from data.tokenizer import EOT
 from launch.errors import BadInput
 
 T = 4
 
 
-def stream(*lengths: int) -> Stream:
-    """Shards whose tokens number the stream, so that a token says where it stood."""
-    bounds = np.cumsum([0, *lengths])
-    return Stream([
-        Shard(Path(f"shard{i}"), np.arange(start, end, dtype=np.uint16))
-        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-    ])
+def stream(*lengths: int, documents: tuple[int, ...] = ()) -> Stream:
+    """Shards whose tokens number the stream, so that a token says where it stood.
+
+    Where documents of these lengths begin stands EOT, and the stream is aligned with them.
+    """
+    tokens = np.arange(sum(lengths), dtype=np.uint16)
+    begins = np.cumsum(documents, dtype=np.int64)
+    tokens[begins[begins < len(tokens)]] = EOT
+    parts = np.split(tokens, np.cumsum(lengths)[:-1])
+    return Stream([Shard(Path(f"shard{i}"), part) for i, part in enumerate(parts)],
+                  "documents" if documents else "stream")
 
 
 def batches(loader: Loader, steps: range) -> list[torch.Tensor]:
@@ -35,18 +49,24 @@ def make(source: Stream, sequences: int, **settings) -> Loader:
                   **({"micro_batch": 1, "seed": 3} | settings))
 
 
-@settings(deadline=None, max_examples=60)
+# Lengths of what stands before each document: 1 leaves a document empty, 20 is 5 sequences long.
+DOCUMENTS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 20)), min_size=1, max_size=80)
+
+
+@settings(deadline=None, max_examples=100)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    documents=st.one_of(st.just([]), DOCUMENTS),
     sequences=st.sampled_from([4, 8, 12]),
     ranks=st.sampled_from([1, 2, 4]),
     start=st.integers(0, 20),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_ranks_micro_batches_and_restarts_see_the_same_batches(
-    lengths, sequences, ranks, start, seed
+    lengths, documents, sequences, ranks, start, seed
 ):
-    source = stream(*lengths, 30)  # the last shard makes sure of one sequence
+    # The last shard makes sure of one sequence.
+    source = stream(*lengths, 30, documents=tuple(documents))
     whole = batches(make(source, sequences, seed=seed, micro_batch=sequences), range(start + 2))
     micro = fit_micro_batch(sequences * T, ranks, T, at_most=2)
     parts = [
@@ -70,6 +90,83 @@ def test_an_epoch_takes_every_sequence_once(lengths, seed):
     for epoch in epochs:
         assert torch.equal(epoch.sort().values, everything)
     assert torch.equal(taken[:, 1:], taken[:, :1] + torch.arange(1, T + 1))  # across shards too
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=5), count=st.integers(1, 9),
+       starts=st.lists(st.integers(0, 10**6), max_size=20))
+def test_rows_are_what_read_gives_one_by_one(lengths, count, starts):
+    source = stream(*lengths, 9)
+    positions = np.array(starts, dtype=np.int64) % (len(source) - count + 1)
+    rows = source.rows(positions, count)
+    assert rows.shape == (len(starts), count)
+    assert rows.tolist() == [source.read(int(i), count).tolist() for i in positions]
+
+
+def aligned_one_by_one(tokens: list[int]) -> list[int]:
+    """What document_sequences promises, a token at a time."""
+    begins = [i for i, token in enumerate(tokens) if token == EOT]
+    found, position = [], begins[0] if begins else len(tokens)
+    while position + T < len(tokens):
+        found.append(position)
+        position += T
+        after = min((i for i in begins if i >= position), default=len(tokens))
+        if after - position < T:
+            position = after
+    return found
+
+
+@settings(deadline=None, max_examples=300)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), documents=DOCUMENTS)
+def test_sequences_aligned_with_documents(lengths, documents):
+    source = stream(*lengths, documents=tuple(documents))
+    expected = aligned_one_by_one(source.read(0, len(source)).tolist())
+    if expected:
+        assert document_sequences(source, T).tolist() == expected
+    else:
+        with pytest.raises(BadInput, match="--data.align documents: no document"):
+            document_sequences(source, T)
+
+
+def test_a_long_document_is_cut_and_a_short_end_is_left_out():
+    # Documents begin at 2, 5, 6, 19 and 21; T = 4, and 24 is the last target.
+    source = stream(11, 14, documents=(2, 3, 1, 13, 2))
+    assert document_sequences(source, T).tolist() == [2, 6, 10, 14, 19]
+    epoch = torch.cat(batches(make(source, 1), range(5)))
+    assert sorted(epoch[:, 1].tolist()) == [3, 7, 11, 15, 20]
+    assert (epoch[:, 0] == EOT).sum() == 3
+
+
+def test_the_share_of_tokens_in_aligned_sequences_is_printed_once(capsys):
+    source = stream(11, 14, documents=(2, 3, 1, 13, 2))
+    for rank in range(2):
+        make(source, 2, rank=rank, ranks=2).close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "5 of 4 tokens hold 80.0 % of the training tokens" in line
+
+
+def test_every_format_is_aligned_alike_and_validation_is_not(tmp_path):
+    tokens = stream(60, documents=(1, 9, 2, 30)).read(0, 60)
+    write_folder(tmp_path / "llmc", "toy", [tokens[:25], tokens[25:]], tokens[:20], "toy")
+    convert(tmp_path / "llmc", "npy")
+    convert(tmp_path / "llmc", "nanogpt")
+    seen = []
+    for folder in ("llmc", "llmc-npy", "llmc-nanogpt"):
+        data = open_data(DataConfig(dir=str(tmp_path / folder), align="documents"))
+        loader = make(data.train, 1)
+        assert sorted(loader.order(step)[0] for step in range(loader.sequences)) == list(
+            range(loader.sequences))
+        seen.append([loader.stream.rows(loader.aligned, T + 1).tolist(), data.val.align])
+        loader.close()
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][1] == "stream"
+    assert seen[0][0][0] == [EOT, *range(2, 6)]
+
+
+def test_how_sequences_are_cut_belongs_to_the_training_data(corpus_file):
+    plain = open_data(DataConfig(text=str(corpus_file))).fingerprint()
+    aligned = open_data(DataConfig(text=str(corpus_file), align="documents")).fingerprint()
+    assert aligned == plain + ", cut at documents"
 
 
 def test_every_token_but_a_tail_is_used():
