@@ -93,7 +93,7 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         if "dkdv" in kernel:
             types["dout"] = q
         fn = getattr(attention, kernel.removesuffix("_fp32"))
-        tmem = case.arch == "sm_100"
+        tmem = tiles.tensor_memory_rows(case.arch, tile)
         constants = dict(D=size, M=tile.m, N=tile.n, TMA=tile.tma, TMEM=tmem)
     elif kernel == "cross_entropy":
         fn = cross_entropy.cross_entropy

@@ -129,6 +129,11 @@ def pick(kernel: str, arch: str, size: int) -> Tile:
 _SIZES = {kernel: {size for name, _, size in TABLE if name == kernel} for kernel, _, _ in TABLE}
 
 
+def tensor_memory_rows(arch: str, tile: Tile) -> bool:
+    """Whether products come with a whole row in each thread, as tcgen05's do to four warps."""
+    return arch == "sm_100" and tile.warps == 4
+
+
 def programs(device: torch.device) -> int:
     """How many programs share the rows of layer_norm_backward."""
     if device.type != "cuda":
