@@ -30,23 +30,36 @@ PATTERN = (
 )
 
 
-@functools.cache
-def encoding() -> tiktoken.Encoding:
-    """tiktoken's encoding, built once a process. Raises RuntimeError on a damaged ranks file."""
+def read_ranks() -> dict[bytes, int]:
+    """The 50,256 tokens and their ranks. Raises RuntimeError on a damaged file."""
     content = lzma.decompress(RANKS_FILE.read_bytes())
     if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
         raise RuntimeError(f"{RANKS_FILE.name} is damaged: its sha256 is not tiktoken's r50k_base")
-    ranks = {}
-    for line in content.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+    lines = (line.split() for line in content.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+@functools.cache
+def encoding() -> tiktoken.Encoding:
+    """tiktoken's encoding, built once a process. Raises RuntimeError on a damaged ranks file."""
     return tiktoken.Encoding(
         "gpt2",
         pat_str=PATTERN,
-        mergeable_ranks=ranks,
+        mergeable_ranks=read_ranks(),
         special_tokens={"<|endoftext|>": EOT},
         explicit_n_vocab=VOCAB,
     )
+
+
+def byte_characters() -> list[str]:
+    """The printable character by which vocabulary files spell each of the 256 bytes.
+
+    Bytes that print in Latin-1 are themselves, the 68 others U+0100 and on (encoder.py of
+    openai/gpt-2).
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def encode(text: str) -> list[int]:
