@@ -13,28 +13,27 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from tyro.conf import OmitArgPrefixes
 
 from data.loader import DataConfig, Loader, fit_micro_batch, open_data
 from data.tokenizer import VOCAB
-from eval.exam import Exam, examine, set_exam
+from eval.exam import Exam, ExamConfig, examine, set_exam
 from eval.report import plot_losses
-from eval.sample import prompt_tokens
-from kernels import Choice, selfcheck
-from launch import cli, folder
-from launch.errors import BadInput, Failed, leave, one_line_errors
+from launch import cli, folder, plan, preflight
+from launch.errors import BadInput, leave, one_line_errors
 from launch.files import folder_lock
-from launch.guard import Guard, refuse_nonsense, write_marker
-from launch.tracker import Mode, Tracker, start_profiler
-from launch.world import Dtype, World, autocast, choose_dtype, start_world
-from model import checkpoint, parallel
-from model.gpt2 import GPT, GPTConfig, flops_per_token, parameter_count
-from model.optim import OptimConfig, learning_rate, make_optimizer
+from launch.guard import MARKER, Guard, GuardConfig, write_marker
+from launch.tracker import Tracker, TrackerConfig
+from launch.world import World, autocast, choose_dtype, start_world
+from model import checkpoint
+from model.gpt2 import GPTConfig, flops_per_token, parameter_count
+from model.optim import OptimConfig, clip_factor, learning_rate
+from model.saving import Saver, SavingConfig
+from model.training import ComputeConfig, make_training
 
 
 @dataclass(frozen=True)
@@ -53,68 +52,50 @@ class TrainConfig:
     """Sequences a rank computes at once, at most; the rest of its share is accumulated."""
     seed: int = 1337
     """Of the first weights and of the order of the data."""
-    dtype: Dtype = "auto"
-    """Format of the matrix products. Weights and optimizer are fp32 (fp64 for fp64)."""
-    compile: bool | None = None
-    """torch.compile the blocks; None: on CUDA only."""
-    kernels: Choice = "auto"
-    """Who computes attention, LayerNorm and the loss."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint; never: refuse a used folder; or a checkpoint."""
     init: str = ""
     """Weights for a new run: a checkpoint, a run folder, or hf:DIR (hf:gpt2: from the Hub)."""
-    eval_every: int = 250
-    """Steps between evaluations: validation loss, HellaSwag, a sample."""
-    save_every: int = 1000
-    """Steps between checkpoints."""
-    keep: int = 3
-    """Newest checkpoints to keep."""
-    val_tokens: int = 10_485_760
-    """The fixed validation set: the first tokens of the validation shard (20 x 2^19)."""
-    hellaswag: str = "auto"
-    """A JSONL file of questions, off, or auto: downloaded for runs on GPUs."""
-    prompt: str = "Hello, I'm a language model,"
-    """What the samples continue."""
-    wandb: Mode = "disabled"
-    """Weights & Biases beside metrics.jsonl."""
-    profile: int = 0
-    """Steps to record with torch.profiler."""
     model: GPTConfig = field(default_factory=GPTConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    compute: OmitArgPrefixes[ComputeConfig] = field(default_factory=ComputeConfig)
+    saving: OmitArgPrefixes[SavingConfig] = field(default_factory=SavingConfig)
+    exam: OmitArgPrefixes[ExamConfig] = field(default_factory=ExamConfig)
+    tracker: OmitArgPrefixes[TrackerConfig] = field(default_factory=TrackerConfig)
+    guard: OmitArgPrefixes[GuardConfig] = field(default_factory=GuardConfig)
+    planning: OmitArgPrefixes[plan.PlanConfig] = field(default_factory=plan.PlanConfig)
 
     def check(self) -> None:
         """Raises BadInput for numbers that make no run."""
-        for key in ("steps", "batch_tokens", "eval_every", "save_every", "keep", "val_tokens"):
-            if getattr(self, key) < 1:
-                raise BadInput(f"--{key} {getattr(self, key)}: expected at least 1")
+        cli.at_least_1(self, "steps", "batch_tokens")
         if not 0 <= self.seed < 2**32:
             raise BadInput(f"--seed {self.seed}: expected 0 to 4294967295")
-        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
-            raise BadInput(f"--name {self.name!r} is no folder name; --out_dir takes a path")
-        if self.model.n_vocab != VOCAB or self.profile < 0:
-            raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's; --profile at least 0")
-        prompt_tokens(self.prompt, self.model.n_ctx)
+        if self.model.n_vocab != VOCAB:
+            raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
+        folder.check_name(self.name)
+        self.exam.check(self.model.n_ctx)
+        self.saving.check()
 
 
-GPT2_124M = TrainConfig()
 # Hyper-parameters of llm.c's scripts/run_gpt2_{350M,774M,1558M}.sh and run_gpt3_125M.sh; shapes of
 # GPT-2 (table 2) and GPT-3 (arXiv 2005.14165, table 2.1). micro_batch is what 80 GB hold.
 PRESETS = {
     "demo": TrainConfig(
-        name="demo", steps=960, batch_tokens=1024, micro_batch=8, eval_every=240, save_every=480,
+        name="demo", steps=960, batch_tokens=1024, micro_batch=8,
         model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
         optim=OptimConfig(lr=6e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
-        data=DataConfig(dir=""), prompt="In the beginning", hellaswag="off"),
-    "gpt2-124m": GPT2_124M,
-    "gpt2-350m": replace(GPT2_124M, name="gpt2-350m", steps=60_000, micro_batch=32,
+        data=DataConfig(dir=""), saving=SavingConfig(save_every=480),
+        exam=ExamConfig(eval_every=240, prompt="In the beginning", hellaswag="off")),
+    "gpt2-124m": TrainConfig(),
+    "gpt2-350m": TrainConfig(name="gpt2-350m", steps=60_000, micro_batch=32,
         model=GPTConfig(n_layer=24, n_head=16, n_embd=1024), optim=OptimConfig(lr=3e-4)),
-    "gpt2-774m": replace(GPT2_124M, name="gpt2-774m", steps=286_102, micro_batch=16,
+    "gpt2-774m": TrainConfig(name="gpt2-774m", steps=286_102, micro_batch=16,
         model=GPTConfig(n_layer=36, n_head=20, n_embd=1280), optim=OptimConfig(lr=2.5e-4)),
-    "gpt2-1558m": replace(GPT2_124M, name="gpt2-1558m", steps=32_000, batch_tokens=1_048_576,
+    "gpt2-1558m": TrainConfig(name="gpt2-1558m", steps=32_000, batch_tokens=1_048_576,
         model=GPTConfig(n_layer=48, n_head=25, n_embd=1600), optim=OptimConfig(final_lr=0.1),
         micro_batch=8),
-    "gpt3-125m": replace(GPT2_124M, name="gpt3-125m", steps=572_204, micro_batch=32,
+    "gpt3-125m": TrainConfig(name="gpt3-125m", steps=572_204, micro_batch=32,
         model=GPTConfig(n_ctx=2048), optim=OptimConfig(final_lr=0.1)),
 }
 
@@ -130,30 +111,35 @@ class Run:
     loader: Loader
     exam: Exam
     training: checkpoint.Training
+    saver: Saver
     tracker: Tracker
     guard: Guard
     start: int  # steps finished before this process began
+    saved: int  # step of the newest checkpoint, on the disk or on its way there
     evaluated: set[int]  # steps whose validation loss is on record already
 
 
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
+    parameters, flops = parameter_count(config.model), flops_per_token(config.model)
+    if config.planning.plan:
+        return plan.show(asdict(config), parameters, flops)
+    if config.planning.preflight:
+        return preflight.of_run(asdict(config), parameters)
     with ExitStack() as stack:
         run = set_up(config, stack)
-        world, model, optimizer, scaler = run.world, *run.training
-        parallel_model = parallel.wrap(model, world.device, world.size)
-        profiler = stack.enter_context(start_profiler(run.path, config.profile, world.is_main))
+        world, net, optimizer, scale = run.world, *run.training
+        step = run.start
 
-        for step in range(run.start, config.steps + 1):
-            last = step == config.steps
-            stop = run.guard.asked_to_stop()
-            if (step % config.eval_every == 0 and not stop or last) and step not in run.evaluated:
-                evaluate(run, step)
-            saved = step == run.start > 0  # the checkpoint that this process began from
-            if (step % config.save_every == 0 or last or stop) and not saved:
-                save(run, step, must_succeed=last or stop or step == 0)
+        while True:
+            run.saver.tell_news(step)
+            last, stop = step == config.steps, run.guard.asked_to_stop()
+            if step % config.exam.eval_every == 0 and not stop or last:
+                stop = not evaluate(run, step)
+            if step % config.saving.save_every == 0 or last or stop:
+                save(run, step, wait=last or stop or step == 0)
             if last or stop:
-                break
+                return finish(run, step)
 
             # ---- one training step ----
             started = time.perf_counter()
@@ -161,134 +147,149 @@ def train(config: TrainConfig) -> int:
             lr = learning_rate(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = torch.zeros_like(model.wte.weight[0, 0])
+            loss = torch.zeros((), device=world.device)
             for i, tokens in enumerate(batch):  # (B, T + 1)
-                sync = parallel.sync_gradients(parallel_model, now=i == len(batch) - 1)
-                with sync, autocast(world.device, run.dtype):
-                    part = parallel_model(tokens[:, :-1], tokens[:, 1:]) / len(batch)
-                    scaler.scale(part).backward()
-                loss += part.detach()
-            scaler.unscale_(optimizer)
-            norm = clip_grad_norm_(model.parameters(), config.optim.clip or torch.inf)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+                with net.micro_step(last=i == len(batch) - 1), autocast(world.device, run.dtype):
+                    part = net(tokens[:, :-1], tokens[:, 1:]) / len(batch)
+                    (part * scale.value).backward()
+                loss = loss + part.detach()
+                run.guard.watchdog.alive()
+            norm = net.gradient_norm() / scale.value
+            mean_loss = world.sum(loss.item())[0] / world.size
+            overflow = scale.overflowed(mean_loss, norm.item())  # fp16's own affair
+            if not overflow and (problem := run.guard.spikes.judge(step, mean_loss, norm.item())):
+                step = recover(run, step, problem, mean_loss, norm.item())
+                continue
+            if not overflow:
+                net.scale_gradients(clip_factor(norm, config.optim.clip) / scale.value)
+                optimizer.step()
+                net.exchange()
+            net.forget_gradients()
+            step += 1
 
             # ---- everything that follows is diagnostics ----
-            mean_loss = world.sum(loss.item())[0] / world.size
             seconds = time.perf_counter() - started
-            run.tracker.step(step + 1, loss=mean_loss, lr=lr, norm=norm.item(), seconds=seconds)
-            refuse_nonsense(step + 1, mean_loss, norm.item(), skipped=scaler.is_enabled())
-            if profiler:
-                profiler.step()
-        return finish(run, step)
+            run.tracker.step(step, loss=mean_loss, lr=lr, norm=norm.item(), seconds=seconds)
 
 
 def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     """Checks the configuration, opens data and run folder, builds the model, and resumes."""
     config.check()
-    world = start_world()
-    stack.callback(world.close)
-    guard = Guard(world)
-    stack.callback(guard.close)
-    cuda = world.device.type == "cuda"
+    world = start_world(config.compute.deterministic)
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
-    dtype = choose_dtype(config.dtype, world.device)
-    compiled = cuda if config.compile is None else config.compile
+    guard = Guard(world, path, config.guard)
+    stack.callback(guard.close)
+    stack.callback(world.close)
+    dtype = choose_dtype(config.compute.dtype, world.device)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     data = world.together(lambda: open_data(config.data))
-    exam = set_exam(data, T, config.val_tokens, micro_batch, config.hellaswag, config.prompt, world)
+    exam = set_exam(config.exam, data, T, micro_batch, world)
     loader = Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
-        seed=config.seed, rank=world.rank, ranks=world.size, pin=cuda,
+        seed=config.seed, rank=world.rank, ranks=world.size, pin=world.device.type == "cuda",
     )
     stack.callback(loader.close)
     description = folder.describe(
-        asdict(config), world, data.fingerprint(), dtype=dtype, compile=compiled,
-        micro_batch=micro_batch, accumulation=len(loader), epochs=loader.epoch(config.steps),
-        val_set=exam.val_set,
+        asdict(config), world, data.fingerprint(), dtype=dtype,
+        compile=config.compute.compiled(world.device), micro_batch=micro_batch,
+        accumulation=len(loader), epochs=loader.epoch(config.steps), val_set=exam.val_set,
+        parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
 
     world.on_main(lambda: stack.enter_context(folder_lock(path)))
     source = world.on_main(lambda: checkpoint.find_start(config.resume, path))
     if source:
         world.together(lambda: folder.require_same(source, description))
-    model, start = world.together(lambda: build_model(config, world, dtype)), 0
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == "fp16")
-    training = checkpoint.Training(model, make_optimizer(model, config.optim), scaler)
+    training, state = make_training(config.model, config.optim, config.compute, dtype, config.seed,
+                                    config.init, source, world)
+    start = state.get("step", 0)
     if source:
-        start = world.together(lambda: checkpoint.load_training(training, source))
-    elif config.init:
-        world.together(lambda: checkpoint.copy_weights(model, config.init))
-    if start == config.steps:
+        loader.set_skipped(state["skipped"])
+        guard.spikes.load(state)
+    if start == config.steps and not (path / MARKER).exists():
         world.print(f"{path} is finished: {config.steps} steps. For another run: --name")
         sys.exit(0)
-    if compiled:
-        model.compile_blocks()
     evaluated = world.on_main(lambda: folder.open_run(path, description, start if source else -1))
-    flops = flops_per_token(config.model)
-    tracker = world.together(lambda: Tracker(path, world, description, flops))
+    tracker = world.together(lambda: Tracker(path, world, description))
     stack.callback(tracker.close)
-    world.print(folder.introduction(description, parameter_count(config.model), T))
+    saver = Saver(path, training, tracker, config.saving.keep)
+    stack.callback(saver.close)
+    world.print(folder.introduction(description, T))
     if start:
-        world.print(f"going on from {source}")
-        tracker.log(start, event=f"resumed on {world.size} ranks")
-    return Run(config, world, path, dtype, loader, exam, training, tracker, guard, start, evaluated)
-
-
-def build_model(config: TrainConfig, world: World, dtype: str) -> GPT:
-    """A new model, the same on every rank and device: it's drawn on the CPU from the seed."""
-    weights = torch.float64 if dtype == "fp64" else torch.float32
-    head_width = config.model.n_embd // config.model.n_head
-    try:
-        ops, line = selfcheck.checked(config.kernels, world.device, head_width, weights)
-    except (ValueError, RuntimeError) as error:  # kernels knows nothing of this project's errors
-        raise BadInput(str(error)) from None
-    world.print(line)
-    torch.manual_seed(config.seed)
-    return GPT(config.model, ops).to(world.device, weights)
+        tracker.event(start, f"resumed on {world.size} ranks from {source}")
+    return Run(config, world, path, dtype, loader, exam, training, saver, tracker, guard, start,
+               start if source else -1, evaluated)
 
 
 def next_batch(run: Run, step: int) -> torch.Tensor:
     """This rank's tokens. Data that can't be read on any rank stops them all, after a save."""
     batch, fault = run.loader.try_batch(step)
     if run.world.max(fault is not None):
-        save(run, step, must_succeed=True)
+        save(run, step, wait=True)
         run.world.agree(fault)
     return batch.to(run.world.device, non_blocking=True)
 
 
-def evaluate(run: Run, step: int) -> None:
-    """Judges the model on all ranks and records the result."""
-    with autocast(run.world.device, run.dtype):
-        row = examine(run.training.model, run.exam, run.world, with_questions=step > 0)
-    run.tracker.log(step, **row)
+def evaluate(run: Run, step: int) -> bool:
+    """Judges the model, if that isn't on record, on all ranks; False where a signal came first."""
+    if step in run.evaluated:
+        return True
+    model, stop = run.training.net.model, run.guard.asked_to_stop
+    with run.training.net.whole(), autocast(run.world.device, run.dtype):
+        row = examine(model, run.exam, run.world, stop, with_questions=step > 0)
+    if row:
+        run.tracker.log(step, **row)
+        run.evaluated.add(step)
+    return row is not None
 
 
-def save(run: Run, step: int, must_succeed: bool) -> None:
-    """Writes a checkpoint on rank 0. One that fails in mid-run is reported; training goes on."""
-    tokens, keep = step * run.config.batch_tokens, run.config.keep
-    write = partial(checkpoint.save, run.path, step, tokens, run.training, keep)
-    try:
-        run.world.print("saved", run.world.on_main(write))
-    except Failed as error:
-        if must_succeed:
-            raise
-        run.world.print(f"warning: {error}; training goes on, the checkpoints before it are good")
-        run.tracker.log(step, event=f"checkpoint failed: {error}")
+def save(run: Run, step: int, wait: bool) -> None:
+    """Begins a checkpoint. One that fails in mid-run is reported, and training goes on."""
+    if step == run.saved:
+        return
+    progress = {"step": step, "tokens": step * run.config.batch_tokens}
+    state = progress | {"skipped": run.loader.skipped} | run.guard.spikes.state()
+    run.saver.save(step, state, wait)
+    run.saved = step
+
+
+def recover(run: Run, step: int, problem: str, loss: float, norm: float) -> int:
+    """After a step that would do harm: the step to go on with, as --on_spike says."""
+    run.training.net.forget_gradients()
+    run.guard.spikes.end_if_hopeless(step + 1, problem, loss, norm)
+    line = f"step {step + 1}: {problem}"
+    if run.config.guard.on_spike == "rollback":
+        return roll_back(run, step, line)
+    run.tracker.event(step + 1, f"skipped {line}", train_loss=loss, grad_norm=norm)
+    return step + 1
+
+
+def roll_back(run: Run, step: int, line: str) -> int:
+    """Returns to the newest checkpoint, and leaves out the batches from there to this step."""
+    run.saver.wait_for_last()
+    source = run.world.on_main(lambda: checkpoint.find(str(run.path)))
+    state = run.world.together(lambda: checkpoint.load_training(run.training, source))
+    first = state["step"]
+    run.loader.skip(first, step + 1)
+    run.guard.spikes.rewind(state)
+    run.evaluated -= set(range(first + 1, step + 1))
+    run.tracker.rewind(first)
+    run.tracker.event(first, f"rolled back to step {first} and left out the batches up to {line}")
+    run.saved = -1
+    save(run, first, wait=True)  # with the skipped batches, for a run that is killed now
+    return first
 
 
 def finish(run: Run, step: int) -> int:
     """Says how the run ended: the plot, a marker after a signal, the next command to try."""
-    world, stopped = run.world, step < run.config.steps
+    world, stopped = run.world, step < run.config.steps or step not in run.evaluated
     if stopped:
         reason = f"stopped by {run.guard.stop_name()} at step {step}"
         world.on_main(lambda: write_marker(run.path, reason))
-        run.tracker.log(step, event=reason)
-        world.print(f"{reason}; the same command goes on from there")
+        run.tracker.event(step, f"{reason}; the same command goes on from there")
     world.print("plot:", world.on_main(lambda: plot_losses(run.path)))
     if not stopped:
-        prompt = shlex.quote(run.config.prompt)
+        prompt = shlex.quote(run.config.exam.prompt)
         world.print(f"next: python -m eval.sample {run.path} --prompt {prompt}")
     return run.guard.exit_code if stopped else 0
 

@@ -4,7 +4,7 @@ The stream is cut into sequences of T tokens (each with one more, the last targe
 every sequence once: shards in shuffled order, the sequences of a shard shuffled, so that the disk
 reads one shard at a time. Step s takes the next batch_tokens / T of them. No state is kept: the
 batch of step s is computed from (seed, s, batch_tokens) alone, so it's the same after a restart
-and on any number of ranks, which only slice it.
+and on any number of ranks, which only slice it. Only a rollback changes it, by batches to skip.
 
 How the stream is cut is --data.align: "stream", as GPT-2 was trained, at every T-th token;
 "documents" at the starts of documents (document_sequences). Nothing is masked in either.
@@ -223,6 +223,7 @@ class Loader:
         per_rank = self.batch_sequences // ranks
         self.shape = (per_rank // micro_batch, micro_batch, T + 1)
         self.slice = slice(rank * per_rank, (rank + 1) * per_rank)
+        self.skipped: list[tuple[int, int]] = []  # batches [begin, end) that no step gets
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._next: tuple[int, Future[torch.Tensor]] | None = None
         self._permutation = functools.lru_cache(maxsize=6)(self._shuffled)
@@ -249,7 +250,7 @@ class Loader:
 
     def order(self, step: int) -> np.ndarray:
         """(batch_tokens / T,) numbers of the sequences that make up a step, over all ranks."""
-        start = step * self.batch_sequences
+        start = self.batch_number(step) * self.batch_sequences
         return np.concatenate(
             [
                 self._epoch_order(epoch, begin, end)
@@ -257,9 +258,30 @@ class Loader:
             ]
         )
 
+    def batch_number(self, step: int) -> int:
+        """Which batch of the endless row of batches a step takes: the step-th not skipped."""
+        for begin, end in self.skipped:
+            if step >= begin:
+                step += end - begin
+        return step
+
+    def skip(self, first: int, end: int) -> None:
+        """Leaves out the batches that steps [first, end) would take; those after them move up."""
+        begin, stop = self.batch_number(first), self.batch_number(end - 1) + 1
+        apart = [(b, e) for b, e in self.skipped if e < begin or b > stop]
+        inside = [x for x in self.skipped if x not in apart]
+        begin = min([begin] + [b for b, _ in inside])
+        stop = max([stop] + [e for _, e in inside])
+        self.set_skipped(sorted([*apart, (begin, stop)]))
+
+    def set_skipped(self, ranges: list[tuple[int, int]]) -> None:
+        """Takes over the skipped ranges of a checkpoint: sorted, and apart from each other."""
+        self.skipped = [(int(begin), int(end)) for begin, end in ranges]
+        self._next = None  # read ahead before
+
     def epoch(self, step: int) -> float:
         """How often the training data has been seen before this step."""
-        return step * self.batch_sequences / self.sequences
+        return self.batch_number(step) * self.batch_sequences / self.sequences
 
     def close(self) -> None:
         """Ends the reading thread."""

@@ -1,5 +1,7 @@
 """The validation loss: the same tokens at every evaluation, on any number of ranks."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -11,9 +13,12 @@ from model.gpt2 import GPT
 
 @torch.no_grad()
 def validation_loss(
-    model: GPT, stream: Stream, sequences: int, micro_batch: int, world: World
-) -> float:
+    model: GPT, stream: Stream, sequences: int, micro_batch: int, world: World,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Mean loss in nats a token over the first `sequences` sequences of T = n_ctx tokens.
+
+    `stop` is asked between batches on all ranks; where it says so the answer is None.
 
     Rank r takes every size-th of them; the last batch is filled up with targets that count for
     nothing, so every batch has one shape and a compiled model is compiled once. Losses are summed,
@@ -31,5 +36,7 @@ def validation_loss(
         targets = F.pad(rows[:, 1:], fill, value=IGNORE).to(world.device)  # (B, T)
         total += model(idx, targets, reduction="sum").item()
         count += len(numbers) * T
+        if stop():
+            return None
     total, count = world.sum(total, count)
     return total / count

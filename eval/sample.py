@@ -1,37 +1,60 @@
 """Reads a checkpoint aloud.
 
     python -m eval.sample runs/demo --prompt "In the beginning"
+    python -m eval.sample runs/demo                     # on a terminal: asks for prompts
     python -m eval.sample hf:gpt2 --prompt "Hello, I'm a language model," --num 3
+    python -m eval.sample hf:gpt2 --prompts prompts.txt --json True > samples.jsonl
+
+Text goes to standard output, tokens/s to standard error.
 """
 
 import codecs
+import contextlib
+import json
+import sys
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import torch
 import tyro
 
 from data.tokenizer import EOT, decode, encode, encoding
 from launch.errors import BadInput, one_line_errors
-from launch.world import Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
+from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import load_model
-from model.generate import SampleConfig, generate
+from model.generate import SampleConfig, generate, store_in
 from model.gpt2 import GPT
+
+ROWS_AT_ONCE = 32  # texts drawn side by side
 
 
 @dataclass(frozen=True)
 class Arguments(SampleConfig):
-    """Continues a prompt, streaming."""
+    """Continues prompts. Without one, on a terminal, it asks for them."""
 
     checkpoint: Annotated[str, tyro.conf.Positional] = ""
     """A checkpoint folder, a run folder (its newest checkpoint), or hf:DIR."""
     prompt: str = ""
     """What to continue; nothing: a document from its beginning."""
+    prompts: str = ""
+    """A file of prompts, one a line, drawn side by side."""
     num: int = 1
-    """Samples, drawn side by side; only a single one is streamed."""
+    """Samples of each prompt; only a single one is streamed."""
+    json: bool = False
+    """One JSON object a line: prompt, text, tokens."""
     dtype: Dtype = "auto"
-    """Number format of the matrix products."""
+    """Number format of the matrices and their products."""
+
+
+class Continuation(NamedTuple):
+    """What a model made of a prompt."""
+
+    prompt: str
+    text: str  # without the prompt
+    tokens: int  # drawn, the end of the text not counted
 
 
 def prompt_tokens(prompt: str, n_ctx: int) -> list[int]:
@@ -43,15 +66,34 @@ def prompt_tokens(prompt: str, n_ctx: int) -> list[int]:
     return tokens
 
 
-def sample_texts(
-    model: GPT, prompt: str, num: int, config: SampleConfig, device: torch.device
-) -> list[str]:
-    """`num` continuations of a prompt, drawn side by side, without the prompt."""
-    tokens = prompt_tokens(prompt, model.config.n_ctx)
-    idx = torch.tensor([tokens] * num, device=device)  # (num, T)
-    drawn = [step.tolist() for step in generate(model, idx, config, eot=EOT)]
-    rows = ([step[i] for step in drawn] for i in range(num))
-    return [decode(row[: row.index(EOT)] if EOT in row else row) for row in rows]
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that aren't empty. Raises BadInput where there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"can't read prompts from {path}: {error}") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise BadInput(f"{path} holds no prompt: one a line is expected")
+    return prompts
+
+
+def continue_prompts(
+    model: GPT, prompts: list[str], config: SampleConfig, device: torch.device
+) -> list[Continuation]:
+    """A continuation of each prompt, drawn side by side. Prompts may differ in length."""
+    rows = [prompt_tokens(prompt, model.config.n_ctx) for prompt in prompts]
+    lengths = torch.tensor([len(row) for row in rows])
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    idx = torch.tensor([row + [EOT] * (longest - len(row)) for row in rows], device=device)
+    steps = [step.tolist() for step in
+             generate(model, idx, config, eot=EOT, lengths=lengths.to(device))]
+    texts = []
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        drawn = [step[i] for step in steps[len(row) - shortest :][: config.max_tokens]]
+        drawn = drawn[: drawn.index(EOT)] if EOT in drawn else drawn
+        texts.append(Continuation(prompt, decode(drawn), len(drawn)))
+    return texts
 
 
 def stream_text(tokens: Iterable[int]) -> Iterator[str]:
@@ -62,28 +104,87 @@ def stream_text(tokens: Iterable[int]) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
+def stream(model: GPT, prompt: str, config: SampleConfig, device: torch.device) -> int:
+    """Prints a prompt and its continuation as it is drawn; returns the number of tokens."""
+    idx = torch.tensor([prompt_tokens(prompt, model.config.n_ctx)], device=device)
+    drawn: list[int] = []
+
+    def tokens() -> Iterator[int]:
+        for step in generate(model, idx, config, eot=EOT):
+            if int(step) != EOT:
+                drawn.append(int(step))
+                yield drawn[-1]
+
+    print(prompt, end="", flush=True)
+    for piece in stream_text(tokens()):
+        print(piece, end="", flush=True)
+    print()
+    return len(drawn)
+
+
+def answer(model: GPT, prompts: list[str], arguments: Arguments, device: torch.device) -> None:
+    """Prints what the arguments ask for, and on standard error how fast it came."""
+    start, count = time.perf_counter(), 0
+    asked = [prompt for prompt in prompts for _ in range(arguments.num)]
+    if len(asked) == 1 and not arguments.json:
+        count = stream(model, asked[0], arguments, device)
+    else:
+        for first in range(0, len(asked), ROWS_AT_ONCE):
+            # Another seed for each batch, or the same prompt would get the same text again.
+            config = replace(arguments, seed=(arguments.seed + first) % 2**63)
+            batch = asked[first : first + ROWS_AT_ONCE]
+            for i, made in enumerate(continue_prompts(model, batch, config, device), first):
+                if arguments.json:
+                    print(json.dumps(made._asdict()), flush=True)
+                else:
+                    print("---\n" * (i > 0) + made.prompt + made.text, flush=True)
+                count += made.tokens
+    taken = time.perf_counter() - start
+    print(f"{count:,} tokens in {taken:.2f} s: {count / taken:,.1f} tokens/s", file=sys.stderr)
+
+
+def converse(model: GPT, arguments: Arguments, device: torch.device) -> None:
+    """Asks for prompts until the end of input. Ctrl-C stops the text that is being drawn."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() then has a history and can be edited
+    print("What is typed is continued; an empty line begins a document; Ctrl-D leaves.")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        try:
+            answer(model, [prompt], arguments, device)
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+
+
 def main(arguments: Arguments) -> None:
     if not arguments.checkpoint:
         raise BadInput("which checkpoint? python -m eval.sample CHECKPOINT --prompt TEXT")
     if arguments.num < 1:
         raise BadInput(f"--num {arguments.num}: expected at least 1")
+    if arguments.prompt and arguments.prompts:
+        raise BadInput("--prompt and --prompts: give one of them")
+    prompts = read_prompts(Path(arguments.prompts)) if arguments.prompts else [arguments.prompt]
     device = choose_device()
     keep_freed_memory()
-    model = load_model(arguments.checkpoint).to(device).eval()
     dtype = choose_dtype(arguments.dtype, device)
-    if dtype == "fp64":
-        model = model.double()
+    model = load_model(arguments.checkpoint).to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
+    if dtype in ("bf16", "fp16"):
+        store_in(model, DTYPES[dtype])
+    model = model.to(device).eval()
+    for prompt in prompts:
+        prompt_tokens(prompt, model.config.n_ctx)  # a long one is refused before any work
     with autocast(device, dtype):
-        if arguments.num > 1:
-            texts = sample_texts(model, arguments.prompt, arguments.num, arguments, device)
-            print("\n---\n".join(arguments.prompt + text for text in texts))
-            return
-        idx = torch.tensor([prompt_tokens(arguments.prompt, model.config.n_ctx)], device=device)
-        drawn = (int(step) for step in generate(model, idx, arguments, eot=EOT))
-        print(arguments.prompt, end="", flush=True)
-        for piece in stream_text(token for token in drawn if token != EOT):
-            print(piece, end="", flush=True)
-        print()
+        asked = arguments.prompt or arguments.prompts or arguments.json
+        if not asked and sys.stdin.isatty() and sys.stdout.isatty():
+            converse(model, arguments, device)
+        else:
+            answer(model, prompts, arguments, device)
 
 
 if __name__ == "__main__":

@@ -162,27 +162,43 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+CALLED_BY = {  # what launches a kernel
+    "attention_forward": "attention",
+    "attention_dq": "attention + backward",
+    "attention_dkdv": "attention + backward",
+    "layer_norm_forward": "layer_norm",
+    "layer_norm_backward": "layer_norm + backward",
+    "cross_entropy": "loss + backward",
+}
+
+
+def sized(kernel: str, size: int, s: Shape) -> Shape:
+    """s with heads, or rows, of the size of one row of kernels/tiles.py, and as many elements."""
+    if kernel.startswith("attention"):
+        return s._replace(H=s.C // size)
+    if kernel.startswith("layer_norm"):
+        C = {1024: 768, 2048: 1600}.get(size, size)  # the widths of GPT-2 that such a row holds
+        return s._replace(C=C, H=1, B=max(1, s.B * s.C // C))
+    return s
+
+
 def tune(ops: kernels.Operators, s: Shape) -> None:
-    """Times each candidate of each kernel in the place where training calls it, best first."""
-    arch = tiles.arch(torch.device("cuda"))
-    timed = {(operator, by): prepare for operator, by, prepare, _ in contestants(ops, s)}
-    calls = {
-        "attention_forward": ("attention", 64),
-        "attention_dq": ("attention + backward", 64),
-        "attention_dkdv": ("attention + backward", 64),
-        "layer_norm_forward": ("layer_norm", 1024),
-        "layer_norm_backward": ("layer_norm + backward", 1024),
-        "cross_entropy": ("loss + backward", 65536),
-    }
-    for kernel, (operator, size) in calls.items():
-        key = kernel, arch, size
+    """Times each candidate of each row of the table in the place where training calls it.
+
+    Prints the row anew, best first. fp32's tiles are for checking, and have no rivals.
+    """
+    here = tiles.arch(torch.device("cuda"))
+    rows = [key for key in tiles.TABLE if key[0] in CALLED_BY and key[1] == here]
+    for key in rows:
+        kernel, arch, size = key
+        calls = {row[:2]: row[2] for row in contestants(ops, sized(kernel, size, s))}
         shipped, ranked = tiles.TABLE[key], []
         for tile in shipped:
             tiles.TABLE[key] = (tile,)
-            ranked.append((median(timed[operator, "triton"]()), tile))
+            ranked.append((median(calls[CALLED_BY[kernel], "triton"]()), tile))
         tiles.TABLE[key] = shipped
         ranked.sort(key=lambda timed: timed[0])
-        print(f"# {operator}: " + ", ".join(f"{ms:.3f} ms" for ms, _ in ranked))
+        print(f"# {CALLED_BY[kernel]}: " + ", ".join(f"{ms:.3f} ms" for ms, _ in ranked))
         print(f'("{kernel}", "{arch}", {size}): ({", ".join(map(as_source, ranked))},),')
 
 

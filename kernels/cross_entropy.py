@@ -122,6 +122,8 @@ def _fused(
     """
     total, dh, dw = _fused_outputs(h, weight, targets, vocab, dtype, gradient)
     N, Vp = h.shape[0], weight.shape[0]
+    if N == 0:  # no token: no loss, and nothing for the weight to learn
+        return total.zero_(), dh, dw.zero_()
     losses = h.new_empty(N, dtype=torch.float32)
     h, weight, targets = (
         h.to(dtype).contiguous(),
@@ -158,6 +160,7 @@ def _fused_outputs(h, weight, targets, vocab, dtype, gradient):
 def _remember(ctx, inputs, output):
     h, weight, *_ = inputs
     _, dh, dw = output
+    ctx.set_materialize_grads(False)  # no zeros as large as dh and dw for gradients nobody takes
     ctx.save_for_backward(dh, dw)
     ctx.dtypes = h.dtype, weight.dtype
 

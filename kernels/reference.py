@@ -60,7 +60,8 @@ def layer_norm(
     """
     if branch is not None:
         x = x + branch
-    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    dtype = torch.promote_types(x.dtype, weight.dtype)  # weights may be bf16 under FSDP
+    return x, F.layer_norm(x, x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
 
 
 def _softmax_in_place(logits: Tensor, exact: torch.dtype) -> Tensor:
@@ -93,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = h.new_zeros((), dtype=exact)
         dh = torch.empty_like(low_h) if need_grad else low_h
         dw = torch.zeros_like(weight, dtype=exact) if need_grad else weight
-        chunks = -(-h.shape[0] * weight.shape[0] // CHUNK_ELEMENTS)
+        chunks = max(1, -(-h.shape[0] * weight.shape[0] // CHUNK_ELEMENTS))
         parts = (t.tensor_split(chunks) for t in (low_h, targets, dh))
         for x, target, dx in zip(*parts, strict=True):
             logits = x @ low_w.t()  # (rows, Vp)

@@ -78,7 +78,16 @@ class Code:
     @property
     def load_widths(self) -> list[int]:
         """Widths in bits of its loads from global memory, ascending."""
-        return sorted({i.width for i in self.instructions if i.opcode in ("LDG", "LDGSTS")})
+        return sorted({i.width for i in self._loads})
+
+    @property
+    def narrow_loads(self) -> int:
+        """How many of them move less than 128 bits."""
+        return sum(i.width < 128 for i in self._loads)
+
+    @property
+    def _loads(self) -> list[Instruction]:
+        return [i for i in self.instructions if i.opcode in ("LDG", "LDGSTS")]
 
     def mma_flops(self, warps: int) -> int:
         """FLOP that a CTA of so many warps executes in one pass, without tcgen05's."""

@@ -17,6 +17,8 @@ import tyro
 from launch.errors import BadInput
 
 C = TypeVar("C")
+# Settings whose flags have no prefix (tyro.conf.OmitArgPrefixes).
+BARE = ("compute", "saving", "exam", "tracker", "guard", "planning")
 
 
 def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = None) -> C:
@@ -71,7 +73,14 @@ def as_flags(settings: Mapping, prefix: str = "") -> list[str]:
     flags: list[str] = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flags += as_flags(value, f"{prefix}{key}.")
+            flags += as_flags(value, "" if key in BARE else f"{prefix}{key}.")
         else:
             flags += [f"--{prefix}{key}", str(value)]
     return flags
+
+
+def at_least_1(settings: object, *names: str) -> None:
+    """Raises BadInput for the first of these settings that is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise BadInput(f"--{name} {getattr(settings, name)}: expected at least 1")

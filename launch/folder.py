@@ -3,7 +3,7 @@
     OUT_DIR/NAME/config.json      everything resolved; `train_gpt2.py config.json` starts it again
                  metrics.jsonl    launch/tracker.py
                  checkpoints/     model/checkpoint.py
-                 report/*.png     eval/report.py
+                 report/          pictures, and eval/report.py's page
 """
 
 import json
@@ -56,12 +56,12 @@ def open_run(path: Path, description: dict[str, Any], last_row: int) -> set[int]
     return {row["step"] for row in read_rows(path / "metrics.jsonl") if "val_loss" in row}
 
 
-def introduction(description: dict[str, Any], parameters: int, T: int) -> str:
+def introduction(description: dict[str, Any], T: int) -> str:
     """Three lines on what is about to happen."""
     config, resolved = description["config"], description["resolved"]
     ranks, device = description["hardware"]["ranks"], description["hardware"]["device"]
     return (
-        f"{config['name']}: {parameters:,} parameters on {ranks} x {device}, "
+        f"{config['name']}: {resolved['parameters']:,} parameters on {ranks} x {device}, "
         f"{resolved['dtype']}{', compiled' * resolved['compile']}\n"
         f"{config['batch_tokens']:,} tokens a step: {ranks} ranks x {resolved['accumulation']} "
         f"micro-steps x {resolved['micro_batch']} sequences x {T}\n"
@@ -69,6 +69,12 @@ def introduction(description: dict[str, Any], parameters: int, T: int) -> str:
         f"validates on {resolved['val_set']}"
         + "\nwarning: this was never tested on Apple's MPS" * (device == "Apple MPS")
     )
+
+
+def check_name(name: str) -> None:
+    """Raises BadInput where a run can't be called so."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise BadInput(f"--name {name!r} is no folder name; --out_dir takes a path")
 
 
 def code_version() -> str:
@@ -109,7 +115,8 @@ def require_same(checkpoint: Path, asked: dict[str, Any]) -> None:
         saved = json.loads((checkpoint / "config.json").read_text())
         before = saved["config"]["init"] or "none"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{checkpoint / 'config.json'} is no run's: {error!r}") from None
+        raise BadInput(f"{checkpoint / 'config.json'} is no run's ({error!r}): --init {checkpoint} "
+                       "starts anew from its weights") from None
     old, new = flatten(saved.get("must_match", {})), flatten(asked["must_match"])
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"

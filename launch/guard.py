@@ -1,30 +1,54 @@
 """Signals: asks the run to stop after the step it is in, once all ranks have agreed.
 
 SIGINT (Ctrl-C), SIGTERM (torchrun, Slurm, Kubernetes) and SIGUSR1 (Slurm's early warning) only
-raise a flag; the training loop reads it between steps, saves and leaves. A second signal changes
-nothing, for clusters send SIGTERM twice.
+raise a flag. The training loop reads it between steps, evaluation between batches, generation
+between tokens; the run saves and leaves. A second signal changes nothing, for clusters send
+SIGTERM twice.
 """
 
-import math
+import os
 import signal
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch.errors import Failed
 from launch.files import atomic_write
+from launch.spikes import Policy, Spikes
+from launch.watchdog import Watchdog
 from launch.world import World
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MARKER = "STOPPED"  # in the run folder: this run was stopped on purpose and can go on
 
 
-class Guard:
-    """Remembers the signal that came, and makes all ranks see the same one."""
+@dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about steps and ranks that go wrong."""
 
-    def __init__(self, world: World) -> None:
+    on_spike: Policy = "skip"
+    """A loss that is no number, or an exploding gradient: skip the step, rollback, stop, ignore."""
+    max_spikes: int = 10
+    """Bad steps in a row that are borne; one more ends the run."""
+    hang_timeout: float = 600.0
+    """Seconds without any progress after which a rank ends itself, and says where it stood."""
+
+    def __post_init__(self) -> None:
+        if self.max_spikes < 0 or not 0 < self.hang_timeout <= threading.TIMEOUT_MAX:
+            raise ValueError("max_spikes is at least 0, hang_timeout above 0 seconds")
+
+
+class Guard:
+    """Remembers the signal that came, makes all ranks see the same one, and watches for hangs."""
+
+    def __init__(self, world: World, folder: Path, config: GuardConfig) -> None:
         self.world = world
+        self.spikes = Spikes(config.on_spike, config.max_spikes)
+        self.watchdog = Watchdog(world, folder, config.hang_timeout)
         self.received = 0
         self.stop_signal = 0
+        # torchrun's agent, whose death by SIGKILL leaves its workers training on (measured).
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._before = {number: signal.signal(number, self._remember) for number in HANDLED}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -32,8 +56,11 @@ class Guard:
 
     def asked_to_stop(self) -> bool:
         """Whether any rank was told to stop. Every rank calls this at the same point."""
+        if self.launcher and os.getppid() != self.launcher:
+            self.received = self.received or signal.SIGTERM
         if not self.stop_signal:
             self.stop_signal = int(self.world.max(self.received))
+        self.watchdog.alive()
         return self.stop_signal != 0
 
     def stop_name(self) -> str:
@@ -47,18 +74,9 @@ class Guard:
 
     def close(self) -> None:
         """Gives the signals back to whoever had them."""
+        self.watchdog.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def refuse_nonsense(step: int, loss: float, norm: float, skipped: bool) -> None:
-    """Raises Failed where the loss or the gradient is no number, before that is saved.
-
-    skipped: a loss scaler leaves out steps whose scaled gradient overflows, as it should.
-    """
-    if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
-        raise Failed(f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was "
-                     "saved since. A lower --optim.lr or another --seed may get past it")
 
 
 def write_marker(run: Path, reason: str) -> None:

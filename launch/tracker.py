@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,28 +20,44 @@ from launch.world import World, peak_flops, peak_memory_mib
 Mode = Literal["disabled", "offline", "online"]
 
 
+@dataclass(frozen=True)
+class TrackerConfig:
+    """What is recorded of a run beside metrics.jsonl."""
+
+    wandb: Mode = "disabled"
+    """Weights & Biases beside metrics.jsonl."""
+    profile: int = 0
+    """Steps to record with torch.profiler."""
+
+    def __post_init__(self) -> None:
+        if self.profile < 0:
+            raise ValueError(f"profile {self.profile}: expected at least 0")
+
+
 class Tracker:
     """Keeps the record of a run on rank 0; on the other ranks every call does nothing.
 
-    description: what config.json holds. flops_per_token is for the MFU, which is left out where
-    the card's peak isn't known.
+    description: what config.json holds. The MFU is left out where the card's peak isn't known.
     """
 
-    def __init__(
-        self, run: Path, world: World, description: dict[str, Any], flops_per_token: int
-    ) -> None:
-        config = description["config"]
-        peak = peak_flops(world.device, description["resolved"]["dtype"])
+    def __init__(self, run: Path, world: World, description: dict[str, Any]) -> None:
+        config, resolved = description["config"], description["resolved"]
+        peak = peak_flops(world.device, resolved["dtype"])
         self.world, self.last = world, config["steps"]
-        self.batch_tokens, self.flops = config["batch_tokens"], flops_per_token
+        self.batch_tokens, self.flops = config["batch_tokens"], resolved["flops_per_token"]
         self.peak = peak * world.size if peak else None
         self.pace = 0.0  # seconds a step, smoothed, for the first ones are slow
         self.file: Any = None
         self.wandb: Any = None
+        self.profiler: Any = None
         if world.is_main:
-            self.file = (run / "metrics.jsonl").open("a", buffering=1)
-            if config["wandb"] != "disabled":
-                self.wandb = _start_wandb(run, config["wandb"], description)
+            self.path = run / "metrics.jsonl"
+            self.file = self.path.open("a", buffering=1)
+            extra = config["tracker"]
+            if extra["wandb"] != "disabled":
+                self.wandb = _start_wandb(run, extra["wandb"], description)
+            if extra["profile"]:
+                self.profiler = _start_profiler(run, extra["profile"])
 
     def log(self, step: int, **values: Any) -> None:
         """Appends a row; values that are None are left out."""
@@ -56,6 +72,11 @@ class Tracker:
             self.world.print(f"warning: metrics.jsonl misses step {step}: {error.strerror}")
         if self.wandb:
             self.wandb.log(row, step=step)
+
+    def event(self, step: int, text: str, **values: Any) -> None:
+        """Prints what happened, and logs it with these values."""
+        self.world.print(text)
+        self.log(step, event=text, **values)
 
     def step(self, step: int, *, loss: float, lr: float, norm: float, seconds: float) -> None:
         """Logs a training step and prints its line. seconds: of this step alone."""
@@ -74,12 +95,24 @@ class Tracker:
             f"{seconds * 1e3:7.0f} ms | {rate:9,.0f} tok/s | mfu {share:>5} | eta {eta}"
         )
 
+        if self.profiler:
+            self.profiler.step()
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows past `step`, to which the run has returned."""
+        if self.file:
+            self.file.close()
+            cut_after(self.path, step)
+            self.file = self.path.open("a", buffering=1)
+
     def close(self) -> None:
         """Closes the file, and the wandb run."""
         if not self.file:
             return
         with contextlib.suppress(OSError):
             self.file.close()
+        if self.profiler:
+            self.profiler.stop()
         if self.wandb:
             self.wandb.finish()
 
@@ -136,14 +169,11 @@ def _start_wandb(run: Path, mode: Mode, config: dict) -> Any:
         raise Failed(f"wandb: {error}; `wandb login` first, or --wandb offline") from None
 
 
-def start_profiler(run: Path, steps: int, is_main: bool) -> AbstractContextManager:
-    """A torch.profiler that skips two steps, warms up in one and records `steps` of them on rank 0.
+def _start_profiler(run: Path, steps: int) -> Any:
+    """A torch.profiler that skips two steps, warms up in one and records `steps` of them.
 
-    The trace (open it in ui.perfetto.dev) is written to the run folder's profile/trace.json. A
-    context that yields None where there is nothing to record.
+    The trace (open it in ui.perfetto.dev) is written to the run folder's profile/trace.json.
     """
-    if not steps or not is_main:
-        return nullcontext()
     from torch import profiler
 
     def write(finished: profiler.profile) -> None:
@@ -153,4 +183,6 @@ def start_profiler(run: Path, steps: int, is_main: bool) -> AbstractContextManag
         print(f"profile of {steps} steps: {path}", flush=True)
 
     schedule = profiler.schedule(wait=2, warmup=1, active=steps, repeat=1)
-    return profiler.profile(schedule=schedule, on_trace_ready=write)
+    started = profiler.profile(schedule=schedule, on_trace_ready=write)
+    started.start()
+    return started

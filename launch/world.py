@@ -124,8 +124,16 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_world() -> World:
-    """Joins the ranks that torchrun started, or stands alone."""
+def start_world(deterministic: bool = False) -> World:
+    """Joins the ranks that torchrun started, or stands alone.
+
+    deterministic: the same sums in the same order every time, where PyTorch has such a way; an
+    operator that has none raises. cuBLAS needs its workspace fixed before the first use.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device()

@@ -1,9 +1,11 @@
 """Checkpoints: whole or absent, hashed, and readable without running anybody's code.
 
+model/saving.py writes them; this file finds, checks and loads them.
+
     runs/NAME/checkpoints/step_00000500/
         model.safetensors      OpenAI's parameter names, master dtype, 50,257 vocabulary rows
         optimizer.safetensors  moments and step of each parameter
-        state.json             step, tokens, random states, loss scale
+        state.json             step, tokens, random states, loss scale, the spike guard's memory
         config.json            the model's shape and what must match on resume
         manifest.json          size and sha256 of each file, written last
 
@@ -11,73 +13,36 @@ It is written as .step_00000500.tmp, flushed, and appears by rename.
 """
 
 import base64
-import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 import kernels
 from kernels import Operators
-from launch.errors import BadInput, Failed
+from launch.errors import BadInput
 from launch.files import atomic_write, fsync, sha256
 from model.gpt2 import GPT, GPTConfig
-from model.hf import from_hf, load_named, named_weights
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter, beside its step count
+from model.hf import from_hf, load_named
+from model.optim import MOMENTS, LossScale
+from model.parallel import Parallel
 
 
 class Training(NamedTuple):
     """What training changes, and a checkpoint therefore holds."""
 
-    model: GPT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    net: Parallel
+    optimizer: torch.optim.AdamW
+    scale: LossScale
 
 
 def folder_name(step: int) -> str:
     """500 -> step_00000500."""
     return f"step_{step:08d}"
-
-
-def save(run: Path, step: int, tokens: int, training: Training, keep: int) -> Path:
-    """Writes a checkpoint of a run, its config.json included; keeps the newest `keep`.
-
-    Raises Failed where the disk won't take it; the checkpoints there were stay as they were.
-    """
-    checkpoints = run / "checkpoints"
-    final = checkpoints / folder_name(step)
-    work = checkpoints / f".{final.name}.tmp"
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        weights = {k: _on_disk(v) for k, v in named_weights(training.model).items()}
-        save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
-        moments = optimizer_tensors(training.model, training.optimizer)
-        save_file(moments, work / "optimizer.safetensors", metadata={"format": "pt"})
-        state = {"step": step, "tokens": tokens, **_random_states(),
-                 "grad_scaler": training.scaler.state_dict()}
-        (work / "state.json").write_text(json.dumps(state) + "\n")
-        shutil.copyfile(run / "config.json", work / "config.json")
-        seal(work)
-        if final.exists():  # a damaged one of the same step, which the run went back from
-            _remove(final)
-        work.rename(final)
-        fsync(checkpoints)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise Failed(f"could not save {final}: {error}") from None
-    with contextlib.suppress(OSError):  # what can't be pruned now will be after the next save
-        # Newer folders are damaged ones that the run went back from: they don't count as kept.
-        kept = [c for c in list_checkpoints(checkpoints) if c.name <= final.name]
-        for old in kept[keep:]:
-            _remove(old)
-    return final
 
 
 def seal(folder: Path) -> None:
@@ -221,50 +186,48 @@ def load_weights(model: GPT, folder: Path) -> None:
     load_named(model, tensors, folder / "model.safetensors")
 
 
-def load_training(training: Training, folder: Path) -> int:
-    """Puts back everything that `save` wrote; returns the number of finished steps.
+@torch.no_grad()
+def load_training(training: Training, folder: Path) -> dict[str, Any]:
+    """Puts back what a checkpoint of any number of ranks, in any mode, holds; returns its state.
 
-    Raises BadInput for a converted checkpoint, which has weights only.
+    Each rank reads the rows that it holds. Raises BadInput for a converted checkpoint, which has
+    weights only.
     """
     if not (folder / "optimizer.safetensors").exists() or not (folder / "state.json").exists():
         raise BadInput(f"{folder} has weights and no optimizer state: --init {folder} starts anew "
                        "from them")
-    load_weights(training.model, folder)
-    load_optimizer(training.model, training.optimizer, _read(folder / "optimizer.safetensors"))
-    state = json.loads((folder / "state.json").read_text())
-    if state["grad_scaler"] and training.scaler.is_enabled():
-        training.scaler.load_state_dict(state["grad_scaler"])
+    try:
+        with (
+            safe_open(folder / "model.safetensors", "pt") as weights,
+            safe_open(folder / "optimizer.safetensors", "pt") as moments,
+        ):
+            for part in training.net.parts:
+                _read_rows(weights, part.name, part.held, part.held_from)
+                state = training.optimizer.state.get(part.mine, {})  # no row here, no state
+                for key in state:
+                    name = f"{part.name}.{key}"
+                    if key in MOMENTS:
+                        _read_rows(moments, name, state[key], part.mine_from)
+                    else:
+                        state[key].copy_(moments.get_tensor(name))
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"can't read {folder}: {error}") from None
+    for key, value in state["loss_scale"].items():
+        setattr(training.scale, key, value)
     torch.set_rng_state(_tensor_of(state["rng_cpu"]))
     if torch.cuda.is_available() and state["rng_cuda"]:
         torch.cuda.set_rng_state(_tensor_of(state["rng_cuda"]))
-    return state["step"]
+    return state
 
 
-def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's moments and steps under their parameters' names, without padding rows."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            if key in MOMENTS and name == "wte.weight":
-                value = value[: model.config.n_vocab]
-            tensors[f"{name}.{key}"] = _on_disk(value)
-    return tensors
-
-
-@torch.no_grad()
-def load_optimizer(
-    model: GPT, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """The inverse of optimizer_tensors; padding rows get moments of zero, as they always have."""
-    for name, parameter in model.named_parameters():
-        state: dict[str, torch.Tensor] = {}
-        if f"{name}.step" in tensors:  # absent at step 0, before the first update
-            state["step"] = tensors[f"{name}.step"].to(parameter.device)
-            for key in MOMENTS:
-                saved = tensors[f"{name}.{key}"]
-                state[key] = torch.zeros_like(parameter)
-                state[key][: len(saved)] = saved.to(parameter.device)
-            optimizer.state[parameter] = state
+def _read_rows(file: safe_open, name: str, into: torch.Tensor, first: int) -> None:
+    """Copies the stored rows from `first` on; what isn't stored, the padding, becomes zero."""
+    stored = file.get_slice(name)
+    rows = min(len(into), max(stored.get_shape()[0] - first, 0))
+    into.zero_()
+    if rows:
+        into[:rows] = stored[first : first + rows].to(into.device)
 
 
 def clean_up(checkpoints: Path) -> None:
@@ -273,7 +236,7 @@ def clean_up(checkpoints: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Takes a checkpoint out of sight at once, then deletes it."""
     hidden = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -281,24 +244,11 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _on_disk(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
 def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
-
-
-def _random_states() -> dict[str, str | None]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"rng_cpu": _text_of(torch.get_rng_state()), "rng_cuda": _text_of(cuda)}
-
-
-def _text_of(state: torch.Tensor | None) -> str | None:
-    return None if state is None else base64.b64encode(state.numpy().tobytes()).decode()
 
 
 def _tensor_of(text: str) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import Operators
@@ -145,6 +146,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, ops: Operators = kernels.TORCH):
         super().__init__()
         self.config, self.ops = config, ops
+        self.checkpoint_activations = False  # keep a block's input only, and compute it twice
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd)  # also the output head
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
         self.h = nn.ModuleList(Block(config, ops, i) for i in range(config.n_layer))
@@ -177,7 +179,10 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe.weight[start : start + T]  # (B, T, C)
         branch = None
         for block in self.h:
-            x, branch = block(x, branch, cache)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, branch = checkpoint(block, x, branch, use_reentrant=False)
+            else:
+                x, branch = block(x, branch, cache)
         if cache:
             cache.length += T
         return self.ln_f(x, branch)[1]

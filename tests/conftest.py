@@ -1,6 +1,8 @@
 """What every test may use. Tests that want real texts skip where GPT2_TEST_DATA names none."""
 
 import os
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when a kernel is defined, so before torch
@@ -11,12 +13,19 @@ import pytest
 import torch
 
 from data.loader import DataConfig
+from eval.exam import ExamConfig
+from launch.guard import GuardConfig
+from launch.tracker import TrackerConfig
 from model.gpt2 import GPTConfig
 from model.optim import OptimConfig
+from model.saving import SavingConfig
+from model.training import ComputeConfig
 from train_gpt2 import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
+PARTS = {"compute": ComputeConfig, "saving": SavingConfig, "exam": ExamConfig,
+         "tracker": TrackerConfig, "guard": GuardConfig}
 # A GPT-2 that trains in seconds. 12 sequences a step divide by 1, 2, 3 and 4 ranks.
 TINY = dict(
     name="tiny", steps=6, batch_tokens=12 * 16, micro_batch=12, eval_every=3, save_every=3,
@@ -44,15 +53,19 @@ def corpus_file(tmp_path_factory) -> Path:
     return path
 
 
+def make_config(out_dir: Path, text: Path, **changes) -> TrainConfig:
+    """A tiny run in out_dir on this text, with these changes, wherever their settings live."""
+    settings = TINY | {"out_dir": str(out_dir), "data": DataConfig(text=str(text))} | changes
+    for key, part in PARTS.items():
+        names = settings.keys() & {f.name for f in fields(part)}
+        settings[key] = part(**{name: settings.pop(name) for name in names})
+    return TrainConfig(**settings)
+
+
 @pytest.fixture
 def tiny(tmp_path, corpus_file):
     """tiny(steps=3, ...) is a configuration of a run in this test's own folder."""
-
-    def make(**changes) -> TrainConfig:
-        settings = TINY | {"out_dir": str(tmp_path), "data": DataConfig(text=str(corpus_file))}
-        return TrainConfig(**(settings | changes))
-
-    return make
+    return partial(make_config, tmp_path, corpus_file)
 
 
 @pytest.fixture(scope="session")

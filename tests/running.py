@@ -1,5 +1,6 @@
 """Running the program as a user does, and reading what it leaves."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,3 +49,16 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def weights(run: Path, step: int) -> dict:
     """The weights of a run's checkpoint."""
     return load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def run_several(
+    configs: list[TrainConfig], folder: Path, ranks: int, timeout: float = 240, **more: str
+) -> subprocess.CompletedProcess:
+    """tests/several.py: these runs one after the other, under one torchrun."""
+    listed = folder / f"several-{ranks}.json"
+    listed.write_text(json.dumps([flags(config) for config in configs]))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc_per_node={ranks}", "-m", "tests.several", str(listed)],
+        capture_output=True, text=True, timeout=timeout, env=environment(**more), cwd=ROOT,
+    )

@@ -13,7 +13,7 @@ from data.tokenizer import encode_documents
 from launch import cli
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.tracker import read_rows
-from model import checkpoint
+from model import checkpoint, saving
 from model.gpt2 import GPTConfig
 from tests.running import run_program
 from train_gpt2 import PRESETS, TrainConfig, train
@@ -37,7 +37,7 @@ from train_gpt2 import PRESETS, TrainConfig, train
         (["demo", "--init", "/nowhere"], "is no checkpoint"),
         (["demo", "--resume", "/nowhere"], "is no checkpoint"),
         (["demo", "--model.n_vocab", "100"], "--model.n_vocab is 50257"),
-        (["demo", "--profile", "-1"], "--profile at least 0"),
+        (["demo", "--profile", "-1"], "profile -1: expected at least 0"),
         (["demo", "--optim.clip", "-1"], "clip -1.0 is negative"),
         (["demo", "--optim.lr", "nan"], "lr nan is negative or no number"),
         (["demo", "--optim.beta1", "1.5"], "beta1 1.5"),
@@ -155,7 +155,7 @@ def test_what_may_change_on_resume_may(tiny, tmp_path, monkeypatch):
     whole = tiny(name="whole")
     train(whole)
     train(tiny())
-    checkpoint._remove(tmp_path / "tiny" / "checkpoints" / "step_00000006")
+    checkpoint.remove(tmp_path / "tiny" / "checkpoints" / "step_00000006")
     assert train(tiny(micro_batch=5, eval_every=2, save_every=2, keep=5, val_tokens=160)) == 0
 
 
@@ -194,7 +194,7 @@ def test_init_of_another_shape_is_refused(tiny, tmp_path):
 
 def test_a_disk_that_fills_in_mid_run_is_reported_and_training_goes_on(tiny, tmp_path, monkeypatch,
                                                                       capsys):
-    original, calls = checkpoint.seal, []
+    original, calls = saving.seal, []
 
     def full_once(folder):
         calls.append(folder)
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_in_mid_run_is_reported_and_training_goes_on(tiny, tmp
             raise OSError(28, "No space left on device")
         original(folder)
 
-    monkeypatch.setattr(checkpoint, "seal", full_once)
+    monkeypatch.setattr(saving, "seal", full_once)
     assert train(tiny()) == 0
     printed = capsys.readouterr().out
     assert "No space left on device; training goes on" in " ".join(printed.split())
@@ -216,7 +216,7 @@ def test_a_disk_that_is_full_at_the_start_stops_the_run(tiny, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "seal", full)
+    monkeypatch.setattr(saving, "seal", full)
     with pytest.raises(Failed, match="No space left"):
         train(tiny())
     assert Failed("").exit_code == 1

@@ -206,5 +206,5 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     path = report.plot_losses(tmp_path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(BadInput, match="no run with losses"):
+    with pytest.raises(BadInput, match="is no run"):
         report.plot_losses(tmp_path / "report")

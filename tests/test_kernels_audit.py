@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from kernels import audit, sass, tiles
+from kernels import audit, bench, sass, tiles
 from kernels.cards import CARDS, by_name
 from kernels.roofline import GPT2, Work, floor, loop_floor, work
 
@@ -84,6 +84,7 @@ def test_machine_code_is_read():
     (loop,) = code.loops  # the outer one holds another
     assert loop.opcodes["FFMA"] == 16 and loop.count == 21
     assert loop.load_widths == [128] and code.load_widths == [16, 128]
+    assert loop.narrow_loads == 0 and code.narrow_loads == 1
     assert loop.spills == 1 and loop.asynchronous == "cp.async"
     assert loop.mma == {"HGMMA": 1} and loop.mma_flops(warps=4) == 2 * 64 * 64 * 16
     assert sass.Instruction("HMMA", "HMMA.16816.F32.BF16", None).mma_flops == 2 * 16 * 8 * 16
@@ -102,7 +103,7 @@ GOOD = dict(
     kernel="attention_forward", arch="sm_90", size=64, tile="128x64 w4 s2 tma", default=True,
     registers=188, stack=0, spills=0, shared_bytes=49184, tmem_columns=0, mma="HGMMA",
     async_copies="tma", ctas_per_sm=2, limited_by="registers", load_widths=[],
-    loops=[dict(mma_waste=1.0)],
+    loops=[dict(mma_waste=1.0, narrow_loads=0)],
 )
 
 
@@ -119,7 +120,11 @@ GOOD = dict(
         (dict(kernel="attention_dkdv", registers=191, ctas_per_sm=1), "1 CTA/SM"),
         (dict(load_widths=[16, 128]), "loads of [16] bits"),
         (dict(kernel="layer_norm_forward", load_widths=[32, 128]), "loads of [32] bits"),
-        (dict(loops=[dict(mma_waste=2.0)]), "repeat each other"),
+        (
+            dict(kernel="attention_dkdv", loops=[dict(mma_waste=1.0, narrow_loads=3)]),
+            "3 loads of less than 128 bits",
+        ),
+        (dict(loops=[dict(mma_waste=2.0, narrow_loads=0)]), "repeat each other"),
     ],
 )
 def test_the_gate_shuts(broken, word):
@@ -127,8 +132,32 @@ def test_the_gate_shuts(broken, word):
     assert any(word in fault for fault in audit.faults(GOOD | broken))
 
 
-def test_the_gate_lets_row_statistics_through():
-    assert audit.faults(GOOD | dict(kernel="attention_dkdv", load_widths=[32, 128])) == []
+def test_the_gate_lets_two_row_statistics_through():
+    two = [dict(mma_waste=1.0, narrow_loads=2)]
+    row = GOOD | dict(kernel="attention_dkdv", load_widths=[32, 128], loops=two)
+    assert audit.faults(row) == []
+
+
+def test_tuning_goes_through_every_row_of_a_gpu(monkeypatch, capsys):
+    """Without a GPU: a stopwatch that shows every later candidate to be faster."""
+    table, shapes, clock = dict(tiles.TABLE), [], iter(range(1000, 0, -1))
+
+    def contestants(ops, shape):
+        shapes.append(shape)
+        return [(name, "triton", lambda: None, None) for name in bench.CALLED_BY.values()]
+
+    monkeypatch.setattr(tiles, "arch", lambda device: "sm_90")
+    monkeypatch.setattr(bench, "contestants", contestants)
+    monkeypatch.setattr(bench, "median", lambda function: float(next(clock)))
+    bench.tune(None, GPT2)
+    assert tiles.TABLE == table  # as it was
+    printed = [line for line in capsys.readouterr().out.splitlines() if line[0] == "("]
+    found = eval("{" + "".join(printed) + "}", {"Tile": tiles.Tile})
+    assert found == {
+        key: row[::-1] for key, row in table.items() if key[1] == "sm_90" and "fp32" not in key[0]
+    }
+    assert {s.C // s.H for s in shapes[:6]} == {64, 128}
+    assert [s.C for s in shapes[6:10]] == [768, 1600, 4096, 8192]
 
 
 def test_floors_by_hand():

@@ -1,6 +1,7 @@
 """The Triton kernels, interpreted, against fp64 PyTorch: every output and every gradient.
 
     pytest tests/test_kernels_numerics.py
+    pytest -rP tests/test_kernels_numerics.py | grep '^error'      # the table of all errors
 
 An error is relative, in the Frobenius norm, against kernels/reference.py in fp64 on the very same
 inputs. Limits: fp32 1e-6, which is 8 unit roundoffs of 2^-23 for chains of up to some thousand
@@ -65,6 +66,9 @@ def compare(names: str, ours, torchs, inputs: list[Tensor], upstream: list[Tenso
     for name, a, b, c in zip(names.split(), got, own, exact, strict=True):
         single = all(x.dtype == torch.float32 for x in inputs)
         limit = LIMIT if single else max(LIMIT, 1.2 * error(b, c))
+        size = "x".join(map(str, inputs[0].shape))
+        dtype = str(inputs[0].dtype).removeprefix("torch.")
+        print(f"error {name:4} {dtype:8} {size:10} ours {error(a, c):.1e} torch {error(b, c):.1e}")
         assert error(a, c) <= limit, f"{name}: {error(a, c):.2e} > {limit:.2e}"
 
 

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import reference, tiles
+from kernels import attention, reference, tiles
+from model.gpt2 import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 OPS = kernels.operators("triton", CPU)
@@ -89,23 +90,39 @@ class Block(torch.nn.Module):
         )
 
 
-def step(ops: kernels.Operators, compiled: str = "", autocast: bool = False):
+def step(ops: kernels.Operators, autocast: bool = False):
     """Loss and gradients of one step, from the same weights and tokens every time."""
     torch.manual_seed(0)
     model = Block(ops)
     tokens, targets = torch.randint(0, 65, (2, 2, 33))  # 33: a ragged tile
-    function = torch.compile(model, backend=compiled, fullgraph=True) if compiled else model
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = function(tokens, targets)
+        loss = model(tokens, targets)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("compiled", ["", "aot_eager"])
-def test_a_training_step_equals_the_references(compiled):
+def test_a_training_step_equals_the_references():
     """fp32. The limits are the project's: loss 1e-5, every gradient 1e-4, relative."""
-    loss, grads = step(OPS, compiled)
+    loss, grads = step(OPS)
     right, exact = step(kernels.TORCH)
+    assert abs(loss - right) <= 1e-5 * right
+    for name, grad in grads.items():
+        assert (grad - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
+
+
+def test_the_whole_gpt_compiles_into_one_graph():
+    """No graph breaks, and the eager reference's loss and gradients, with the same limits."""
+
+    def once(ops, backend=None):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, n_ctx=40, n_vocab=65), ops)
+        tokens, targets = torch.randint(0, 65, (2, 2, 33))
+        function = torch.compile(model, backend=backend, fullgraph=True) if backend else model
+        loss = function(tokens, targets)
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    (loss, grads), (right, exact) = once(OPS, "aot_eager"), once(kernels.TORCH)
     assert abs(loss - right) <= 1e-5 * right
     for name, grad in grads.items():
         assert (grad - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
@@ -131,6 +148,44 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones():
         targets = torch.empty(80, dtype=torch.long)
         loss = OPS.linear_cross_entropy(x.view(80, 128), torch.empty(256, 128), targets, 200)
         assert loss.shape == () and loss.dtype == torch.float32
+
+
+class Launches:
+    """In a kernel's place: keeps the grid, and launches nothing."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *arguments, **options: None
+
+
+def test_more_heads_than_a_second_axis_holds(monkeypatch):
+    """CUDA's grids end at 65,535 on all axes but the first."""
+    launches = Launches()
+    for name in ("attention_forward", "attention_dq", "attention_dkdv"):
+        monkeypatch.setattr(attention, name, launches)
+    qkv, n = torch.empty(1, dtype=torch.bfloat16).expand(70_000, 3 * 64), 70_000
+    out, lse = torch.ops.gpt2.attention_forward(qkv.view(n, 1, 192), 1)
+    torch.ops.gpt2.attention_backward(out, qkv.view(n, 1, 192), out, lse, 1)
+    assert launches.grids == [(70_000,)] * 3
+
+
+def test_an_empty_batch():
+    """No token: outputs and gradients of the right shapes, a loss of 0, no gradient for weights."""
+    for ops in (OPS, kernels.TORCH):
+        qkv = torch.empty(0, 8, 192, requires_grad=True)
+        ops.attention(qkv, 1).sum().backward()
+        assert qkv.grad.shape == qkv.shape
+        x, weight = torch.empty(0, 64, requires_grad=True), torch.ones(64, requires_grad=True)
+        total, y = ops.layer_norm(x, weight, weight, x)
+        y.sum().backward()
+        assert x.grad.shape == total.shape == x.shape and weight.grad.eq(0).all()
+        h, head = torch.empty(0, 64, requires_grad=True), torch.ones(128, 64, requires_grad=True)
+        loss = ops.linear_cross_entropy(h, head, torch.empty(0, dtype=torch.long), 65)
+        loss.backward()
+        assert loss == 0 and h.grad.shape == h.shape and head.grad.eq(0).all()
 
 
 def test_export():

@@ -5,21 +5,35 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from launch.errors import BadInput, Failed
-from model import checkpoint
+from launch.world import World
+from model import checkpoint, saving
 from model.checkpoint import Training
 from model.gpt2 import GPT, GPTConfig
-from model.optim import OptimConfig, make_optimizer
+from model.optim import LossScale, OptimConfig, make_optimizer
+from model.parallel import Parallel
+from model.saving import Saver
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_ctx=16)
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Silent:
+    """A tracker that keeps nothing."""
+
+    world = ALONE
+
+    def log(self, step, **values):
+        pass
 
 
 def trained(seed: int = 0) -> Training:
     torch.manual_seed(seed)
     model = GPT(CONFIG)
-    training = Training(model, make_optimizer(model, OptimConfig()), torch.amp.GradScaler("cpu"))
+    net = Parallel(model, "ddp", ALONE, "fp32")
+    training = Training(net, make_optimizer(net.parts, OptimConfig()), LossScale.of("fp16"))
     idx = torch.randint(50257, (2, 17))
     for _ in range(2):
         model(idx[:, :-1], idx[:, 1:]).backward()
@@ -28,21 +42,29 @@ def trained(seed: int = 0) -> Training:
     return training
 
 
+def save(run, step, training, keep=3):
+    state = {"step": step, "tokens": step * 32, "skipped": []}
+    Saver(run, training, Silent(), keep).save(step, state, wait=True)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run folder with checkpoints of steps 1 and 2."""
     config = {"config": {"model": vars(CONFIG)}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, step * 32, trained(step), keep=3)
+        save(tmp_path, step, trained(step))
     return tmp_path
 
 
 def test_everything_comes_back(tmp_path, run):
     saved, fresh = trained(2), trained(5)
     torch.manual_seed(2)
-    assert checkpoint.load_training(fresh, run / "checkpoints" / "step_00000002") == 2
-    for one, two in zip(saved.model.parameters(), fresh.model.parameters(), strict=True):
+    fresh.scale.value = 1.0
+    state = checkpoint.load_training(fresh, run / "checkpoints" / "step_00000002")
+    assert (state["step"], state["tokens"], fresh.scale.value) == (2, 64, 65536.0)
+    parameters = [training.net.model.parameters() for training in (saved, fresh)]
+    for one, two in zip(*parameters, strict=True):
         assert torch.equal(one, two)
         old, new = saved.optimizer.state[one], fresh.optimizer.state[two]
         assert old.keys() == new.keys()
@@ -62,9 +84,20 @@ def test_it_holds_gpt2s_names_and_no_padding(run):
 
 
 def test_old_ones_are_pruned_and_nothing_else_is_visible(run):
-    checkpoint.save(run, 3, 96, trained(), keep=2)
+    save(run, 3, trained(), keep=2)
     names = [p.name for p in (run / "checkpoints").iterdir()]
     assert sorted(names) == ["step_00000002", "step_00000003"]
+
+
+def test_the_files_are_what_the_library_writes(run):
+    """Our writer knows offsets that safetensors' own does not tell; the format is the same."""
+    folder = run / "checkpoints" / "step_00000002"
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = load_file(folder / name)
+        save_file(tensors, folder / "theirs", metadata={"format": "pt"})
+        theirs = load_file(folder / "theirs")
+        assert all(torch.equal(theirs[key], tensors[key]) for key in theirs)
+        assert int.from_bytes((folder / name).read_bytes()[:8], "little") % 8 == 0
 
 
 def truncate(folder):
@@ -120,7 +153,7 @@ def test_no_whole_checkpoint_left_is_an_error_and_not_a_new_start(run):
 
 def test_a_damaged_checkpoint_is_replaced_by_the_next_save(run):
     truncate(run / "checkpoints" / "step_00000002")
-    checkpoint.save(run, 2, 64, trained(2), keep=3)
+    save(run, 2, trained(2), keep=3)
     assert checkpoint.damage(run / "checkpoints" / "step_00000002") == ""
 
 
@@ -128,9 +161,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(run, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "fsync", full)
+    monkeypatch.setattr(saving.os, "pwrite", full)
     with pytest.raises(Failed, match="No space left"):
-        checkpoint.save(run, 3, 96, trained(), keep=1)
+        save(run, 3, trained(), keep=1)
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == ["step_00000001", "step_00000002"]
     assert checkpoint.newest_valid(run / "checkpoints")[0].name == "step_00000002"
@@ -159,5 +192,5 @@ def test_weights_alone_can_not_be_resumed(run):
 def test_pruning_spares_what_was_just_written(run):
     """The run went back from a damaged step 2 to step 1, and stops there once more."""
     truncate(run / "checkpoints" / "step_00000002")
-    checkpoint.save(run, 1, 32, trained(1), keep=1)
+    save(run, 1, trained(1), keep=1)
     assert checkpoint.newest_valid(run / "checkpoints")[0].name == "step_00000001"

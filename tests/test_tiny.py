@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_gpt2
-from eval.sample import sample_texts
+from eval.sample import continue_prompts
 from launch.tracker import read_rows
 from model.checkpoint import load_model
 from model.generate import SampleConfig
@@ -39,9 +39,9 @@ def test_a_run_from_first_step_to_sample(tiny, capsys):
     assert "next: python -m eval.sample" in printed
 
     model = load_model(str(run))
-    texts = sample_texts(model, "the", 2, SampleConfig(max_tokens=8), torch.device("cpu"))
+    texts = continue_prompts(model, ["the"] * 2, SampleConfig(max_tokens=8), torch.device("cpu"))
     assert len(texts) == 2
-    assert all(texts)
+    assert all(made.text for made in texts)
 
 
 def test_initial_loss_is_that_of_gpt2s_init(tiny):
@@ -89,7 +89,7 @@ def test_rows_past_the_resumed_step_are_cut(tiny, tmp_path):
     train(config)
     run = tmp_path / "tiny"
     before = losses(run)
-    train_gpt2.checkpoint._remove(run / "checkpoints" / "step_00000006")
+    train_gpt2.checkpoint.remove(run / "checkpoints" / "step_00000006")
     train(config)
     assert losses(run) == before  # rows 4 to 6 were written again, not twice
 

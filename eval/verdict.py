@@ -1,0 +1,172 @@
+"""Is a run on track? Its losses against a published curve's at the same number of tokens.
+
+A validation loss is judged where the curve has one: from its first point after 0 tokens (step 250)
+to its end. It is off where it differs by more than the expected noise: that of seeds
+(eval/published.py) and what the interpolation between published points may be wrong by.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from eval.causes import different_settings, usual_causes
+from eval.published import (
+    CURVES,
+    LOCAL_FILES,
+    SAME_DATA,
+    TRAIN_NOISE,
+    TRAIN_WINDOW,
+    VAL_TOKENS,
+    Curve,
+    curve_of_shape,
+    data_name,
+    interpolate,
+    named_curve,
+    same_train_data,
+    same_val_set,
+    seed_noise,
+)
+from eval.record import Record
+from launch.errors import BadInput
+
+Status = Literal["on track", "off", "too early", "not compared"]
+
+
+class Comparison(NamedTuple):
+    """One loss beside the published one, at the same tokens."""
+
+    what: str
+    step: int
+    tokens: int
+    loss: float
+    published: float
+    noise: float  # expected, either way
+
+    @property
+    def difference(self) -> float:
+        """Above 0: worse than the published run."""
+        return self.loss - self.published
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said of a run, and why.
+
+    val_curve and train_curve are the published run whose losses may be drawn beside this one's, or
+    None.
+    """
+
+    status: Status
+    headline: str
+    val_curve: Curve | None
+    train_curve: Curve | None
+    comparisons: list[Comparison]
+    notes: list[str]
+    causes: list[str]
+
+
+def judge(record: Record, against: str = "") -> Verdict:
+    """Compares a run with a published curve: the one of this name, or of its model's shape.
+
+    Raises BadInput for an unknown name, and where the named curve is of other data than the run.
+    """
+    curve = named_curve(against) if against else curve_of_shape(record.settings("model"))
+    if curve is None:
+        headline = f"not compared: no published curve is of its shape (there are {_names()})"
+        return Verdict("not compared", headline, None, None, [], [], [])
+    reason = other_data(record, curve, bool(against))
+    if reason and against:
+        raise BadInput(f"{record.path} can't be compared with {against}: {reason}; what counts is "
+                       f"{', '.join((*SAME_DATA, LOCAL_FILES))}, {VAL_TOKENS:,} tokens")
+    if same_train_data(record.val_set, bool(against)) and curve.train:
+        train_curve, compared = curve, train_comparison(record, curve)
+    else:
+        train_curve, compared = None, []
+    notes = different_settings(record, curve)
+    if data_name(record.val_set) == LOCAL_FILES and not reason:
+        notes.insert(0, "The data set is taken at its word: nothing tells which files they were.")
+    if reason:
+        return Verdict("not compared", f"not compared: {reason}", None, train_curve, compared,
+                       notes, [])
+    return _judge_validation(record, curve, train_curve, compared, notes)
+
+
+def other_data(record: Record, curve: Curve, named: bool) -> str:
+    """Why the validation losses can't be compared; "" where they can."""
+    val_set = record.val_set
+    if same_val_set(val_set, trust_local_files=named):
+        return ""
+    mine = f"this run is validated on {val_set}" if val_set else "this run names no validation set"
+    reason = (f"{mine}, and {curve.key} on the first {VAL_TOKENS:,} tokens of FineWeb's "
+              "sample-10BT")
+    if same_val_set(val_set, trust_local_files=True):
+        reason += f" (if that is what the local files hold: --against {curve.key})"
+    return reason
+
+
+def expected(curve: Curve, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the published validation loss, the expected noise) at any tokens, NaN where unknown."""
+    published, wrong = interpolate(curve.val, tokens)
+    return published, seed_noise(tokens) + wrong
+
+
+def train_comparison(record: Record, curve: Curve) -> list[Comparison]:
+    """The mean of the newest TRAIN_WINDOW of training losses, where there are enough of them."""
+    series, batch = record.series("train_loss"), record.config.get("batch_tokens")
+    if curve.train is None or not isinstance(batch, int):
+        return []
+    inside = series.tokens <= curve.train.tokens[-1]
+    end = series.tokens[inside].max(initial=0)
+    window = inside & (series.tokens > end - TRAIN_WINDOW)
+    published, wrong = interpolate(curve.train, end)
+    if window.sum() * batch < TRAIN_WINDOW or not np.isfinite(published):
+        return []
+    return [Comparison("training loss, mean of 50 steps",
+                       int(series.steps[inside].max()), int(end),
+                       float(series.values[window].mean()), float(published),
+                       float(seed_noise(end) + wrong + TRAIN_NOISE))]
+
+
+def _judge_validation(
+    record: Record, curve: Curve, train_curve: Curve | None, compared: list[Comparison],
+    notes: list[str],
+) -> Verdict:
+    """The verdict on a run whose validation set is the curve's."""
+    series = record.series("val_loss")
+    published, noise = expected(curve, series.tokens)
+    judged = np.isfinite(published)
+    if not judged.any():
+        first, last = curve.val.tokens[curve.val.tokens > 0][[0, -1]]
+        headline = (f"too early to say: no validation loss between {int(first):,} and "
+                    f"{int(last):,} tokens, where {curve.title}'s are known")
+        return Verdict("too early", headline, curve, train_curve, compared, notes, [])
+    if not judged[-1]:
+        notes.append(f"The curve ends at {int(curve.val.tokens[-1]):,} tokens; what came later is "
+                     "not judged.")
+    steps, tokens, losses = (column[judged] for column in series)
+    published, noise = published[judged], noise[judged]
+    difference = losses - published
+    off = np.abs(difference) > noise
+    newest = Comparison("validation loss", int(steps[-1]), int(tokens[-1]), float(losses[-1]),
+                        float(published[-1]), float(noise[-1]))
+    first = len(off) - int(np.argmin(off[::-1])) if not off.all() else 0  # of the last stretch
+    if off[:first].any():
+        blips = [f"{int(step):,}" for step in steps[:first][off[:first]]]
+        notes.append(f"It was off before, and came back: at step {', '.join(blips[:5])}"
+                     f"{' and more' if len(blips) > 5 else ''}.")
+    status: Status = "on track"
+    headline, causes = "on track", []
+    if off[-1]:
+        status = "off"
+        better = ", lower than the published run" if newest.difference < 0 else ""
+        headline = f"off by {newest.difference:+.4f}{better}, first at step {int(steps[first]):,}"
+        before = int(steps[first - 1]) if first else 0
+        jump = difference[first] - (difference[first - 1] if first else 0)
+        causes = usual_causes(record, before, int(steps[first]), tokens=float(tokens[first]),
+                              difference=newest.difference, sudden=abs(jump) > 2 * noise[first])
+    return Verdict(status, headline, curve, train_curve, [newest, *compared], notes, causes)
+
+
+def _names() -> str:
+    return ", ".join(CURVES)

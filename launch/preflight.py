@@ -1,0 +1,277 @@
+"""Before a paid run: is every machine fit for it?
+
+    python -m launch.preflight --data fineweb10B      # this machine
+    launch/torchrun.sh gpt2-124m --preflight True     # all ranks, against what this run needs
+
+One line a check: ok, warn or fail, and what to do. The last line is JSON. Exit code 1 where
+anything failed. It takes seconds, plus the kernels' compilation on GPUs.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from kernels import cards
+from launch import probes
+from launch.errors import leave, one_line_errors
+from launch.probes import GB, MIB, SLOW, Line
+from launch.world import choose_device
+
+ANSWER = timedelta(seconds=60)  # torch is imported and GPUs are awake well before that
+PROBE = timedelta(seconds=300)  # for a rank's own probes: kernels compile, disks are slow
+MESSAGE = 64 * MIB  # bytes all-reduced: past the size where latency counts on any link
+SKEW = 1.0  # seconds; beyond that the logs of two nodes can't be read side by side
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run will ask for; the defaults ask for nothing."""
+
+    data: Path | None = None
+    """Folder of shards, or a text."""
+    out_dir: Path = Path("runs")
+    """Where checkpoints will be written."""
+    checkpoint_bytes: int = 0
+    """Size of one checkpoint."""
+    keep: int = 3
+    """Checkpoints kept."""
+    head_width: int = 64
+    """Width of an attention head, for the kernels' check."""
+    wandb: str = "disabled"
+    """online asks for a key."""
+
+
+def run(needs: Needs) -> int:
+    """Checks every rank that torchrun started; rank 0 prints. Returns the exit code."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return report({0: local_lines(needs, choose_device(), first=True)})
+    store = open_store(rank)
+    silent = missing(store, "here", rank, size, os.uname().nodename, ANSWER)
+    if silent:
+        return report({0: [no_answer(silent, size)]}) if rank == 0 else 1
+    device = choose_device()
+    lines = local_lines(needs, device, first=os.environ.get("LOCAL_RANK", "0") == "0")
+    lines += together(store, rank, size, device)
+    mine = json.dumps([asdict(line) for line in lines])
+    silent = missing(store, "lines", rank, size, mine, PROBE)
+    if rank > 0:
+        return 0
+    found = {r: [Line(**row) for row in json.loads(store.get(f"lines/{r}"))]
+             for r in range(size) if r not in silent}
+    if silent:
+        found[0] = [*found.get(0, []), no_answer(silent, size)]
+    return report(found)
+
+
+def open_store(rank: int) -> dist.Store:
+    """torchrun's key-value store. Unlike a process group it comes up with ranks missing."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False,
+        is_master=rank == 0 and not agent, timeout=ANSWER,
+    )
+
+
+def missing(
+    store: dist.Store, key: str, rank: int, size: int, value: str, patience: timedelta
+) -> list[int]:
+    """Leaves `value` in the store; rank 0 collects, and all learn which ranks did not answer."""
+    store.set(f"{key}/{rank}", value)
+    if rank > 0:
+        try:
+            store.wait([f"{key}/verdict"], 2 * patience)
+        except dist.DistError:
+            return [0]
+        return json.loads(store.get(f"{key}/verdict"))
+    deadline, silent = time.monotonic() + patience.total_seconds(), []
+    for other in range(1, size):
+        left = max(deadline - time.monotonic(), 0.01)
+        try:
+            store.wait([f"{key}/{other}"], timedelta(seconds=left))
+        except dist.DistError:
+            silent.append(other)
+    store.set(f"{key}/verdict", json.dumps(silent))
+    return silent
+
+
+def no_answer(silent: list[int], size: int) -> Line:
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = sorted({rank // per_node for rank in silent})
+    return Line("ranks", "fail", f"no answer from rank {', '.join(map(str, silent))} of {size}",
+                f"look at node {', '.join(map(str, nodes))}: hung, or cut off from the others")
+
+
+def local_lines(needs: Needs, device: torch.device, first: bool) -> list[Line]:
+    """What one rank can say alone; the disks are looked at by the first rank of each node."""
+    lines = probes.gpu(device) + probes.kernel_check(device, needs.head_width)
+    flops = probes.matmul_flops(device)
+    card = cards.by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    share = flops / card.bf16_flops if card else 1.0
+    lines.append(Line(
+        "matrix product", "ok" if share > 0.5 else "warn",  # a bound chosen, not measured
+        f"{flops / 1e12:.2f} TFLOP/s" + f", {share:.0%} of the card's peak" * bool(card),
+        "" if share > 0.5 else "look at clocks, power limit and other processes"))
+    if first:
+        lines += probes.data_folder(needs.data)
+        lines += probes.run_folder(needs.out_dir, needs.checkpoint_bytes, needs.keep)
+        lines += probes.versions() + probes.open_files() + probes.wandb_login(needs.wandb)
+    return lines
+
+
+def together(store: dist.Store, rank: int, size: int, device: torch.device) -> list[Line]:
+    """What takes all ranks: bandwidth, who is slow, clocks. Rank 0 gets the lines."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
+                                rank=rank, world_size=size, timeout=ANSWER)
+        bandwidth = all_reduce_rate(size, device)
+        before, after = (neighbour_rate(rank, size, device, shift) for shift in (0, 1))
+        dist.barrier()
+        mine = {"node": os.uname().nodename, "now": time.time(), "links": [before, after],
+                "flops": probes.matmul_flops(device), "torch": torch.__version__}
+        everyone: list = [None] * size
+        dist.all_gather_object(everyone, mine)
+        dist.destroy_process_group()
+    except (RuntimeError, dist.DistError) as error:  # gloo's and NCCL's; the ranks still report
+        line = str(error).splitlines()[0]
+        return [Line("all-reduce", "fail", line, "NCCL_DEBUG=INFO tells which link")]
+    if rank > 0:
+        return []
+    return [bandwidth_line(bandwidth, everyone, device), *comparisons(everyone)]
+
+
+def all_reduce_rate(size: int, device: torch.device) -> float:
+    """bytes/s on the wire of each rank, best of five: a ring moves 2 (n - 1) / n of the message."""
+    message = torch.ones(MESSAGE // 4, device=device)
+    best = float("inf")
+    for _ in range(6):
+        dist.barrier()
+        start = probes.clock()
+        dist.all_reduce(message)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, probes.clock() - start)
+        message.fill_(1)
+    return MESSAGE * 2 * (size - 1) / size / best
+
+
+def neighbour_rate(rank: int, size: int, device: torch.device, shift: int) -> tuple[int, float]:
+    """(the other rank, bytes/s) where ranks exchange in pairs: 0-1 2-3 ..., shifted by one 1-2 3-4.
+
+    A rank without a partner (an odd number of them, or the ends) gets itself and 0.
+    """
+    other = rank + 1 if (rank - shift) % 2 == 0 else rank - 1
+    if not 0 <= other < size:
+        if size % 2 or size == 2:
+            dist.barrier()
+            return rank, 0.0
+        other = size - 1 if rank == 0 else 0  # the ring closes
+    out, back = (torch.ones(MESSAGE // 16, device=device) for _ in range(2))
+    dist.barrier()
+    best = float("inf")
+    for _ in range(3):
+        start = probes.clock()
+        pair = [dist.P2POp(dist.isend, out, other), dist.P2POp(dist.irecv, back, other)]
+        for work in dist.batch_isend_irecv(pair):
+            work.wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, probes.clock() - start)
+    return other, MESSAGE / 4 / best
+
+
+def bandwidth_line(rate: float, everyone: list[dict], device: torch.device) -> Line:
+    """All-reduce against the slowest link on its way."""
+    found = f"{rate / GB:.2f} GB/s a rank, {len(everyone)} ranks"
+    card = cards.by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if card is None:
+        return Line("all-reduce", "ok", found + ", no limit known to compare with")
+    many = len({one["node"] for one in everyone}) > 1
+    limit = card.network_bandwidth if many else card.link_bandwidth
+    link = "the network" if many else card.link  # the network's is a default: clusters differ
+    found += f", {rate / limit:.0%} of {limit / GB:.0f} GB/s ({link})"
+    if rate > limit / 2:  # a bound chosen, not measured
+        return Line("all-reduce", "ok", found)
+    return Line("all-reduce", "warn", found, "NCCL_DEBUG=INFO tells the transport: NET/Socket "
+                "between nodes means no InfiniBand, SHM inside one means no NVLink")
+
+
+def comparisons(everyone: list[dict]) -> list[Line]:
+    """Ranks and nodes against one another: speed, links, clocks, versions."""
+    names = [f"rank {r} ({one['node']})" for r, one in enumerate(everyone)]
+    usual = statistics.median(one["flops"] for one in everyone)
+    slow = [name for name, one in zip(names, everyone, strict=True) if one["flops"] < SLOW * usual]
+    inside, between = [], []
+    for r, one in enumerate(everyone):
+        for other, rate in one["links"]:
+            if other > r and everyone[other]["node"] == one["node"]:
+                inside.append((names[r], names[other], rate))
+            elif other > r:
+                between.append((one["node"], everyone[other]["node"], rate))
+    weak = probes.slow_ones(inside) + probes.slow_ones(between)
+    skew = max(one["now"] for one in everyone) - min(one["now"] for one in everyone)
+    torches = sorted({one["torch"] for one in everyone})
+    return [
+        Line("speed of ranks", "warn", f"slow: {', '.join(slow)}", "leave that node out, or find "
+             "what else it does") if slow else Line("speed of ranks", "ok", "alike"),
+        Line("links", "warn", f"slow: {', '.join(weak)}", "leave it out, or look at its cable and "
+             "network card") if weak else Line("links", "ok", "none stands out"),
+        Line("clock skew", "warn" if skew > SKEW else "ok", f"{skew:.3f} s",
+             "set the clocks by NTP (chrony)" if skew > SKEW else ""),
+        Line("same torch", "ok" if len(torches) == 1 else "fail", ", ".join(torches),
+             "" if len(torches) == 1 else "install one version on every node"),
+    ]
+
+
+def report(found: dict[int, list[Line]]) -> int:
+    """Prints each check once, its trouble rank by rank, and the whole as JSON. 1 if any failed."""
+    checks: dict[str, list[tuple[int, Line]]] = defaultdict(list)
+    for rank, lines in found.items():
+        for line in lines:
+            checks[line.check].append((rank, line))
+    rows = []
+    for check, all_of_it in checks.items():
+        trouble = [(rank, line) for rank, line in all_of_it if line.status != "ok"]
+        for rank, line in trouble or all_of_it[:1]:
+            rows.append({"rank": rank, **asdict(line)})
+            who = f"rank {rank}: " * (len(found) > 1 and bool(trouble))
+            print(f"{line.status:<5} {check:<15} {who}{line.found}"
+                  + f" -> {line.advice}" * bool(line.advice))
+    failed = any(row["status"] == "fail" for row in rows)
+    print(json.dumps({"fit": not failed, "ranks": len(found), "checks": rows}), flush=True)
+    return int(failed)
+
+
+def of_run(settings: Mapping, parameters: int) -> int:
+    """Checks all ranks against what a run with these settings will need. Returns the exit code."""
+    data, model = settings["data"], settings["model"]
+    source = data["text"] or data["dir"]
+    return run(Needs(
+        data=Path(source) if source else None, out_dir=Path(settings["out_dir"]),
+        checkpoint_bytes=12 * parameters,  # weights and two moments in fp32
+        keep=settings["saving"]["keep"], head_width=model["n_embd"] // model["n_head"],
+        wandb=settings["tracker"]["wandb"],
+    ))
+
+
+def main() -> int:
+    """The machine alone, or under torchrun every machine."""
+    return run(tyro.cli(Needs, prog="python -m launch.preflight"))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        leave(main())

@@ -1,0 +1,87 @@
+"""Steps that would do harm: a loss that is no number, a gradient that explodes.
+
+Each step is judged before the weights change, on the norm of the whole gradient and the mean loss,
+which are the same on every rank: so all ranks come to the same judgement without a word. A rank
+that judged its own loss would leave the others waiting.
+
+    --on_spike skip      the step's gradient is thrown away, and the run goes on
+    --on_spike rollback  the run returns to its newest checkpoint, and the batches from there to
+                         here are left out (PaLM, arXiv 2204.02311, section 5.1)
+    --on_spike stop      the run ends, nothing saved since
+    --on_spike ignore    explosions are applied; what is no number still ends the run
+"""
+
+import math
+import statistics
+from collections import deque
+from typing import Any, Literal
+
+from launch.errors import Failed
+
+Policy = Literal["skip", "rollback", "stop", "ignore"]
+WINDOW = 128  # steps whose norms make the normal range (llm.c, llmc/outlier_detector.h)
+Z = 7.0  # standard deviations that are too many (llm.c, scripts/run_gpt3_125M.sh: -sg 7)
+NARROWEST = 0.01  # of the mean: a smaller deviation is taken for this, or a calm run would spike
+
+
+class Spikes:
+    """Remembers the norms of good steps and says what is wrong with a bad one."""
+
+    def __init__(self, policy: Policy, at_most: int) -> None:
+        self.policy, self.at_most = policy, at_most  # bad steps in a row
+        self.norms: deque[float] = deque(maxlen=WINDOW)
+        self.total = 0
+        self.in_a_row = 0
+        self.last = -1  # step of the last spike
+
+    def judge(self, step: int, loss: float, norm: float) -> str:
+        """What is wrong with a step, in a few words; '' for a good one."""
+        problem = self._problem(loss, norm)
+        if problem:
+            self.total, self.in_a_row, self.last = self.total + 1, self.in_a_row + 1, step
+        else:
+            self.norms.append(norm)
+            if step > self.last:  # and not on the way back to it after a rollback
+                self.in_a_row = 0
+        return problem
+
+    def end_if_hopeless(self, step: int, problem: str, loss: float, norm: float) -> None:
+        """Raises Failed where the policy, or too many bad steps in a row, end the run."""
+        no_number = not (math.isfinite(loss) and math.isfinite(norm))
+        if (
+            self.policy == "stop"
+            or self.policy == "ignore" and no_number
+            or self.in_a_row > self.at_most
+        ):
+            raise Failed(f"step {step}: {problem}; the run ends (--on_spike {self.policy}, "
+                         f"{self.in_a_row} in a row with --max_spikes {self.at_most}). A lower "
+                         "--optim.lr or another --seed may get past it")
+
+    def state(self) -> dict[str, Any]:
+        """For state.json: a run that goes on judges as if it had never stopped."""
+        return {"norms": list(self.norms), "spikes": self.total, "in_a_row": self.in_a_row,
+                "last_spike": self.last}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Puts back what state() gave."""
+        self.rewind(state)
+        self.total, self.in_a_row = state["spikes"], state["in_a_row"]
+        self.last = state["last_spike"]
+
+    def rewind(self, state: dict[str, Any]) -> None:
+        """Puts back the norms alone: after a rollback the spikes still count."""
+        self.norms = deque(state["norms"], maxlen=WINDOW)
+
+    def _problem(self, loss: float, norm: float) -> str:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(norm):
+            return f"the gradient's norm is {norm}"
+        if self.policy == "ignore" or len(self.norms) < WINDOW:
+            return ""
+        mean, deviation = statistics.fmean(self.norms), statistics.pstdev(self.norms)
+        z = (norm - mean) / max(deviation, NARROWEST * mean)
+        if z <= Z:
+            return ""
+        return (f"the gradient's norm {norm:.4g} lies {z:.1f} standard deviations above {mean:.4g},"
+                f" the mean of the last {WINDOW} steps")

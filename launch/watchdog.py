@@ -1,0 +1,98 @@
+"""Ends a run that stands still, says where every rank stands, and which one doesn't answer.
+
+A rank that hangs (a dead disk, a dead link, a stopped process) leaves the others waiting for ever,
+at the price of all their GPUs. Where nothing has moved for `seconds`, every rank that still can
+leaves a note in the run folder on where it stands, the lowest of them prints them all, and each
+dumps its stacks and leaves with 1, so that torchrun starts the group again.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from launch.world import World
+
+ROOT = str(Path(__file__).parent.parent)
+ANSWER = 5.0  # seconds that the ranks have to say where they stand
+GRACE = 30.0  # seconds after which a process whose Python can't run any more is ended from C
+
+
+class Watchdog:
+    """Waits on a thread for signs of life, which alive() gives; the first one starts it."""
+
+    def __init__(self, world: World, folder: Path, seconds: float) -> None:
+        self.world, self.folder, self.seconds = world, folder, seconds
+        self.main = threading.get_ident()
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def alive(self) -> None:
+        """Something has moved on: the waiting begins anew."""
+        self.deadline = time.monotonic() + self.seconds
+        # Also from C, for a thread that hangs with Python's lock held stops this one as well.
+        # (2 is standard error, whatever sys.stderr has become.)
+        faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True, file=2)
+        if not self.thread.ident:
+            with contextlib.suppress(OSError):
+                self._note(self.world.rank).unlink(missing_ok=True)
+            self.thread.start()
+
+    def close(self) -> None:
+        """The work is done."""
+        self.closed.set()
+        if self.thread.ident:
+            self.thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(max(self.deadline - time.monotonic(), 0.01)):
+            if time.monotonic() >= self.deadline:
+                self._end()
+
+    def _end(self) -> None:
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._note(self.world.rank).write_text(self._where())
+        time.sleep(ANSWER)
+        notes = {rank: self._read(rank) for rank in range(self.world.size)}
+        if self.world.rank == min((r for r, note in notes.items() if note), default=-1):
+            print(f"error: no step was finished in {self.seconds:g} s (--hang_timeout):\n"
+                  + report(notes), file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        os._exit(1)
+
+    def _where(self) -> str:
+        """The line of this project's code that the main thread is in."""
+        frame = sys._current_frames().get(self.main)
+        while frame and frame.f_back and not frame.f_code.co_filename.startswith(ROOT):
+            frame = frame.f_back
+        if not frame:
+            return "nowhere"
+        file = os.path.relpath(frame.f_code.co_filename, ROOT)
+        return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+    def _note(self, rank: int) -> Path:
+        return self.folder / f".stuck_rank_{rank}"
+
+    def _read(self, rank: int) -> str:
+        try:
+            return self._note(rank).read_text()
+        except OSError:
+            return ""
+
+
+def report(notes: dict[int, str]) -> str:
+    """A line for each rank, and a last one that names those who differ from the rest."""
+    lines = [f"  rank {rank}: {note or 'no answer'}" for rank, note in notes.items()]
+    silent = [rank for rank, note in notes.items() if not note]
+    places = [note for note in notes.values() if note]
+    usual = max(set(places), key=places.count, default="")
+    odd = [rank for rank, note in notes.items() if note and note != usual]
+    suspects = silent or (odd if places.count(usual) > 1 else [])
+    if suspects:
+        lines.append(f"  stuck: {', '.join(f'rank {rank}' for rank in suspects)}")
+    return "\n".join(lines)

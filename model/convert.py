@@ -1,0 +1,226 @@
+"""Moves weights between the field's formats.
+
+    python -m model.convert runs/gpt2-124m exported --to hf      # transformers, vLLM, lm-eval
+    python -m model.convert runs/gpt2-124m model.bin --to llmc   # llm.c; --dtype bf16 halves it
+    python -m model.convert out/ckpt.pt converted --to ours      # eval.*, --init
+
+SRC is a checkpoint folder, a run folder (its newest), hf:DIR or hf:NAME, llm.c's .bin, or a .pt of
+nanoGPT or build-nanogpt: files are recognised by what is in them. fp32 weights keep every bit.
+DST appears whole or not at all, and nothing is overwritten. Optimizer state stays behind.
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from data.tokenizer import EOT, VOCAB, encoding
+from launch.errors import BadInput, Failed, one_line_errors
+from launch.files import fsync
+from model.checkpoint import load_model, seal
+from model.gpt2 import GPT, parameter_count
+from model.hf import load_named, named_weights, to_hf
+from model.llmc import Precision, from_llmc, to_llmc
+from model.nanogpt import from_nanogpt, is_pickle
+
+# 50,257 rounded up for the hardware, as the field does; a vocabulary of any other size has tokens
+# of its own.
+PADDED = {-(-VOCAB // multiple) * multiple for multiple in (64, 128, 256, 512, 1024)}
+EOT_TEXT = "<|endoftext|>"
+
+
+def read_source(spec: str) -> GPT:
+    """The model that `spec` names, with GPT-2's 50,257 tokens. Raises BadInput for any other."""
+    path = Path(spec)
+    if spec.startswith("hf:") or path.is_dir():
+        model = load_model(spec)
+    elif not path.is_file():
+        raise BadInput(f"{spec} is neither a file nor a folder here: SRC is a checkpoint folder, a "
+                       "run folder, hf:DIR, llm.c's .bin, or a .pt of nanoGPT or build-nanogpt")
+    elif path.suffix == ".safetensors":
+        raise BadInput(f"{spec} is only the weights: name its folder, hf:{path.parent} for one of "
+                       "Hugging Face's")
+    else:
+        model = from_nanogpt(path) if is_pickle(path) else from_llmc(path)
+    return without_padding(model, spec)
+
+
+def without_padding(model: GPT, spec: str) -> GPT:
+    """The model without vocabulary rows past 50,257. Raises BadInput for another vocabulary."""
+    if model.config.n_vocab == VOCAB:
+        return model
+    if model.config.n_vocab not in PADDED:
+        raise BadInput(f"{spec} has a vocabulary of {model.config.n_vocab:,}; GPT-2's is {VOCAB:,} "
+                       f"(or padded: {', '.join(f'{size:,}' for size in sorted(PADDED))})")
+    cut = GPT(replace(model.config, n_vocab=VOCAB)).to(model.wte.weight.dtype)
+    weights = named_weights(model)
+    weights["wte.weight"] = weights["wte.weight"][:VOCAB]
+    load_named(cut, weights, Path(spec))
+    print(f"{model.config.n_vocab - VOCAB} padding rows of the vocabulary left out")
+    return cut
+
+
+def write_hf(model: GPT, folder: Path) -> None:
+    """A Hugging Face folder with everything that AutoModel, AutoTokenizer and pipeline read."""
+    to_hf(model, folder)
+    end = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT}
+    _write_json(folder / "generation_config.json", end)
+    for name, content in tokenizer_files(model.config.n_ctx).items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def write_ours(model: GPT, folder: Path) -> None:
+    """A checkpoint folder of weights alone, for eval.* and --init."""
+    folder.mkdir()
+    weights = {name: w.cpu().contiguous() for name, w in named_weights(model).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", {"config": {"model": asdict(model.config)}})
+    seal(folder)
+
+
+def tokenizer_files(n_ctx: int) -> dict[str, str]:
+    """File name -> content of GPT-2's tokenizer for transformers, out of data.tokenizer's ranks.
+
+    tokenizer.json is what today's transformers reads; vocab.json and merges.txt are what others do.
+    """
+    vocab, merges = vocabulary()
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": EOT, "content": EOT_TEXT, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level | {"trim_offsets": False},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
+                  "byte_fallback": False, "ignore_merges": False, "vocab": vocab,
+                  "merges": merges},
+    }
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": EOT_TEXT,
+        "eos_token": EOT_TEXT,
+        "unk_token": EOT_TEXT,
+        "pad_token": EOT_TEXT,  # GPT-2 has none; without one, transformers can't batch
+        "padding_side": "left",  # where generation wants it
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,  # or decoding turns " ." into "."
+        "model_max_length": n_ctx,
+    }
+    return {
+        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+    }
+
+
+@functools.cache
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id, and the merges in their order, spelled as Hugging Face spells them."""
+    glyph = byte_glyphs()
+    ranks = {encoding().decode_single_token_bytes(rank): rank for rank in range(EOT)}
+    text = {token: "".join(glyph[byte] for byte in token) for token in ranks}
+    pairs = (parents(token, ranks) for token in ranks if len(token) > 1)
+    merges = [(text[first], text[second]) for first, second in pairs]
+    return {text[token]: rank for token, rank in ranks.items()} | {EOT_TEXT: EOT}, merges
+
+
+def byte_glyphs() -> list[str]:
+    """The printable character that stands for each byte (bytes_to_unicode of openai/gpt-2).
+
+    Printable Latin-1 stands for itself; the other 68 bytes take the code points from 256 on.
+    """
+    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+             *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+def parents(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge is this one: what is left of it when lower ranks are merged.
+
+    OpenAI publishes the ranks of the results; Hugging Face's files list the merges.
+    """
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, EOT) for a, b in zip(parts, parts[1:], strict=False)]
+        at = pairs.index(min(pairs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` make a file or folder under another name, flushes it and gives it its own."""
+    work = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(work)
+        write(work)
+        for file in [*work.iterdir()] if work.is_dir() else [work]:
+            fsync(file)
+        work.rename(path)
+        fsync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise Failed(f"could not write {path}: {error}") from None
+    finally:
+        _remove(work)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(
+    src: Annotated[str, tyro.conf.Positional],
+    dst: Annotated[str, tyro.conf.Positional],
+    to: Literal["hf", "llmc", "ours"],
+    dtype: Precision = "fp32",
+) -> None:
+    """Moves a model's weights into another format.
+
+    Args:
+        src: A checkpoint folder, a run folder, hf:DIR, llm.c's .bin, or nanoGPT's .pt.
+        dst: What to make; must not exist.
+        to: Hugging Face folder, llm.c's .bin, or a checkpoint folder of this project.
+        dtype: Number format of llm.c's file.
+    """
+    path = Path(dst)
+    if path.exists() or path.is_symlink():
+        raise BadInput(f"{dst} is there already, and nothing is overwritten: name another")
+    if dtype != "fp32" and to != "llmc":
+        raise BadInput(f"--dtype {dtype} is for --to llmc; {to} keeps the weights as they are")
+    model = read_source(src)
+    write: dict[str, Callable[[Path], None]] = {
+        "hf": lambda work: write_hf(model, work),
+        "llmc": lambda work: to_llmc(model, work, dtype),
+        "ours": lambda work: write_ours(model, work),
+    }
+    write_whole(path, write[to])
+    config = model.config
+    print(f"{dst}: {parameter_count(config):,} parameters ({config.n_layer} layers, "
+          f"{config.n_head} heads, width {config.n_embd}, context {config.n_ctx:,})")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        tyro.cli(main)

@@ -1,0 +1,76 @@
+"""Puts together what is trained: the model, its place on the ranks, its optimizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import Choice, selfcheck
+from launch.errors import BadInput
+from launch.world import Dtype, World
+from model import checkpoint
+from model.checkpoint import Training
+from model.gpt2 import GPT, GPTConfig
+from model.optim import LossScale, OptimConfig, make_optimizer
+from model.parallel import Mode, Parallel
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How a run computes; none of it changes what is computed, beyond rounding."""
+
+    dtype: Dtype = "auto"
+    """Format of the matrix products. Weights and optimizer are fp32 (fp64 for fp64)."""
+    compile: bool | None = None
+    """torch.compile the blocks; None: on CUDA only."""
+    kernels: Choice = "auto"
+    """Who computes attention, LayerNorm and the loss."""
+    parallel: Mode = "ddp"
+    """What ranks share out: gradients only averaged (ddp); moments (zero1); weights too (fsdp)."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input, and compute the block twice: less memory, more time."""
+    deterministic: bool = False
+    """PyTorch's deterministic algorithms too; our kernels always are. May be slower."""
+
+    def compiled(self, device: torch.device) -> bool:
+        """What compile means on this device."""
+        return device.type == "cuda" if self.compile is None else self.compile
+
+
+def make_training(
+    shape: GPTConfig, optim: OptimConfig, compute: ComputeConfig, dtype: str, seed: int,
+    init: str, source: Path | None, world: World,
+) -> tuple[Training, dict[str, Any]]:
+    """A new model from the seed, the weights of `init`, or everything that the checkpoint `source`
+    holds; with the checkpoint's state.json, empty for a new run.
+
+    dtype: of the matrix products. Raises BadInput on all ranks where one of these can't be used.
+    """
+    model = world.together(lambda: new_model(shape, compute, dtype, seed, world))
+    if init and not source:
+        world.together(lambda: checkpoint.copy_weights(model, init))
+    if compute.compiled(world.device):
+        model.compile_blocks()
+    net = Parallel(model, compute.parallel, world, dtype)
+    training = Training(net, make_optimizer(net.parts, optim), LossScale.of(dtype))
+    if not source:
+        return training, {}
+    return training, world.together(lambda: checkpoint.load_training(training, source))
+
+
+def new_model(
+    shape: GPTConfig, compute: ComputeConfig, dtype: str, seed: int, world: World
+) -> GPT:
+    """The same on every rank and device: it's drawn on the CPU from the seed."""
+    weights = torch.float64 if dtype == "fp64" else torch.float32
+    head_width = shape.n_embd // shape.n_head
+    try:
+        ops, line = selfcheck.checked(compute.kernels, world.device, head_width, weights)
+    except (ValueError, RuntimeError) as error:  # kernels knows nothing of this project's errors
+        raise BadInput(str(error)) from None
+    world.print(line)
+    torch.manual_seed(seed)
+    model = GPT(shape, ops).to(world.device, weights)
+    model.checkpoint_activations = compute.activation_checkpointing
+    return model

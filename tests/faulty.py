@@ -1,0 +1,68 @@
+"""train_gpt2.py with a fault planted in it; the training loop knows nothing of this.
+
+    FAULT='{"kind": "nan", "rank": 1, "step": 5}' torchrun ... -m tests.faulty FLAGS
+
+kinds: nan (the rank's loss is no number in this step), stop (SIGSTOP: the rank hangs), full (the
+disk takes no file of more than 1 MB while this step's checkpoint is written). Steps count from 1;
+a fault happens in the first process that gets there and not again after a restart.
+"""
+
+import json
+import os
+import resource
+import signal
+
+import torch
+
+import train_gpt2
+from launch import cli
+from launch.errors import leave, one_line_errors
+from model.parallel import Parallel
+from train_gpt2 import PRESETS, TrainConfig, train
+
+FAULT = json.loads(os.environ.get("FAULT", "{}"))
+FIRST_START = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+now = {"step": 0, "faults": 0}
+
+
+def happens() -> bool:
+    """Whether the fault is due; it is so once."""
+    due = (
+        FIRST_START
+        and not now["faults"]
+        and FAULT.get("step") == now["step"]
+        and FAULT.get("rank", 0) == int(os.environ.get("RANK", "0"))
+    )
+    now["faults"] += due
+    return due
+
+
+def plant() -> None:
+    """Puts the fault where it belongs."""
+    rate, call, limits = train_gpt2.learning_rate, Parallel.__call__, []
+
+    def counting(step, *rest):
+        now["step"] = step + 1
+        if FAULT["kind"] == "stop" and happens():
+            signal.raise_signal(signal.SIGSTOP)
+        if FAULT["kind"] == "full":
+            if happens():
+                limits.append(resource.getrlimit(resource.RLIMIT_FSIZE))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[0][1]))
+            elif limits and now["step"] == FAULT["step"] + 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits.pop())
+        return rate(step, *rest)
+
+    def broken(self, idx, targets):
+        loss = call(self, idx, targets)
+        return loss * torch.nan if FAULT["kind"] == "nan" and happens() else loss
+
+    train_gpt2.learning_rate, Parallel.__call__ = counting, broken
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if FAULT:
+        plant()
+    with one_line_errors():
+        leave(train(cli.parse(TrainConfig, PRESETS)))

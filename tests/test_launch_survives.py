@@ -1,0 +1,360 @@
+"""Real faults in real processes: nothing is lost, nothing is changed.
+
+    pytest tests/test_launch_survives.py              # 12 kills
+    pytest tests/test_launch_survives.py -m storm     # 50 kills; prints the table
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2
+from data.loader import DataConfig, Loader, open_data
+from data.shards import write_folder
+from launch.errors import Failed, FolderInUse
+from launch.files import folder_lock
+from launch.tracker import read_rows
+from model import checkpoint
+from tests.running import ROOT, environment, flags, losses, weights
+from train_gpt2 import train
+
+
+def start(config, ranks: int, restarts: int = 0, **more: str) -> subprocess.Popen:
+    """tests/faulty.py under torchrun, as launch/torchrun.sh starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1",
+         "-m", "tests.faulty", *flags(config)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", **more),
+    )
+
+
+def run(config, ranks: int, restarts: int = 0, **more: str) -> tuple[int, str]:
+    """The exit code and everything that was printed."""
+    process = start(config, ranks, restarts, **more)
+    printed = process.communicate(timeout=180)[0]
+    return process.returncode, printed
+
+
+def same_weights(one: Path, two: Path, step: int) -> bool:
+    a, b = weights(one, step), weights(two, step)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def events(folder: Path) -> list[str]:
+    return [row["event"] for row in read_rows(folder / "metrics.jsonl") if "event" in row]
+
+
+# ---- kills at random ----
+
+
+def children(pid: int) -> list[int]:
+    """Process numbers of a process's children, in the order they were started."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(number) for number in path.read_text().split()] if path.exists() else []
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def last_step(folder: Path) -> int:
+    rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def storm(config, kills: int, seed: int, tmp_path: Path) -> dict[str, int]:
+    """Kills a rank, the launcher or both, at random instants, until `kills` have hit; then lets
+    the run finish. Returns what happened."""
+    chance, folder = random.Random(seed), tmp_path / config.name
+    told = {"rank": 0, "launcher": 0, "both": 0, "starts": 0, "steps lost": 0}
+    hits = 0
+    while True:
+        process = start(config, ranks=2, restarts=100)
+        told["starts"] += 1
+        while hits < kills and process.poll() is None:
+            # A few steps on, and then some: in the middle of a step, a save, a start.
+            goal = last_step(folder) + chance.randint(1, 4)
+            while process.poll() is None and last_step(folder) < min(goal, config.steps - 1):
+                time.sleep(0.02)
+            time.sleep(chance.random() * 0.3)
+            ranks = children(process.pid)
+            if process.poll() is not None or len(ranks) < 2:
+                continue
+            before, what = last_step(folder), chance.choice(["rank", "rank", "launcher", "both"])
+            if what != "rank":
+                kill(process.pid)
+            if what != "launcher":
+                kill(chance.choice(ranks))
+            hits, told[what] = hits + 1, told[what] + 1
+            newest = checkpoint.list_checkpoints(folder / "checkpoints")
+            if what != "launcher" and newest:  # orphans save before they leave
+                told["steps lost"] += max(before - int(newest[0].name[5:]), 0)
+            if what != "rank":
+                break
+        printed = process.communicate(timeout=180)[0]
+        if process.returncode == 0:
+            assert "is damaged" not in printed
+            return told
+        assert told["starts"] < 3 * kills + 5, printed[-3000:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus_file):
+    """40 steps on 2 ranks, never disturbed."""
+    from tests.conftest import make_config
+
+    def configure(folder, **changes):
+        settings = dict(steps=40, save_every=3, eval_every=20, hang_timeout=60.0)
+        return make_config(folder, corpus_file, **(settings | changes))
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, printed = run(configure(folder), ranks=2)
+    assert code == 0, printed[-3000:]
+    return configure, folder / "tiny"
+
+
+def test_kills_at_random_change_nothing(undisturbed, tmp_path):
+    configure, whole = undisturbed
+    told = storm(configure(tmp_path), kills=12, seed=1, tmp_path=tmp_path)
+    assert told["rank"] + told["launcher"] + told["both"] == 12
+    assert same_weights(whole, tmp_path / "tiny", 40)
+    assert losses(whole) == losses(tmp_path / "tiny")
+
+
+@pytest.mark.storm
+@pytest.mark.parametrize("mode", ["ddp", "zero1", "fsdp"])
+def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, mode):
+    configure, _ = undisturbed
+    whole, seed = tmp_path / "whole", {"ddp": 2, "zero1": 3, "fsdp": 4}[mode]
+    code, printed = run(configure(tmp_path, name="whole", steps=160, parallel=mode), ranks=2)
+    assert code == 0, printed[-3000:]
+    kills = 50 if mode == "ddp" else 25
+    told = storm(configure(tmp_path, steps=160, parallel=mode), kills, seed, tmp_path)
+    print(mode, told)
+    assert same_weights(whole, tmp_path / "tiny", 160)
+    assert losses(whole) == losses(tmp_path / "tiny")
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize(
+    ("moment", "call", "step"),
+    [("validation", 1, 0), ("validation", 3, 3), ("sample", 2, 3), ("save", 2, 4)],
+)
+def test_a_signal_at_any_moment_saves_and_goes_on(tiny, tmp_path, monkeypatch, moment, call, step):
+    """A validation takes two batches; the signal comes in the given call of what is going on."""
+    from eval import exam, loss
+    from model.saving import Saver
+
+    train(tiny(name="whole"))
+    place, name = {"validation": (loss, "validation_batch"), "sample": (exam, "generate"),
+                   "save": (Saver, "_copy")}[moment]
+    original, calls = getattr(place, name), []
+
+    def signalled(*rest, **more):
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return original(*rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, signalled)
+        assert train(tiny()) == 0
+    stopped = (tmp_path / "tiny" / "STOPPED").read_text()
+    assert stopped == f"stopped by SIGTERM at step {step}\n"
+    assert train(tiny()) == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "tiny", 6)
+    val = [[r["val_loss"] for r in read_rows(tmp_path / run / "metrics.jsonl") if "val_loss" in r]
+           for run in ("whole", "tiny")]
+    assert val[0] == val[1]
+
+
+def test_a_signal_in_the_last_evaluation_leaves_it_to_the_next_start(tiny, tmp_path, monkeypatch):
+    from eval import loss
+
+    original, calls = loss.validation_batch, []
+
+    def signalled(*rest):
+        calls.append(1)
+        if len(calls) == 3:  # two batches at step 0
+            signal.raise_signal(signal.SIGTERM)
+        return original(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "validation_batch", signalled)
+        assert train(tiny(steps=2, eval_every=2)) == 0
+    assert (tmp_path / "tiny" / "STOPPED").exists()
+    assert train(tiny(steps=2, eval_every=2)) == 0
+    rows = read_rows(tmp_path / "tiny" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 2]
+
+
+def test_a_rank_that_hangs_is_named_and_the_group_starts_again(undisturbed, tmp_path):
+    configure, whole = undisturbed
+    fault = json.dumps({"kind": "stop", "rank": 1, "step": 8})
+    code, printed = run(configure(tmp_path, hang_timeout=4.0), ranks=2, restarts=1, FAULT=fault)
+    assert code == 0, printed[-3000:]
+    assert "no step was finished in 4 s" in printed
+    assert "rank 1: no answer" in printed
+    assert "stuck: rank 1" in printed
+    assert same_weights(whole, tmp_path / "tiny", 40)
+
+
+# ---- the disk ----
+
+
+def test_a_disk_that_fills_during_a_save_loses_that_checkpoint_only(undisturbed, tmp_path):
+    configure, whole = undisturbed
+    fault = json.dumps({"kind": "full", "rank": 0, "step": 6})  # the one after step 6 is too large
+    code, printed = run(configure(tmp_path, keep=50), ranks=2, FAULT=fault)
+    assert code == 0, printed[-3000:]
+    assert "File too large" in printed
+    names = {path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()}
+    assert "step_00000006" not in names
+    assert {"step_00000003", "step_00000009"} <= names
+    assert [e for e in events(tmp_path / "tiny") if "checkpoint failed" in e]
+    assert same_weights(whole, tmp_path / "tiny", 40)
+
+
+def test_a_half_deleted_checkpoint_is_passed_over_by_the_run(tiny, tmp_path, capsys):
+    train(tiny(name="whole"))
+    train(tiny())
+    last = tmp_path / "tiny" / "checkpoints" / "step_00000006"
+    (last / "optimizer.safetensors").unlink()
+    assert train(tiny()) == 0
+    printed = capsys.readouterr().out
+    assert "step_00000006 is damaged: optimizer.safetensors is missing; going back to" in printed
+    assert same_weights(tmp_path / "whole", tmp_path / "tiny", 6)
+
+
+def test_a_second_job_in_the_folder_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "folder_lock", partial(folder_lock, wait=0.0))
+    with folder_lock(tmp_path / "tiny"), pytest.raises(FolderInUse, match="is in use by process"):
+        train(tiny())
+
+
+# ---- bad steps ----
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback", "stop"])
+def test_a_nan_on_one_rank_is_seen_by_all(tiny, tmp_path, policy):
+    """The fault is a machine's, and gone the next time: after a rollback other batches follow."""
+    fault = json.dumps({"kind": "nan", "rank": 1, "step": 5})
+    config = tiny(steps=8, eval_every=8, save_every=2, on_spike=policy)
+    code, printed = run(config, ranks=2, FAULT=fault)
+    folder = tmp_path / "tiny"
+    if policy == "stop":
+        assert code == 1
+        assert printed.count("error: step 5: the loss is nan") == 1
+        assert checkpoint.newest_valid(folder / "checkpoints")[0].name == "step_00000004"
+        return
+    assert code == 0, printed[-3000:]
+    assert all(tensor.isfinite().all() for tensor in weights(folder, 8).values())
+    (event,) = events(folder)
+    state = json.loads((folder / "checkpoints" / "step_00000008" / "state.json").read_text())
+    if policy == "skip":
+        assert event == "skipped step 5: the loss is nan"
+        assert state["skipped"] == []
+    else:
+        assert event.startswith("rolled back to step 4 and left out the batches up to step 5")
+        assert state["skipped"] == [[4, 5]]
+    assert state["spikes"] == 1
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2.Tracker, "step", lambda *rest, **more: None)
+    monkeypatch.setattr("model.parallel.Parallel.gradient_norm",
+                        lambda self: torch.tensor(float("nan")))
+    with pytest.raises(Failed, match=r"step 3: the gradient's norm is nan; .*3 in a row"):
+        train(tiny(max_spikes=2))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory, corpus_file):
+    """Shards in which the batch of step 140 is noise; and a configuration that reads them."""
+    from tests.conftest import make_config
+
+    folder = tmp_path_factory.mktemp("poisoned")
+    data = open_data(DataConfig(text=str(corpus_file)))
+    tokens = np.tile(data.train.read(0, len(data.train)), 6)
+    write_folder(folder, "toy", [tokens], data.val.read(0, len(data.val)), "toy")
+
+    def configure(out, **changes):
+        settings = dict(steps=150, eval_every=150, save_every=50, dtype="fp64",
+                        data=DataConfig(dir=str(folder)))
+        return make_config(out, corpus_file, **(settings | changes))
+
+    config = configure(folder)
+    loader = Loader(open_data(config.data).train, T=16, batch_tokens=192, micro_batch=12, seed=1337)
+    noise = np.random.RandomState(0)
+    tokens = tokens.copy()
+    for sequence in loader.order(139):
+        tokens[sequence * 16 : sequence * 16 + 17] = noise.randint(0, 50256, 17)
+    loader.close()
+    for path in folder.iterdir():
+        path.unlink()
+    write_folder(folder, "toy", [tokens], data.val.read(0, len(data.val)), "toy")
+    return configure
+
+
+def test_a_poisoned_batch_is_skipped_rolled_back_or_ends_the_run(poisoned, tmp_path):
+    """Judged by the gradient's norm alone: the loss is finite. The same on 2 ranks as on one."""
+    train(poisoned(tmp_path, name="skip"))
+    (event,) = events(tmp_path / "skip")
+    assert event.startswith("skipped step 140: the gradient's norm")
+    assert "standard deviations above" in event
+
+    code, printed = run(poisoned(tmp_path, name="two", on_spike="rollback"), ranks=2)
+    assert code == 0, printed[-3000:]
+    (event,) = events(tmp_path / "two")
+    assert event.startswith("rolled back to step 100 and left out the batches up to step 140")
+    train(poisoned(tmp_path, name="one", on_spike="rollback"))
+    one, two = weights(tmp_path / "one", 150), weights(tmp_path / "two", 150)
+    # fp64 over 150 steps: rounding of 1e-16 grows with Adam's divisions, far below 1e-9.
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-9
+    state = json.loads((tmp_path / "one/checkpoints/step_00000150/state.json").read_text())
+    assert state["skipped"] == [[100, 140]]
+
+    with pytest.raises(Failed, match=r"step 140: the gradient's norm .*--on_spike stop"):
+        train(poisoned(tmp_path, name="stop", on_spike="stop"))
+    train(poisoned(tmp_path, name="ignore", on_spike="ignore"))
+    assert events(tmp_path / "ignore") == []
+
+
+def test_a_rolled_back_run_that_is_stopped_goes_on_identically(poisoned, tmp_path, monkeypatch):
+    whole = poisoned(tmp_path, name="whole", on_spike="rollback")
+    train(whole)
+    original, last = train_gpt2.learning_rate, [0]
+
+    def signal_after_the_rollback(step, *rest):
+        if step < last[0] and step > 100:
+            signal.raise_signal(signal.SIGTERM)
+        last[0] = max(step, last[0])
+        return original(step, *rest)
+
+    monkeypatch.setattr(train_gpt2, "learning_rate", signal_after_the_rollback)
+    stopped = poisoned(tmp_path, name="stopped", on_spike="rollback")
+    assert train(stopped) == 0
+    assert (tmp_path / "stopped" / "STOPPED").read_text() == "stopped by SIGTERM at step 102\n"
+    monkeypatch.setattr(train_gpt2, "learning_rate", original)
+    assert train(stopped) == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped", 150)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")

@@ -1,0 +1,334 @@
+"""Weights move between the field's formats, every pair, and keep every bit that fits."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+
+from data.tokenizer import decode, encode
+from launch.errors import BadInput, Failed
+from model import convert
+from model.checkpoint import load_model
+from model.gpt2 import GPT, GPTConfig
+from model.hf import named_weights
+from train_gpt2 import train
+
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=16)
+IDX = torch.randint(50257, (2, 16), generator=torch.Generator().manual_seed(1))
+SETTINGS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16)
+LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+@dataclass
+class Source:
+    """A file or folder as its own project writes it, and the logits it stands for."""
+
+    spec: str
+    logits: torch.Tensor
+
+
+def theirs(bias: bool = True) -> GPT2LMHeadModel:
+    """transformers' GPT-2 with no parameter at its initial 0 or 1."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, n_positions=16, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+    for name, parameter in model.named_parameters():
+        zero = name.endswith("bias") and not bias
+        parameter.data += 0 if zero else 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def linear_weights(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+    """Its weights under nanoGPT's names, matrices as (out, in)."""
+    return {name: (w.t() if name.endswith(LINEAR) else w).detach().clone().contiguous()
+            for name, w in model.state_dict().items()}
+
+
+def write_llmc(weights: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> None:
+    """llm.c's layout, spelled out."""
+    header = np.zeros(256, dtype="<i4")
+    header[:8] = 20240326, 3 if dtype == torch.float32 else 5, 16, 50257, 2, 2, 32, 50304
+    names = ["transformer.wte.weight", "transformer.wpe.weight"]
+    for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+        for kind in ("weight", "bias"):
+            names += [f"transformer.h.{layer}.{part}.{kind}" for layer in (0, 1)]
+    names += ["transformer.ln_f.weight", "transformer.ln_f.bias"]
+    content = header.tobytes()
+    for name in names:
+        values = weights[name].to(dtype).flatten()
+        content += values.view(torch.uint8).numpy().tobytes()
+        if name == "transformer.wte.weight":
+            content += bytes(47 * 32 * dtype.itemsize)
+    path.write_bytes(content)
+
+
+def pickle_config(**settings: int) -> object:
+    """An object of a class that is called __main__.GPTConfig, as a script's would be."""
+    kind = make_dataclass("GPTConfig", settings.keys())
+    kind.__module__ = "__main__"
+    sys.modules["__main__"].GPTConfig = kind  # type: ignore[attr-defined]
+    return kind(**settings)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Source]:
+    folder = tmp_path_factory.mktemp("sources")
+    full, bare = theirs(), theirs(bias=False)
+    weights = linear_weights(full)
+    with torch.no_grad():
+        logits, bare_logits = full(IDX).logits, bare(IDX).logits
+    rounded = theirs()
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    with torch.no_grad():
+        rounded_logits = rounded(IDX).logits
+
+    full.save_pretrained(folder / "hf")
+    write_llmc(weights, folder / "fp32.bin", torch.float32)
+    write_llmc(weights, folder / "bf16.bin", torch.bfloat16)
+    torch.save({"model": {f"_orig_mod.module.{k}": v for k, v in weights.items()},
+                "optimizer": {"state": {}}, "iter_num": 7, "best_val_loss": torch.tensor(3.0),
+                "model_args": SETTINGS | {"vocab_size": 50257, "bias": True, "dropout": 0.0},
+                "config": {"dataset": "openwebtext"}}, folder / "ckpt.pt")
+    without = {k: v for k, v in linear_weights(bare).items() if not k.endswith("bias")}
+    padded = torch.cat([without["transformer.wte.weight"], torch.randn(47, 32)])  # they are trained
+    without |= {"transformer.wte.weight": padded, "lm_head.weight": padded}
+    torch.save({"model": without, "model_args": SETTINGS | {"vocab_size": 50304, "bias": False}},
+               folder / "bare.pt")
+    torch.save({"model": weights, "config": pickle_config(**SETTINGS, vocab_size=50257),
+                "step": 3, "val_loss": 3.0}, folder / "model_00003.pt")
+    convert.main(str(folder / "ckpt.pt"), str(folder / "ours"), "ours")
+    return {
+        "ours": Source(str(folder / "ours"), logits),
+        "hf": Source(f"hf:{folder / 'hf'}", logits),
+        "llmc": Source(str(folder / "fp32.bin"), logits),
+        "llmc-bf16": Source(str(folder / "bf16.bin"), rounded_logits),
+        "nanogpt": Source(str(folder / "ckpt.pt"), logits),
+        "nanogpt-bare": Source(str(folder / "bare.pt"), bare_logits),
+        "build-nanogpt": Source(str(folder / "model_00003.pt"), logits),
+    }
+
+
+@torch.no_grad()
+def logits_of(spec: str) -> torch.Tensor:
+    return convert.read_source(spec)(IDX)
+
+
+@pytest.mark.parametrize("to", ["hf", "llmc", "llmc-bf16", "ours"])
+@pytest.mark.parametrize("name", ["ours", "hf", "llmc", "llmc-bf16", "nanogpt", "nanogpt-bare",
+                                  "build-nanogpt"])
+def test_every_pair_has_the_same_logits(sources, tmp_path, name, to):
+    """Bit for bit between formats, since one network computes both from the same weights; against
+    transformers to 1e-4, for it sums in another order (see test_model_is_gpt2.py)."""
+    source = sources[name]
+    before = convert.read_source(source.spec)
+    torch.testing.assert_close(before(IDX), source.logits, atol=1e-4, rtol=1e-4)
+    if to == "llmc-bf16":
+        convert.main(source.spec, str(tmp_path / "out"), "llmc", "bf16")
+        for parameter in before.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    else:
+        convert.main(source.spec, str(tmp_path / "out"), to)
+    spec = f"hf:{tmp_path / 'out'}" if to == "hf" else str(tmp_path / "out")
+    assert torch.equal(logits_of(spec), before(IDX))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_files_there_and_back_are_the_same_bytes(sources, tmp_path):
+    for name in ("llmc", "llmc-bf16"):
+        there, back = tmp_path / f"{name}-ours", tmp_path / f"{name}.bin"
+        convert.main(sources[name].spec, str(there), "ours")
+        convert.main(str(there), str(back), "llmc", "bf16" if name == "llmc-bf16" else "fp32")
+        assert back.read_bytes() == Path(sources[name].spec).read_bytes()
+
+
+def test_a_run_is_exported_read_back_and_trained_on(tiny, tmp_path):
+    train(tiny(steps=1))
+    convert.main(str(tmp_path / "tiny"), str(tmp_path / "exported"), "hf")
+    convert.main(f"hf:{tmp_path / 'exported'}", str(tmp_path / "ours"), "ours")
+    run, ours = load_model(str(tmp_path / "tiny")), load_model(str(tmp_path / "ours"))
+    again = named_weights(ours)
+    assert all(torch.equal(w, again[name]) for name, w in named_weights(run).items())
+    assert not ours.wte.weight[50257:].any()
+    assert train(tiny(name="next", steps=1, init=str(tmp_path / "ours"))) == 0
+    with pytest.raises(BadInput, match="--init .* starts anew from its weights"):
+        train(tiny(name="resumed", steps=1, resume=str(tmp_path / "ours")))
+
+
+TEXTS = ["Hello, I'm a language model,",
+         " .  spaces\n\n\ttabs é ü ☃ 👩‍👩‍👧 \u200b 12345 don't WE'LL",
+         "日本語のテキスト", "".join(map(chr, range(1, 600))), "   ", "a .", ""]
+
+
+@pytest.fixture(scope="module")
+def exported(sources, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hf") / "out"
+    convert.main(sources["nanogpt"].spec, str(folder), "hf")
+    return folder
+
+
+@pytest.mark.parametrize("leave_out", ["", "tokenizer.json"])  # old programs read the other two
+def test_the_exported_tokenizer_is_ours(exported, tmp_path, leave_out):
+    for path in exported.iterdir():
+        if path.name not in ("model.safetensors", leave_out):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_max_length = 10**6  # no warning of texts longer than this model's 16 tokens
+    assert len(tokenizer) == 50257
+    assert tokenizer.eos_token_id == 50256
+    for text in TEXTS:
+        assert tokenizer.encode(text) == encode(text)
+        assert tokenizer.decode(encode(text)) == text
+    every = list(range(50256))
+    assert tokenizer.decode(every) == decode(every)
+
+
+def test_the_merges_are_openais(exported):
+    """456,318 bytes: the size of OpenAI's vocab.bpe, with 'Ġ t' in front."""
+    content = (exported / "merges.txt").read_bytes()
+    assert len(content) == 456_318
+    assert content.decode().splitlines()[:3] == ["#version: 0.2", "Ġ t", "Ġ a"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of other packages' among themselves
+def test_the_exported_folder_runs_in_a_pipeline(exported):
+    pipe = pipeline("text-generation", model=str(exported))
+    text = pipe("In the", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    idx, model = encode("In the"), load_model(f"hf:{exported}")
+    for _ in range(5):
+        idx.append(model(torch.tensor([idx]))[0, -1].argmax().item())
+    assert text == decode(idx)
+    assert len(pipe(["In the", "a"], max_new_tokens=2, batch_size=2)) == 2
+
+
+# Bad input
+
+
+def refused(spec: str, tmp_path: Path, words: str, **more) -> None:
+    with pytest.raises(BadInput, match=words):
+        convert.main(spec, str(tmp_path / "out"), **({"to": "ours"} | more))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.tmp").exists()
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "folder").mkdir()
+    refused(str(tmp_path / "folder"), tmp_path, "looked for .*manifest.json.*hf:")
+    refused(str(tmp_path / "none"), tmp_path, "neither a file nor a folder")
+    refused(f"hf:{tmp_path / 'folder'}", tmp_path, "no Hugging Face folder")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(str(tmp_path / "model.safetensors"), tmp_path, "name its folder, hf:")
+
+
+def test_a_pickle_that_needs_code_is_refused_and_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"model": {}, "model_args": Payload()}, tmp_path / "evil.pt")
+    refused(str(tmp_path / "evil.pt"), tmp_path, "needs code to load .*mkdir.*refused")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_name_of_build_nanogpts_class_lets_no_other_in(tmp_path):
+    config = pickle_config(**SETTINGS, vocab_size=50257)
+    config.n_layer = os.system
+    torch.save({"model": {}, "config": config}, tmp_path / "evil.pt")
+    refused(str(tmp_path / "evil.pt"), tmp_path, r"needs code to load \(posix.system\)")
+
+
+def _damaged(weights: dict, change) -> dict:
+    weights = dict(weights)
+    change(weights)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "words"),
+    [
+        (None, lambda w: None, "the number of heads can't be read off"),
+        ({"vocab_size": 50300}, lambda w: None, "no GPT-2 of its own description"),
+        ({"n_layer": 10**9}, lambda w: None, "no GPT-2 of its own description"),
+        ({"n_head": 5}, lambda w: None, "not divisible by n_head 5"),
+        ({"n_layer": "two"}, lambda w: None, "no GPT-2 shape"),
+        ({}, lambda w: w.update({"lm_head.weight": torch.zeros(50257, 32)}), "head of its own"),
+        ({}, lambda w: w.pop("transformer.h.1.mlp.c_fc.weight"), "lacks h.1.mlp.c_fc.weight"),
+        ({}, lambda w: w.pop("transformer.h.1.mlp.c_fc.bias"), "lacks h.1.mlp.c_fc.bias"),
+        ({}, lambda w: w.update({"transformer.rope": torch.zeros(2)}), "unknown tensor rope"),
+        ({}, lambda w: w.update({"transformer.ln_f.weight": torch.zeros(2)}), r"shape \(2,\)"),
+    ],
+    ids=["no-settings", "rows", "layers", "heads", "text", "head", "lacks", "lacks-bias", "extra",
+         "shape"],
+)
+def test_what_is_no_gpt2_inside_a_pt(tmp_path, settings, change, words):
+    weights = _damaged(linear_weights(theirs()), change)
+    content = {"model": weights}
+    if settings is not None:
+        content["model_args"] = SETTINGS | {"vocab_size": 50257} | settings
+    torch.save(content, tmp_path / "ckpt.pt")
+    refused(str(tmp_path / "ckpt.pt"), tmp_path, words)
+
+
+def test_another_vocabulary(tmp_path):
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8, n_vocab=500)
+    convert.to_hf(GPT(config), tmp_path / "hf")
+    refused(f"hf:{tmp_path / 'hf'}", tmp_path, "vocabulary of 500; GPT-2's is 50,257")
+    torch.save([1, 2], tmp_path / "list.pt")
+    refused(str(tmp_path / "list.pt"), tmp_path, "holds a list")
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [(0, 20240520, "is a shard of tokens"), (0, 7, "neither a .pt nor a file of llm.c's"),
+     (1, 1, "version 1; 3"), (5, 5, "not divisible by n_head 5"), (7, 50000, "padded rows"),
+     (6, 2**30, "its header asks for")],
+)
+def test_a_header_that_is_not_llmcs(sources, tmp_path, position, value, words):
+    content = np.fromfile(sources["llmc"].spec, "<i4")
+    content[position] = value
+    content.tofile(tmp_path / "model.bin")
+    refused(str(tmp_path / "model.bin"), tmp_path, words)
+
+
+@pytest.mark.parametrize("size", [0, 500, 2000, -4, 4])
+def test_a_cut_or_longer_bin(sources, tmp_path, size):
+    content = Path(sources["llmc"].spec).read_bytes()
+    content = content + bytes(4) if size == 4 else content[:size]
+    (tmp_path / "model.bin").write_bytes(content)
+    words = {0: "neither", 500: "within its header"}.get(size, "it was cut")
+    refused(str(tmp_path / "model.bin"), tmp_path, words)
+
+
+def test_a_cut_pt(sources, tmp_path):
+    content = Path(sources["nanogpt"].spec).read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(content[: len(content) // 2])
+    refused(str(tmp_path / "ckpt.pt"), tmp_path, "can't read .*ckpt.pt")
+
+
+def test_nothing_is_overwritten_and_nothing_half_is_left(sources, tmp_path, monkeypatch):
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(BadInput, match="there already"):
+        convert.main(sources["hf"].spec, str(tmp_path / "there"), "llmc")
+    assert (tmp_path / "there").read_text() == "mine"
+    refused(sources["hf"].spec, tmp_path, "--dtype bf16 is for --to llmc", to="hf", dtype="bf16")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "seal", full)
+    with pytest.raises(Failed, match="No space left"):
+        convert.main(sources["hf"].spec, str(tmp_path / "out"), "ours")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_converted_folder_names_its_shape_and_hashes(sources):
+    folder = Path(sources["ours"].spec)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "manifest.json", "model.safetensors"]
+    assert json.loads((folder / "config.json").read_text())["config"]["model"] == vars(SHAPE)

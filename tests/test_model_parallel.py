@@ -1,0 +1,97 @@
+"""ddp, zero1 and fsdp train the same model on any number of ranks, and read each other's runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from launch.tracker import read_rows
+from model.parallel import rows_of
+from model.training import ComputeConfig
+from tests.running import losses, run_several, weights
+from train_gpt2 import train
+
+# fp64: another order of summation moves a sum by some 1e-16 of itself, Adam's division and five
+# steps by a few hundred times that; a fault in scaling, or a row left out, moves it by 1e-3.
+EQUAL = 1e-12
+START = dict(dtype="fp64", steps=5, eval_every=5, save_every=5)
+MODES = ("ddp", "zero1", "fsdp")
+
+
+def difference(one: dict, two: dict) -> float:
+    assert one.keys() == two.keys()
+    return max((one[key] - two[key]).abs().max().item() for key in one)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_mode_trains_the_model_of_one_rank(tiny, tmp_path, ranks):
+    """Accumulating over 1, 2 or 6 micro-steps; on 4 ranks also shared out as on 2 nodes of 2."""
+    train(tiny(name="one", **START))
+    runs = {f"{mode} {micro}": tiny(name=f"{mode}-{micro}", parallel=mode, micro_batch=micro,
+                                    **START)
+            for mode in MODES for micro in (12, 1)}
+    done = run_several(list(runs.values()), tmp_path, ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if ranks == 4:
+        hybrid = tiny(name="hybrid", parallel="fsdp", activation_checkpointing=True, **START)
+        runs["hybrid"] = hybrid
+        done = run_several([hybrid], tmp_path, ranks, PRETEND_LOCAL_WORLD_SIZE="2")
+        assert done.returncode == 0, done.stderr[-3000:]
+    one = weights(tmp_path / "one", 5)
+    val = read_rows(tmp_path / "one" / "metrics.jsonl")[-1]["val_loss"]
+    for name, config in runs.items():
+        assert difference(one, weights(tmp_path / config.name, 5)) < EQUAL, name
+        row = read_rows(tmp_path / config.name / "metrics.jsonl")[-1]
+        assert row["val_loss"] == pytest.approx(val, abs=EQUAL), name
+
+
+def test_a_run_changes_ranks_and_mode_and_stays_the_same(tiny, tmp_path):
+    """4 ranks in ddp, then 2 in fsdp, 3 in zero1, and 1: as if nothing had happened."""
+    whole = tiny(name="whole", dtype="fp64", steps=8, eval_every=8, save_every=2)
+    train(whole)
+    moving = replace(whole, name="moving")
+    for ranks, mode, stop in ((4, "ddp", 2), (2, "fsdp", 4), (3, "zero1", 6)):
+        config = replace(moving, compute=ComputeConfig(dtype="fp64", parallel=mode))
+        done = run_several([config], tmp_path, ranks, STOP_AT=str(stop))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (tmp_path / "moving" / "STOPPED").exists()
+    assert train(moving) == 0
+    assert difference(weights(tmp_path / "whole", 8), weights(tmp_path / "moving", 8)) < EQUAL
+    for (step, one), (other, two) in zip(
+        losses(tmp_path / "whole"), losses(tmp_path / "moving"), strict=True
+    ):
+        assert step == other
+        assert one == pytest.approx(two, abs=EQUAL)
+    events = [r["event"] for r in read_rows(tmp_path / "moving" / "metrics.jsonl") if "event" in r]
+    assert [e.split(" from ")[0] for e in events if e.startswith("resumed")] == [
+        "resumed on 2 ranks", "resumed on 3 ranks", "resumed on 1 ranks",
+    ]
+
+
+def test_fsdp_in_bf16_is_near_to_ddp_in_bf16(tiny, tmp_path):
+    """Under fsdp a block's biases and LayerNorms are bf16 too: another rounding of 2^-9 at most in
+    each, which moves a loss near 10 by less than 0.01 in three steps."""
+    runs = [tiny(name=mode, parallel=mode, dtype="bf16", steps=3) for mode in ("ddp", "fsdp")]
+    done = run_several(runs, tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (_, one), (_, two) in zip(losses(tmp_path / "ddp"), losses(tmp_path / "fsdp"), strict=True):
+        assert one == pytest.approx(two, abs=0.01)
+    state = tmp_path / "fsdp" / "checkpoints" / "step_00000003" / "state.json"
+    assert json.loads(state.read_text())["step"] == 3
+    assert weights(tmp_path / "fsdp", 3)["h.0.ln_1.weight"].dtype == torch.float32
+
+
+def test_activation_checkpointing_changes_nothing(tiny, tmp_path):
+    train(tiny(name="plain", steps=3))
+    train(tiny(name="twice", steps=3, activation_checkpointing=True))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "twice")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_rows_are_cut_as_torch_cuts_them(ranks):
+    for count in (1, 2, 7, 16, 50304):
+        chunks = torch.arange(count).chunk(ranks)
+        for rank in range(ranks):
+            expected = chunks[rank].tolist() if rank < len(chunks) else []
+            assert list(rows_of(count, rank, ranks)) == expected
