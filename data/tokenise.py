@@ -12,12 +12,11 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.tokenizer import EOT, byte_characters, encoding, read_ranks
+from data.tokenizer import EOT, encoding, vocabulary
 from launch.errors import Failed
 
 if TYPE_CHECKING:
@@ -66,31 +65,14 @@ def tokenizer_json() -> str:
     Built like this and not by from_tiktoken, fastokens 0.3.5 splits words by a program of its own
     for GPT-2 and not by a regular expression: measured on FineWeb, less than half the CPU time.
     """
-    ranks, letters = read_ranks(), byte_characters()
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    pairs = [[spelled[a], spelled[b]] for a, b in merges(ranks)]
+    vocab, merges = vocabulary()
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
              "use_regex": True}
-    model = {"type": "BPE", "vocab": {spelled[token]: rank for token, rank in ranks.items()},
-             "merges": pairs, "dropout": None, "unk_token": None, "fuse_unk": False,
-             "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "dropout": None, "unk_token": None,
+             "fuse_unk": False, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
     return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
                        "normalizer": None, "pre_tokenizer": split, "post_processor": None,
                        "decoder": split, "model": model})
-
-
-def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two parts that each longer token is merged of, in the order of ranks."""
-    found = []
-    for token in sorted(ranks, key=lambda token: ranks[token]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            ranked = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
-            i = ranked.index(min(ranked))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            found.append((parts[0], parts[1]))
-    return found
 
 
 def _tiktoken(workers: int) -> Encode:

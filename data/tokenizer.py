@@ -13,6 +13,7 @@ import functools
 import hashlib
 import lzma
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +52,39 @@ def encoding() -> tiktoken.Encoding:
     )
 
 
-def byte_characters() -> list[str]:
-    """The printable character by which vocabulary files spell each of the 256 bytes.
+@functools.cache
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id without EOT, and the merges in their order, spelled as Hugging Face does."""
+    glyph, ranks = byte_glyphs(), read_ranks()
+    text = {token: "".join(glyph[byte] for byte in token) for token in ranks}
+    pairs = (parents(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token])
+             if len(token) > 1)
+    merges = [(text[first], text[second]) for first, second in pairs]
+    return {text[token]: rank for token, rank in ranks.items()}, merges
 
-    Bytes that print in Latin-1 are themselves, the 68 others U+0100 and on (encoder.py of
-    openai/gpt-2).
+
+def byte_glyphs() -> list[str]:
+    """The printable character that stands for each byte (bytes_to_unicode of openai/gpt-2).
+
+    Printable Latin-1 stands for itself; the other 68 bytes take the code points from 256 on.
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+             *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+def parents(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge is this one: what is left of it when lower ranks are merged.
+
+    OpenAI publishes the ranks of the results; Hugging Face's files list the merges.
+    """
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, EOT) for a, b in pairwise(parts)]
+        at = pairs.index(min(pairs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
 
 
 def encode(text: str) -> list[int]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import tokenise
-from data.tokenise import encode_exactly, encoder, merges
-from data.tokenizer import EOT, byte_characters, read_ranks
+from data.tokenise import encode_exactly, encoder
+from data.tokenizer import EOT
 from launch.errors import Failed
 
 CODE_POINTS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
@@ -85,21 +85,6 @@ def test_names_of_special_tokens_are_text(fast):
 def test_real_documents(fast, real_data):
     for path in sorted(real_data.glob("fineweb_sample_*.parquet")):
         same(fast, pq.read_table(path)["text"].to_pylist())
-
-
-def test_merges_are_those_of_the_ranks():
-    ranks = read_ranks()
-    found = merges(ranks)
-    assert [ranks[a + b] for a, b in found] == list(range(256, 50_256))
-    assert all(ranks[a] < ranks[a + b] > ranks[b] for a, b in found)
-    # The first ones of openai/gpt-2's vocab.bpe.
-    assert found[:4] == [(b" ", b"t"), (b" ", b"a"), (b"h", b"e"), (b"i", b"n")]
-
-
-def test_every_byte_is_spelled_by_one_character():
-    letters = byte_characters()
-    assert len(set(letters)) == 256
-    assert (letters[ord(" ")], letters[ord("\n")], letters[ord("a")]) == ("Ġ", "Ċ", "a")
 
 
 def test_without_fastokens_tiktoken_is_taken(monkeypatch):
