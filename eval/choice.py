@@ -12,16 +12,20 @@ lm-evaluation-harness, which counts characters in its acc_norm and bytes in its 
 import json
 import lzma
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from eval.likelihood import Fork, likelihoods
 from launch.errors import BadInput
 from launch.files import atomic_write
-from launch.world import DTYPES, Dtype, World, choose_dtype
+from launch.world import DTYPES, Dtype, World, autocast, choose_dtype
 from model.checkpoint import load_model
+from model.generate import store_in
 from model.gpt2 import GPT
 
 Row = TypeVar("Row")
@@ -148,14 +152,19 @@ def label(value: Any, options: int) -> int:
     return int(value)
 
 
-def open_model(checkpoint: str, dtype: Dtype, world: World) -> GPT:
-    """The model of a checkpoint, ready to be asked, its weights in the chosen number format.
+@contextmanager
+def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
+    """The model of a checkpoint, ready to be asked inside this context.
 
-    bf16 and fp16 weights, and not autocast: the weights are cast once.
+    bf16 and fp16 are what training computes with: matrices in that format, the rest in fp32.
     """
+    chosen = choose_dtype(dtype, world.device)
     model = world.together(lambda: load_model(checkpoint))
-    chosen = DTYPES[choose_dtype(dtype, world.device)]
-    return model.to(device=world.device, dtype=chosen).eval()
+    model.to(torch.float64 if chosen == "fp64" else torch.float32)
+    if chosen in ("bf16", "fp16"):
+        store_in(model, DTYPES[chosen])  # cast once, and not in every pass
+    with autocast(world.device, chosen):
+        yield model.to(world.device).eval()
 
 
 def write_details(path: Path, questions: list[Question], answers: list[Answer]) -> None:

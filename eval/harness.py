@@ -114,13 +114,11 @@ class Adapter(TemplateLM):
 
 
 def evaluate(
-    model: GPT, tasks: list[str], world: World, limit: int = 0, include: Path | None = None
+    model: GPT, tasks: list[str], world: World, manager: TaskManager, limit: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """The harness's metrics of each task. include: a folder with task YAMLs of one's own."""
-    manager = TaskManager(include_path=str(include) if include else None)
-    known = set(manager.all_tasks)
+    """The harness's metrics of each task that the manager knows."""
     for name in tasks:
-        if name not in known:
+        if name not in manager.all_tasks:
             raise BadInput(f"lm-evaluation-harness has no task {name!r}; `lm-eval ls tasks` lists "
                            "them, --include_path adds a folder of your own")
     found = lm_eval.simple_evaluate(
@@ -143,7 +141,7 @@ def main(
         checkpoint: A checkpoint folder, a run folder, or hf:DIR.
         tasks: Names, with commas between them.
         limit: Only the first examples of each task; 0 for all.
-        dtype: Number format of the weights and of the arithmetic.
+        dtype: Number format of the matrix products.
         include_path: A folder with task YAMLs of your own.
     """
     if limit < 0:
@@ -151,9 +149,10 @@ def main(
     world = start_world()
     if world.size > 1:
         raise BadInput("the harness asks one process: start it without torchrun")
-    model = choice.open_model(checkpoint, dtype, world)
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    results = evaluate(model, names, world, limit, include_path)
+    with choice.open_model(checkpoint, dtype, world) as model:
+        results = evaluate(model, names, world, manager, limit)
     for task, metrics in results.items():
         for metric, value in metrics.items():
             if isinstance(value, float):

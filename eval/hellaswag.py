@@ -82,7 +82,7 @@ def main(
         checkpoint: A checkpoint folder, a run folder, or hf:DIR.
         data: JSONL file of questions; downloaded if not given.
         limit: Only the first questions; 0 for all.
-        dtype: Number format of the weights and of the arithmetic.
+        dtype: Number format of the matrix products.
         details: File to write every question's answer to.
         compare: Two such files: lists the questions that they answer differently.
     """
@@ -96,8 +96,8 @@ def main(
     world = start_world()
     path = Path(data) if data else world.on_main(fetch)
     questions = world.together(lambda: read_questions(path, limit))
-    model = choice.open_model(checkpoint, dtype, world)
-    answers = choice.answer(model, questions, world)
+    with choice.open_model(checkpoint, dtype, world) as model:
+        answers = choice.answer(model, questions, world)
     if details:
         world.on_main(lambda: choice.write_details(Path(details), questions, answers))
     world.print(published(len(questions)))

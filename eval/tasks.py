@@ -141,14 +141,14 @@ def main(
         checkpoint: A checkpoint folder, a run folder, or hf:DIR.
         data: The file: JSONL (or .jsonl.xz), any text for bits_per_byte.
         limit: Only the first rows; 0 for all.
-        dtype: Number format of the weights and of the arithmetic.
+        dtype: Number format of the matrix products.
     """
     if limit < 0:
         raise BadInput(f"--limit {limit}: expected 0 (all) or more")
     world = start_world()
     asked = world.together(lambda: read(task, data, limit))
-    model = choice.open_model(checkpoint, dtype, world)
-    world.print(choice.as_json(judge(task, model, asked, world)))
+    with choice.open_model(checkpoint, dtype, world) as model:
+        world.print(choice.as_json(judge(task, model, asked, world)))
     world.close()
 
 
