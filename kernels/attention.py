@@ -90,9 +90,9 @@ def _forward_step(
     k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)  # (N, D)
     s = tl.dot(q, k.T, input_precision=IEEE)  # (M, N)
     if DIAGONAL:
-        # The side that takes the offset is made anew: the one of which a thread holds little, out of
-        # tensor memory (a thread a row) the rows. Else the compiler keeps the other, 32 numbers or
-        # more, in registers through the loop above.
+        # The side that takes the offset is made anew: the one of which a thread holds little (the
+        # rows, out of tensor memory: a thread a row). Else the compiler keeps the other, 32 numbers
+        # or more, in registers through the loop above.
         if TMEM:
             seen = row - n + tl.arange(0, M)[:, None] >= tl.arange(0, N)[None, :]
         else:
