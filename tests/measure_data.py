@@ -13,6 +13,7 @@ import collections
 import glob
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -108,9 +109,9 @@ def usual(source: str, out: Path) -> list[str]:
             str(SHARD_TOKENS)]
 
 
-def measure(command: list[str], memory: bool = False) -> tuple[float, float]:
-    """(seconds of the whole command, its peak memory in MiB, 0 where it isn't asked for)."""
-    start, peak = time.perf_counter(), 0.0
+def measure(command: list[str], memory: bool = False) -> tuple[float, float, float]:
+    """(seconds of the whole command, its CPU seconds, its peak memory in MiB if asked for)."""
+    start, peak, cpu = time.perf_counter(), 0.0, cpu_seconds()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
             if memory:
@@ -119,7 +120,13 @@ def measure(command: list[str], memory: bool = False) -> tuple[float, float]:
         assert process.stderr is not None
         if process.returncode:
             sys.exit(process.stderr.read().decode())
-    return time.perf_counter() - start, peak
+    return time.perf_counter() - start, cpu_seconds() - cpu, peak
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def children(pid: int) -> list[int]:
@@ -141,21 +148,22 @@ def pss(pid: int) -> int:
 
 
 def compare(source: str, folder: Path, size: int) -> None:
-    """Both ways in turn, three times; the ratio is the median of the pairs'."""
-    rates: dict[str, list[float]] = {"ours": [], "usual": []}
+    """Both ways in turn, three times; the ratios are medians of the pairs'."""
+    spent: dict[str, list[tuple[float, float, float]]] = {"ours": [], "usual": []}
     for i in range(3):
         for name, command in (("ours", ours), ("usual", usual)):
-            rates[name].append(size / 1e6 / measure(command(source, folder / f"{name}{i}"))[0])
+            spent[name].append(measure(command(source, folder / f"{name}{i}")))
     train, val, _ = open_folder(folder / "ours0")
     tokens = sum(len(shard.tokens) for shard in train + val)
-    same = sum(np.load(p, mmap_mode="r").size for p in (folder / "usual0").glob("*.npy"))
-    assert tokens == same
-    for name, found in rates.items():
-        print(f"{name:8}{statistics.median(found):8.1f} MB/s, "
-              f"{statistics.median(found) * tokens / size:6.2f} M tokens/s, end to end")
-    ratios = [a / b for a, b in zip(rates["ours"], rates["usual"], strict=True)]
-    print("ratio of each pair:", " ".join(f"{r:.2f}" for r in ratios),
-          f"median {statistics.median(ratios):.2f}")
+    assert tokens == sum(np.load(p, mmap_mode="r").size for p in (folder / "usual0").glob("*.npy"))
+    for name, found in spent.items():
+        wall, cpu, _ = np.median(found, axis=0)
+        print(f"{name:8}{size / 1e6 / wall:8.1f} MB/s, {tokens / 1e6 / wall:6.2f} M tokens/s, "
+              f"{cpu / (size / 1e6):.4f} CPU s/MB, start and end included")
+    for i, what in enumerate(("time", "CPU time")):
+        ratios = [b[i] / a[i] for a, b in zip(spent["ours"], spent["usual"], strict=True)]
+        print(f"ratio of {what} in each pair:", " ".join(f"{r:.2f}" for r in ratios),
+              f"median {statistics.median(ratios):.2f}")
 
 
 def loader_rate() -> float:
@@ -191,7 +199,7 @@ def main() -> None:
                         f"{folder}/all/*.parquet"], check=True)
         compare(f"{folder}/all/*.parquet", folder, size)
         for part, text in (("all", size), ("quarter", small)):
-            _, peak = measure(ours(f"{folder}/{part}/*.parquet", folder / f"memory-{part}"), True)
+            *_, peak = measure(ours(f"{folder}/{part}/*.parquet", folder / f"memory-{part}"), True)
             print(f"peak memory on {text / 1e6:,.0f} MB: {peak:,.0f} MiB")
         print(f"loader: {loader_rate() / 1e6:,.0f} M tokens/s")
 
