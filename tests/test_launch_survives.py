@@ -223,16 +223,19 @@ def test_a_rank_that_hangs_is_named_and_the_group_starts_again(undisturbed, tmp_
 # ---- the disk ----
 
 
-def test_a_disk_that_fills_during_a_save_loses_that_checkpoint_only(undisturbed, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_fills_during_a_save_loses_that_checkpoint_only(undisturbed, tmp_path, rank):
+    """Rank 0 fails when it makes the files, rank 1 in its thread, when it writes its rows."""
     configure, whole = undisturbed
-    fault = json.dumps({"kind": "full", "rank": 0, "step": 6})  # the one after step 6 is too large
+    fault = json.dumps({"kind": "full", "rank": rank, "step": 6})  # that after step 6 is too large
     code, printed = run(configure(tmp_path, keep=50), ranks=2, FAULT=fault)
     assert code == 0, printed[-3000:]
     assert "File too large" in printed
     names = {path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()}
     assert "step_00000006" not in names
     assert {"step_00000003", "step_00000009"} <= names
-    assert [e for e in events(tmp_path / "tiny") if "checkpoint failed" in e]
+    (event,) = [e for e in events(tmp_path / "tiny") if "checkpoint failed" in e]
+    assert ("rank 1: " in event) == (rank == 1)
     assert same_weights(whole, tmp_path / "tiny", 40)
 
 
