@@ -287,7 +287,7 @@ def test_a_nan_on_one_rank_is_seen_by_all(tiny, tmp_path, policy):
 def test_too_many_bad_steps_in_a_row_end_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2.Tracker, "step", lambda *rest, **more: None)
     monkeypatch.setattr("model.parallel.Parallel.gradient_norm",
-                        lambda self: torch.tensor(float("nan")))
+                        lambda self, scale: torch.tensor(float("nan")))
     with pytest.raises(Failed, match=r"step 3: the gradient's norm is nan; .*3 in a row"):
         train(tiny(max_spikes=2))
 
