@@ -13,6 +13,7 @@ import functools
 import hashlib
 import lzma
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,23 +31,60 @@ PATTERN = (
 )
 
 
-@functools.cache
-def encoding() -> tiktoken.Encoding:
-    """tiktoken's encoding, built once a process. Raises RuntimeError on a damaged ranks file."""
+def read_ranks() -> dict[bytes, int]:
+    """The 50,256 tokens and their ranks. Raises RuntimeError on a damaged file."""
     content = lzma.decompress(RANKS_FILE.read_bytes())
     if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
         raise RuntimeError(f"{RANKS_FILE.name} is damaged: its sha256 is not tiktoken's r50k_base")
-    ranks = {}
-    for line in content.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+    lines = (line.split() for line in content.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+@functools.cache
+def encoding() -> tiktoken.Encoding:
+    """tiktoken's encoding, built once a process. Raises RuntimeError on a damaged ranks file."""
     return tiktoken.Encoding(
         "gpt2",
         pat_str=PATTERN,
-        mergeable_ranks=ranks,
+        mergeable_ranks=read_ranks(),
         special_tokens={"<|endoftext|>": EOT},
         explicit_n_vocab=VOCAB,
     )
+
+
+@functools.cache
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id without EOT, and the merges in their order, spelled as Hugging Face does."""
+    glyph, ranks = byte_glyphs(), read_ranks()
+    text = {token: "".join(glyph[byte] for byte in token) for token in ranks}
+    pairs = (parents(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token])
+             if len(token) > 1)
+    merges = [(text[first], text[second]) for first, second in pairs]
+    return {text[token]: rank for token, rank in ranks.items()}, merges
+
+
+def byte_glyphs() -> list[str]:
+    """The printable character that stands for each byte (bytes_to_unicode of openai/gpt-2).
+
+    Printable Latin-1 stands for itself; the other 68 bytes take the code points from 256 on.
+    """
+    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+             *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+def parents(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge is this one: what is left of it when lower ranks are merged.
+
+    OpenAI publishes the ranks of the results; Hugging Face's files list the merges.
+    """
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, EOT) for a, b in pairwise(parts)]
+        at = pairs.index(min(pairs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
 
 
 def encode(text: str) -> list[int]:

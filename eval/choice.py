@@ -65,9 +65,11 @@ class Score:
     acc_bytes: float
 
 
-def answer(model: GPT, questions: list[Question], world: World) -> list[Answer]:
-    """The model's answers, on every rank the same."""
-    losses, _ = likelihoods(model, [fork for q in questions for fork in q.forks], world)
+def answer(
+    model: GPT, questions: list[Question], world: World, stop: Callable[[], bool] = lambda: False
+) -> list[Answer]:
+    """The model's answers, on every rank the same. Stopped where `stop` says so between passes."""
+    losses, _ = likelihoods(model, [fork for q in questions for fork in q.forks], world, stop)
     answers, start = [], 0
     for question in questions:
         own = losses[start : start + len(question.sizes)]

@@ -10,6 +10,7 @@ what `acc`, `acc_norm` and `acc_bytes` compare. lm-evaluation-harness asks anoth
 activity's label, and cleaned), so its figures for the same model are 0.5 to 2 points higher.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -53,9 +54,14 @@ def _question(row: dict) -> Question:
     return Question([fork], sizes, choice.label(row["label"], 4))
 
 
-def evaluate(model: GPT, questions: list[Question], world: World) -> Score:
-    """The score over all questions, the same on any number of ranks."""
-    return choice.score(questions, choice.answer(model, questions, world))
+def evaluate(
+    model: GPT, questions: list[Question], world: World, stop: Callable[[], bool] = lambda: False
+) -> Score:
+    """The score over all questions, the same on any number of ranks.
+
+    Raises Stopped where `stop`, asked between passes, says so.
+    """
+    return choice.score(questions, choice.answer(model, questions, world, stop))
 
 
 def published(n: int) -> str:

@@ -8,7 +8,7 @@ once; trees of like length share a pass without padding; the head, most of the w
 model, runs on the positions alone that predict an ending's token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,12 +45,19 @@ class _Tree(NamedTuple):
         return len(self.fork.context) + sum(len(ending) - 1 for ending in self.fork.endings)
 
 
-def likelihoods(model: GPT, forks: list[Fork], world: World) -> tuple[list[float], list[float]]:
+class Stopped(Exception):
+    """Somebody asked the run to stop while it was being judged."""
+
+
+def likelihoods(
+    model: GPT, forks: list[Fork], world: World, stop: Callable[[], bool] = lambda: False
+) -> tuple[list[float], list[float]]:
     """The loss of every ending of every fork, and whether it is the greedy continuation.
 
     Losses are sums over the ending's tokens, in nats; greedy is 1.0 where each token is the
     likeliest in its place, else 0.0. Where context and ending exceed the model's context, as much
     of their end as fits is read. The same on any number of ranks: the passes don't depend on it.
+    `stop` is asked by all ranks after each pass; Stopped is raised where it says so.
     """
     count = sum(len(fork.endings) for fork in forks)
     losses, greedy = torch.zeros(2, count, dtype=torch.float64)
@@ -63,6 +70,8 @@ def likelihoods(model: GPT, forks: list[Fork], world: World) -> tuple[list[float
         indices, loss, right = _score(model, passes[min(mine, len(passes) - 1)], world.device)
         if mine < len(passes):
             losses[indices], greedy[indices] = loss, right
+        if stop():
+            raise Stopped
     total = world.sum(*losses.tolist(), *greedy.tolist())  # each is 0 on all ranks but one
     return total[:count], total[count:]
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-import torch
-
 
 class BadInput(Exception):
     """Something the user gave can't be used. The message is the one line that is printed."""
@@ -42,7 +40,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except BadInput as error:
         leave(error.exit_code, f"error: {error}")
-    except torch.OutOfMemoryError:  # on one rank, perhaps not 0, and the others don't know
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # importing it takes longer than most commands of data/
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        # On one rank, perhaps not 0, and the others don't know.
         rank = os.environ.pop("RANK", "0")
         leave(1, f"error: the GPU of rank {rank} is full: halve --micro_batch (the result is the "
                  "same)")

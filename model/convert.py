@@ -9,7 +9,6 @@ nanoGPT or build-nanogpt: files are recognised by what is in them. fp32 weights 
 DST appears whole or not at all, and nothing is overwritten. Optimizer state stays behind.
 """
 
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data.tokenizer import EOT, VOCAB, encoding
+from data.tokenizer import EOT, VOCAB, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
 from model.checkpoint import load_model, seal
@@ -91,6 +90,7 @@ def tokenizer_files(n_ctx: int) -> dict[str, str]:
     tokenizer.json is what today's transformers reads; vocab.json and merges.txt are what others do.
     """
     vocab, merges = vocabulary()
+    vocab = vocab | {EOT_TEXT: EOT}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": True}
     tokenizer = {
@@ -125,41 +125,6 @@ def tokenizer_files(n_ctx: int) -> dict[str, str]:
         "vocab.json": json.dumps(vocab, ensure_ascii=False),
         "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
     }
-
-
-@functools.cache
-def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token -> id, and the merges in their order, spelled as Hugging Face spells them."""
-    glyph = byte_glyphs()
-    ranks = {encoding().decode_single_token_bytes(rank): rank for rank in range(EOT)}
-    text = {token: "".join(glyph[byte] for byte in token) for token in ranks}
-    pairs = (parents(token, ranks) for token in ranks if len(token) > 1)
-    merges = [(text[first], text[second]) for first, second in pairs]
-    return {text[token]: rank for token, rank in ranks.items()} | {EOT_TEXT: EOT}, merges
-
-
-def byte_glyphs() -> list[str]:
-    """The printable character that stands for each byte (bytes_to_unicode of openai/gpt-2).
-
-    Printable Latin-1 stands for itself; the other 68 bytes take the code points from 256 on.
-    """
-    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-             *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
-
-
-def parents(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge is this one: what is left of it when lower ranks are merged.
-
-    OpenAI publishes the ranks of the results; Hugging Face's files list the merges.
-    """
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, EOT) for a, b in zip(parts, parts[1:], strict=False)]
-        at = pairs.index(min(pairs))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:

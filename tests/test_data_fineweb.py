@@ -142,9 +142,9 @@ def test_without_fastokens_tiktoken_writes_the_same_bytes(corpus, tmp_path, monk
 JOBS = """
 import itertools, json, os, random, signal, sys, threading
 from pathlib import Path
-from data import fineweb, shards, sources, tokenizer
+from data import fineweb, shards, sources, tokenise, tokenizer
 import fastokens, pyarrow.compute, pyarrow.parquet
-tokenizer.encoding()  # builds tiktoken once for all
+tokenizer.encoding(), tokenise.tokenizer_json()  # built once for all
 sources.PIECE_BYTES = 4_000
 source, jobs = sys.argv[1], json.loads(sys.argv[2])
 

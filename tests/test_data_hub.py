@@ -166,9 +166,10 @@ def hub():
 
 PROGRAM = """
 import json, os, sys, time
-from data import fineweb
+from data import fineweb, tokenise
 from launch.errors import one_line_errors
 import datasets, fastokens, pyarrow.parquet
+tokenise.tokenizer_json()
 time.sleep = lambda _: None  # what is waited between two attempts
 sys.argv = ["fineweb"]
 for arguments in json.loads(os.environ["RUNS"]):

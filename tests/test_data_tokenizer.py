@@ -82,6 +82,13 @@ def test_damaged_ranks_are_noticed(tmp_path, monkeypatch):
         tokenizer.encoding.__wrapped__()
 
 
+def test_merges_follow_from_the_ranks():
+    vocab, merges = tokenizer.vocabulary()
+    assert [vocab[a + b] for a, b in merges] == list(range(256, EOT))
+    assert all(vocab[a] < vocab[a + b] > vocab[b] for a, b in merges)
+    assert merges[:3] == [("Ġ", "t"), ("Ġ", "a"), ("h", "e")]  # vocab.bpe of openai/gpt-2
+
+
 def test_the_embedded_corpus_is_whole_and_clean():
     chapters = corpus.bible_chapters()
     assert len(chapters) == 1189
