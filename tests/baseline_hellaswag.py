@@ -2,10 +2,10 @@
 
     python -m tests.baseline_hellaswag ROWS.jsonl [N [ROUNDS]]    # GPT-2 124M, random weights
 
-Printed are questions/s, the ratio to the loop in fp32 by the clock and by CPU seconds (which hold on
-a machine that others use too), and how far the mean loss a token of an ending is from the loop's. A
-round times the loops on a slice of the questions and every packed way on all of them, so that a
-machine that slows down slows all; packed ways by the median round.
+Printed are questions/s, the ratio to the loop in fp32 by the clock and by CPU seconds (which hold
+on a machine that others use too), and how far the mean loss a token of an ending is from the
+loop's. A round times the loops on a slice of the questions and every packed way on all of them, so
+that a machine that slows down slows all; packed ways by the median round.
 """
 
 import copy
@@ -101,8 +101,9 @@ def compare(path: str, n: int = 100, rounds: int = 4) -> None:
             rows = found.view(-1, 4)
             found = torch.cat([rows[turn::rounds] for turn in range(rounds)]).flatten()
         far = ((found - first) / tokens).abs().max()
-        print(f"{name:14} {1 / statistics.median(times[name]):6.2f} questions/s   x {by_clock:5.2f} "
-              f"(CPU x {by_work:5.2f})   largest difference {far:.1e} nats a token")
+        speed = 1 / statistics.median(times[name])
+        print(f"{name:14} {speed:6.2f} questions/s   x {by_clock:5.2f} (CPU x {by_work:5.2f})   "
+              f"largest difference {far:.1e} nats a token")
 
 
 if __name__ == "__main__":
