@@ -20,6 +20,7 @@ from data.tokenizer import encode
 from eval import choice
 from eval.choice import Question, Score
 from eval.likelihood import Fork
+from eval.published import SIZES
 from launch.errors import BadInput, one_line_errors
 from launch.files import download
 from launch.world import Dtype, World, start_world
@@ -29,10 +30,6 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 SIZE = 12_246_618  # bytes
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 DEFAULT_PATH = Path("hellaswag/hellaswag_val.jsonl")
-# acc_norm of OpenAI's checkpoints on the 10,042 validation rows: llm.c, dev/vislog.ipynb. Its
-# dev/data/hellaswag.py names 0.2955 and 0.4893 for the first and last: other number formats move
-# some ten answers.
-OPENAI = {"124M": 0.294463, "350M": 0.375224, "774M": 0.431986, "1558M": 0.488946}
 ALL_ROWS = 10_042
 
 
@@ -68,9 +65,14 @@ def evaluate(
 
 
 def published(n: int) -> str:
-    """What OpenAI's checkpoints reach, to be printed beside a score of n questions."""
+    """What OpenAI's checkpoints reach, to be printed beside a score of n questions.
+
+    Another number format moves some ten answers: llm.c's dev/data/hellaswag.py names 0.2955 and
+    0.4893 for the first and the last.
+    """
     line = "acc_norm of OpenAI's GPT-2 on all 10,042 questions: "
-    line += ", ".join(f"{value} ({size})" for size, value in OPENAI.items()) + "; guessing: 0.25"
+    line += ", ".join(f"{size.hellaswag} ({size.name})" for size in SIZES.values())
+    line += "; guessing: 0.25"
     return line if n == ALL_ROWS else f"{line}. These are {n:,} questions: not to be compared"
 
 

@@ -2,9 +2,10 @@
 
     python -m tests.baseline_hellaswag ROWS.jsonl [N [ROUNDS]]    # GPT-2 124M, random weights
 
-Printed are questions/s and the ratio to the loop in fp32, and how far the mean loss a token of an
-ending is from the loop's. A round times the loops on a slice of the questions and every packed way
-on all of them, so that a machine that slows down slows all; packed ways by the median round.
+Printed are questions/s, the ratio to the loop in fp32 by the clock and by CPU seconds (which hold
+on a machine that others use too), and how far the mean loss a token of an ending is from the
+loop's. A round times the loops on a slice of the questions and every packed way on all of them, so
+that a machine that slows down slows all; packed ways by the median round.
 """
 
 import copy
@@ -76,28 +77,32 @@ def compare(path: str, n: int = 100, rounds: int = 4) -> None:
     }
     losses: dict[str, list[float]] = {name: [] for name in ways}
     times: dict[str, list[float]] = {name: [] for name in ways}  # seconds a question
+    work: dict[str, list[float]] = {name: [] for name in ways}  # CPU seconds a question
     for turn in range(-1, rounds):  # turn -1 warms up
         for name, (way, asked, dtype) in ways.items():
             part = questions[:2] if turn < 0 else questions
             if way is loop and turn >= 0:
                 part = questions[turn::rounds]
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), time.process_time()
             with autocast(ALONE.device, dtype):
                 found = way(asked, part)
             if turn >= 0:
                 times[name].append((time.perf_counter() - start) / len(part))
+                work[name].append((time.process_time() - begun) / len(part))
                 losses[name] = losses[name] + found if way is loop else found
     in_loop_order = [q for turn in range(rounds) for q in questions[turn::rounds]]
     tokens = torch.tensor([n for q in in_loop_order for n in q.lengths])
     first = torch.tensor(losses["loop, fp32"])
-    for name, taken in times.items():
+    for name in ways:
+        by_clock, by_work = (statistics.mean(t["loop, fp32"]) / statistics.median(t[name])
+                             for t in (times, work))
         found = torch.tensor(losses[name])
         if not name.startswith("loop"):
             rows = found.view(-1, 4)
             found = torch.cat([rows[turn::rounds] for turn in range(rounds)]).flatten()
-        ratio = statistics.mean(times["loop, fp32"]) / statistics.median(taken)
         far = ((found - first) / tokens).abs().max()
-        print(f"{name:14} {1 / statistics.median(taken):6.2f} questions/s   x {ratio:5.2f}   "
+        speed = 1 / statistics.median(times[name])
+        print(f"{name:14} {speed:6.2f} questions/s   x {by_clock:5.2f} (CPU x {by_work:5.2f})   "
               f"largest difference {far:.1e} nats a token")
 
 
