@@ -154,14 +154,14 @@ def train(config: TrainConfig) -> int:
                     (part * scale.value).backward()
                 loss = loss + part.detach()
                 run.guard.watchdog.alive()
-            norm = net.gradient_norm() / scale.value
+            norm = net.gradient_norm(scale.value)
             mean_loss = world.sum(loss.item())[0] / world.size
             overflow = scale.overflowed(mean_loss, norm.item())  # fp16's own affair
             if not overflow and (problem := run.guard.spikes.judge(step, mean_loss, norm.item())):
                 step = recover(run, step, problem, mean_loss, norm.item())
                 continue
             if not overflow:
-                net.scale_gradients(clip_factor(norm, config.optim.clip) / scale.value)
+                net.scale_gradients(clip_factor(norm, config.optim.clip))
                 optimizer.step()
                 net.exchange()
             net.forget_gradients()

@@ -9,6 +9,7 @@ import torch
 from data.loader import Data, Stream, validation_sequences
 from data.tokenizer import EOT, decode
 from eval import hellaswag
+from eval.likelihood import Stopped
 from eval.loss import validation_loss
 from eval.sample import prompt_tokens
 from launch import cli
@@ -84,7 +85,10 @@ def examine(
     row = {"val_loss": loss, "val_set": exam.val_set}
     with torch.compiler.set_stance("force_eager"):  # every sentence has another length
         if with_questions and exam.questions:
-            score = hellaswag.evaluate(model, exam.questions, world)
+            try:
+                score = hellaswag.evaluate(model, exam.questions, world, stop)
+            except Stopped:
+                return None
             row |= {"hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm}
             world.print(f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}, "
                         f"{score.n} questions")

@@ -43,7 +43,8 @@ IEEE = tl.constexpr("ieee")  # fp32 products in fp32, not in TF32's 10 bits; bf1
 def _place(T, ROWS: tl.constexpr):
     """(tile, batch * H + head) of this program in _grid's order."""
     tiles = tl.cdiv(T, ROWS)
-    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    bh = tl.program_id(0) // tiles
+    return tl.program_id(0) - bh * tiles, bh
 
 
 @triton.jit
@@ -89,9 +90,9 @@ def _forward_step(
     k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)  # (N, D)
     s = tl.dot(q, k.T, input_precision=IEEE)  # (M, N)
     if DIAGONAL:
-        # The side that takes the offset is made anew: the one of which a thread holds little, in
-        # tensor memory (a thread a row) the rows. Else the compiler keeps the other, 32 numbers or
-        # more, in registers through the loop above.
+        # The side that takes the offset is made anew: the one of which a thread holds little (the
+        # rows, out of tensor memory: a thread a row). Else the compiler keeps the other, 32 numbers
+        # or more, in registers through the loop above.
         if TMEM:
             seen = row - n + tl.arange(0, M)[:, None] >= tl.arange(0, N)[None, :]
         else:
@@ -112,8 +113,8 @@ def attention_forward(
     queries, keys, out, lse, T, H,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, TMEM: tl.constexpr,
 ):
-    """One program, one tile of M queries of one head: see _grid. TMEM: products come out of tensor
-    memory (sm_100).
+    """One program, one tile of M queries of one head: see _grid. TMEM: each thread holds a whole
+    row of the scores.
 
     It alone writes these M rows of this head's columns in out (B, T, C) and lse (B, H, T).
     Consecutive programs share a head, whose keys then stay in the L2 cache; the longest come first.
@@ -282,7 +283,7 @@ def _forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     t = _tile("attention_forward", qkv, D)
     attention_forward[_grid(B, n_head, T, t.m)](
         _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), out, lse, T, n_head,
-        D=D, M=t.m, N=t.n, TMA=t.tma, TMEM=tiles.arch(qkv.device) == "sm_100",
+        D=D, M=t.m, N=t.n, TMA=t.tma, TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t),
         num_warps=t.warps, num_stages=t.stages,
     )
     return out, lse

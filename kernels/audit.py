@@ -1,9 +1,10 @@
 """What every kernel takes of every GPU, read off the machine code: no GPU needed.
 
-    python -m kernels.audit                    # all architectures, under 3 minutes on 2 cores
+    python -m kernels.audit                    # all architectures: some 200 s of CPU time
     python -m kernels.audit --arch sm_90 gfx942 --json
+    python -m kernels.audit --candidates       # the tiles too that do not ship
 
-Compiles each kernel with each tile of kernels/tiles.py for each architecture, as training calls it
+Compiles each kernel with its tile of kernels/tiles.py for each architecture, as training calls it
 (bf16 activations, fp32 residual stream and weights), disassembles it, and prints a line for each:
 registers, spills, shared memory, matrix instructions, CTAs per SM, the inner loop and how long it
 keeps each pipe busy. Then, at GPT-2 124M with 64 x 1,024 tokens, the bytes and FLOP of each kernel
@@ -92,7 +93,7 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         if "dkdv" in kernel:
             types["dout"] = q
         fn = getattr(attention, kernel.removesuffix("_fp32"))
-        tmem = case.arch == "sm_100"
+        tmem = tiles.tensor_memory_rows(case.arch, tile)
         constants = dict(D=size, M=tile.m, N=tile.n, TMA=tile.tma, TMEM=tmem)
     elif kernel == "cross_entropy":
         fn = cross_entropy.cross_entropy
@@ -367,11 +368,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=tiles.ARCHS, default=list(tiles.ARCHS))
     parser.add_argument("--json", action="store_true", help="rows instead of tables")
+    parser.add_argument("--candidates", action="store_true", help="tiles that do not ship too")
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed: pip install triton")
-    rows = [row | {"faults": faults(row)} for row in audit_all(cases(args.arch))]
+    wanted = [case for case in cases(args.arch) if case.default or args.candidates]
+    rows = [row | {"faults": faults(row)} for row in audit_all(wanted)]
     broken = [row for row in rows if row["default"] and row["faults"]]
     if args.json:
         print(json.dumps(rows, indent=1))

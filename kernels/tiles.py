@@ -1,9 +1,10 @@
 """Which tile each kernel runs with on each architecture: a table, not an autotuner.
 
 The first tile of a row is the one that ships; the others are what `python -m kernels.bench --tune`
-tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles them all
-and fails where one that ships spills, or outgrows the card. What decided between them so far is
-that audit (instructions, registers, CTAs per SM), not a clock: nothing here was timed on a GPU.
+tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles what
+ships (with `--candidates` the others too) and fails where it spills, or outgrows the card. What
+decided between them so far is that audit (instructions, registers, CTAs per SM), not a clock:
+nothing here was timed on a GPU.
 
 A search at run time would make two runs of one configuration differ, and needs a GPU to test.
 """
@@ -126,6 +127,11 @@ def pick(kernel: str, arch: str, size: int) -> Tile:
 
 
 _SIZES = {kernel: {size for name, _, size in TABLE if name == kernel} for kernel, _, _ in TABLE}
+
+
+def tensor_memory_rows(arch: str, tile: Tile) -> bool:
+    """Whether products come with a whole row in each thread, as tcgen05's do to four warps."""
+    return arch == "sm_100" and tile.warps == 4
 
 
 def programs(device: torch.device) -> int:

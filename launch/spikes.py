@@ -1,8 +1,10 @@
-"""Steps that would do harm: a loss that is no number, a gradient that explodes.
+"""Steps that would do harm: a loss that is no number, a gradient that explodes, a poisoned batch.
 
 Each step is judged before the weights change, on the norm of the whole gradient and the mean loss,
 which are the same on every rank: so all ranks come to the same judgement without a word. A rank
-that judged its own loss would leave the others waiting.
+that judged its own loss would leave the others waiting. Either is too much where it lies more than
+7 standard deviations above its mean over the last 128 good steps (llm.c's outlier detector). The
+norm alone isn't enough: noise instead of text raised a loss from 2.8 to 10.8 at a usual norm.
 
     --on_spike skip      the step's gradient is thrown away, and the run goes on
     --on_spike rollback  the run returns to its newest checkpoint, and the batches from there to
@@ -19,16 +21,17 @@ from typing import Any, Literal
 from launch.errors import Failed
 
 Policy = Literal["skip", "rollback", "stop", "ignore"]
-WINDOW = 128  # steps whose norms make the normal range (llm.c, llmc/outlier_detector.h)
-Z = 7.0  # standard deviations that are too many (llm.c, scripts/run_gpt3_125M.sh: -sg 7)
+WINDOW = 128  # steps that make the normal range (llm.c, llmc/outlier_detector.h)
+Z = 7.0  # standard deviations that are too many (llm.c, scripts/run_gpt3_125M.sh: -sl 7 -sg 7)
 NARROWEST = 0.01  # of the mean: a smaller deviation is taken for this, or a calm run would spike
 
 
 class Spikes:
-    """Remembers the norms of good steps and says what is wrong with a bad one."""
+    """Remembers losses and norms of good steps and says what is wrong with a bad one."""
 
     def __init__(self, policy: Policy, at_most: int) -> None:
         self.policy, self.at_most = policy, at_most  # bad steps in a row
+        self.losses: deque[float] = deque(maxlen=WINDOW)
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.total = 0
         self.in_a_row = 0
@@ -40,6 +43,7 @@ class Spikes:
         if problem:
             self.total, self.in_a_row, self.last = self.total + 1, self.in_a_row + 1, step
         else:
+            self.losses.append(loss)
             self.norms.append(norm)
             if step > self.last:  # and not on the way back to it after a rollback
                 self.in_a_row = 0
@@ -59,8 +63,8 @@ class Spikes:
 
     def state(self) -> dict[str, Any]:
         """For state.json: a run that goes on judges as if it had never stopped."""
-        return {"norms": list(self.norms), "spikes": self.total, "in_a_row": self.in_a_row,
-                "last_spike": self.last}
+        return {"losses": list(self.losses), "norms": list(self.norms), "spikes": self.total,
+                "in_a_row": self.in_a_row, "last_spike": self.last}
 
     def load(self, state: dict[str, Any]) -> None:
         """Puts back what state() gave."""
@@ -69,7 +73,8 @@ class Spikes:
         self.last = state["last_spike"]
 
     def rewind(self, state: dict[str, Any]) -> None:
-        """Puts back the norms alone: after a rollback the spikes still count."""
+        """Puts back what is normal, and that alone: after a rollback the spikes still count."""
+        self.losses = deque(state["losses"], maxlen=WINDOW)
         self.norms = deque(state["norms"], maxlen=WINDOW)
 
     def _problem(self, loss: float, norm: float) -> str:
@@ -79,9 +84,16 @@ class Spikes:
             return f"the gradient's norm is {norm}"
         if self.policy == "ignore" or len(self.norms) < WINDOW:
             return ""
-        mean, deviation = statistics.fmean(self.norms), statistics.pstdev(self.norms)
-        z = (norm - mean) / max(deviation, NARROWEST * mean)
-        if z <= Z:
-            return ""
-        return (f"the gradient's norm {norm:.4g} lies {z:.1f} standard deviations above {mean:.4g},"
-                f" the mean of the last {WINDOW} steps")
+        return _outlier("the loss", loss, self.losses) or _outlier(
+            "the gradient's norm", norm, self.norms
+        )
+
+
+def _outlier(what: str, value: float, window: deque[float]) -> str:
+    """Says so where a value lies too far above the others."""
+    mean, deviation = statistics.fmean(window), statistics.pstdev(window)
+    z = (value - mean) / max(deviation, NARROWEST * mean)
+    if z <= Z:
+        return ""
+    return (f"{what} {value:.4g} lies {z:.1f} standard deviations above {mean:.4g}, the mean of "
+            f"the last {WINDOW} steps")

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import Operators
+from model.packed import Packed
 
 VOCAB_MULTIPLE = 128  # 50,257 is odd; tensor cores want their dimensions in multiples of 64 or 128
 INIT_STD = 0.02  # GPT-2's initializer_range
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | Packed | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
         if cache is None:
             y = self.ops.attention(qkv, self.n_head)  # (B, T, C)
@@ -133,7 +134,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, cache: Cache | None = None
+        self, x: Tensor, branch: Tensor | None, cache: Cache | Packed | None = None
     ) -> tuple[Tensor, Tensor]:
         x, y = self.ln_1(x, branch)
         x, y = self.ln_2(x, self.attn(y, cache))
@@ -171,19 +172,25 @@ class GPT(nn.Module):
         # Padding rows take no probability and no gradient, so what is zero here stays zero.
         self.wte.weight[self.config.n_vocab :] = 0
 
-    def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the head reads. idx: (B, T) token ids, after what the cache holds -> (B, T, C)."""
-        T, start = idx.shape[1], cache.length if cache else 0
-        if start + T > self.config.n_ctx:
+    def hidden(self, idx: Tensor, cache: Cache | Packed | None = None) -> Tensor:
+        """What the head reads. idx: (B, T) token ids, after what the cache holds -> (B, T, C).
+
+        Or idx: (1, N), the trees that a Packed describes -> (1, N, C).
+        """
+        T, start = idx.shape[1], cache.length if isinstance(cache, Cache) else 0
+        positions: slice | Tensor = slice(start, start + T)
+        if isinstance(cache, Packed):
+            positions = cache.positions  # (1, N)
+        elif start + T > self.config.n_ctx:
             raise ValueError(f"{start + T} positions in a context of {self.config.n_ctx}")
-        x = self.wte(idx) + self.wpe.weight[start : start + T]  # (B, T, C)
+        x = self.wte(idx) + self.wpe.weight[positions]  # (B, T, C)
         branch = None
         for block in self.h:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
                 x, branch = block(x, branch, cache)
-        if cache:
+        if isinstance(cache, Cache):
             cache.length += T
         return self.ln_f(x, branch)[1]
 

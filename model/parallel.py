@@ -81,18 +81,26 @@ class Parallel:
             yield
 
     @torch.no_grad()
-    def gradient_norm(self) -> Tensor:
-        """The norm of the whole gradient, the same on every rank; hands `mine` its gradients."""
+    def gradient_norm(self, scale: float) -> Tensor:
+        """Takes a loss scale out of the gradient and returns its norm, the same on every rank.
+
+        It hands `mine` its gradients, too.
+        """
+        here = []
         for part in self.parts:
             gradient = part.parameter.grad
+            assert gradient is not None  # every parameter takes part in every loss
             if self.mode == "fsdp":
-                part.mine.grad = gradient.to_local()  # type: ignore[union-attr]
+                gradient = part.mine.grad = gradient.to_local()  # type: ignore[attr-defined]
             elif self.mode == "zero1":
-                part.mine.grad = gradient[part.mine_from :][: len(part.mine)]  # type: ignore[index]
+                part.mine.grad = gradient[part.mine_from :][: len(part.mine)]
+            here.append(gradient)
+        if scale != 1:
+            torch._foreach_mul_(here, 1 / scale)
+        norm = get_total_norm(here)
         if self.mesh is None:
-            return get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        local = get_total_norm([p.mine.grad for p in self.parts if p.mine.grad is not None])
-        square = local.square()
+            return norm
+        square = norm.square()
         dist.all_reduce(square, group=self.mesh.get_group("shard"))
         return square.sqrt()
 

@@ -25,6 +25,8 @@ from launch.errors import Failed, FolderInUse
 from launch.files import folder_lock
 from launch.tracker import read_rows
 from model import checkpoint
+from model.gpt2 import GPTConfig
+from model.optim import OptimConfig
 from tests.running import ROOT, environment, flags, losses, weights
 from train_gpt2 import train
 
@@ -221,16 +223,19 @@ def test_a_rank_that_hangs_is_named_and_the_group_starts_again(undisturbed, tmp_
 # ---- the disk ----
 
 
-def test_a_disk_that_fills_during_a_save_loses_that_checkpoint_only(undisturbed, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_fills_during_a_save_loses_that_checkpoint_only(undisturbed, tmp_path, rank):
+    """Rank 0 fails when it makes the files, rank 1 in its thread, when it writes its rows."""
     configure, whole = undisturbed
-    fault = json.dumps({"kind": "full", "rank": 0, "step": 6})  # the one after step 6 is too large
+    fault = json.dumps({"kind": "full", "rank": rank, "step": 6})  # that after step 6 is too large
     code, printed = run(configure(tmp_path, keep=50), ranks=2, FAULT=fault)
     assert code == 0, printed[-3000:]
     assert "File too large" in printed
     names = {path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()}
     assert "step_00000006" not in names
     assert {"step_00000003", "step_00000009"} <= names
-    assert [e for e in events(tmp_path / "tiny") if "checkpoint failed" in e]
+    (event,) = [e for e in events(tmp_path / "tiny") if "checkpoint failed" in e]
+    assert ("rank 1: " in event) == (rank == 1)
     assert same_weights(whole, tmp_path / "tiny", 40)
 
 
@@ -282,44 +287,52 @@ def test_a_nan_on_one_rank_is_seen_by_all(tiny, tmp_path, policy):
 def test_too_many_bad_steps_in_a_row_end_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2.Tracker, "step", lambda *rest, **more: None)
     monkeypatch.setattr("model.parallel.Parallel.gradient_norm",
-                        lambda self: torch.tensor(float("nan")))
+                        lambda self, scale: torch.tensor(float("nan")))
     with pytest.raises(Failed, match=r"step 3: the gradient's norm is nan; .*3 in a row"):
         train(tiny(max_spikes=2))
 
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory, corpus_file):
-    """Shards in which the batch of step 140 is noise; and a configuration that reads them."""
+    """Shards in which the batch of step 140 is noise; and a configuration that reads them.
+
+    Runs start from a trained model at a small learning rate, so that their losses are even: on
+    its way down from 10.8 a loss varies too much for anything to stand out.
+    """
     from tests.conftest import make_config
 
     folder = tmp_path_factory.mktemp("poisoned")
     data = open_data(DataConfig(text=str(corpus_file)))
-    tokens = np.tile(data.train.read(0, len(data.train)), 6)
+    tokens = np.tile(data.train.read(0, len(data.train)), 2)
     write_folder(folder, "toy", [tokens], data.val.read(0, len(data.val)), "toy")
 
     def configure(out, **changes):
-        settings = dict(steps=150, eval_every=150, save_every=50, dtype="fp64",
+        settings = dict(steps=150, eval_every=150, save_every=50, dtype="fp64", batch_tokens=48,
+                        model=GPTConfig(n_layer=1, n_head=1, n_embd=16, n_ctx=4),
+                        optim=OptimConfig(lr=1e-5, warmup_steps=0), init=str(folder / "trained"),
                         data=DataConfig(dir=str(folder)))
         return make_config(out, corpus_file, **(settings | changes))
 
+    learns = dict(name="trained", steps=100, init="", optim=OptimConfig(lr=1e-2, warmup_steps=10))
+    train(configure(folder, **learns))
     config = configure(folder)
-    loader = Loader(open_data(config.data).train, T=16, batch_tokens=192, micro_batch=12, seed=1337)
+    loader = Loader(open_data(config.data).train, T=4, batch_tokens=48, micro_batch=12, seed=1337)
     noise = np.random.RandomState(0)
     tokens = tokens.copy()
     for sequence in loader.order(139):
-        tokens[sequence * 16 : sequence * 16 + 17] = noise.randint(0, 50256, 17)
+        tokens[sequence * 4 : sequence * 4 + 5] = noise.randint(0, 50256, 5)
     loader.close()
-    for path in folder.iterdir():
+    for path in [*folder.glob("*.bin"), folder / "manifest.json"]:
         path.unlink()
     write_folder(folder, "toy", [tokens], data.val.read(0, len(data.val)), "toy")
     return configure
 
 
 def test_a_poisoned_batch_is_skipped_rolled_back_or_ends_the_run(poisoned, tmp_path):
-    """Judged by the gradient's norm alone: the loss is finite. The same on 2 ranks as on one."""
+    """Judged by its loss, which is finite; the norm is a usual one. The same on 2 ranks as on 1."""
     train(poisoned(tmp_path, name="skip"))
     (event,) = events(tmp_path / "skip")
-    assert event.startswith("skipped step 140: the gradient's norm")
+    assert event.startswith("skipped step 140: the loss")
     assert "standard deviations above" in event
 
     code, printed = run(poisoned(tmp_path, name="two", on_spike="rollback"), ranks=2)
@@ -333,10 +346,8 @@ def test_a_poisoned_batch_is_skipped_rolled_back_or_ends_the_run(poisoned, tmp_p
     state = json.loads((tmp_path / "one/checkpoints/step_00000150/state.json").read_text())
     assert state["skipped"] == [[100, 140]]
 
-    with pytest.raises(Failed, match=r"step 140: the gradient's norm .*--on_spike stop"):
+    with pytest.raises(Failed, match=r"step 140: the loss .*--on_spike stop"):
         train(poisoned(tmp_path, name="stop", on_spike="stop"))
-    train(poisoned(tmp_path, name="ignore", on_spike="ignore"))
-    assert events(tmp_path / "ignore") == []
 
 
 def test_a_rolled_back_run_that_is_stopped_goes_on_identically(poisoned, tmp_path, monkeypatch):
@@ -358,3 +369,23 @@ def test_a_rolled_back_run_that_is_stopped_goes_on_identically(poisoned, tmp_pat
     assert train(stopped) == 0
     assert same_weights(tmp_path / "whole", tmp_path / "stopped", 150)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+
+
+def test_what_is_normal_and_what_is_not():
+    """A norm that explodes at a usual loss is a spike too, and one step later it's forgotten."""
+    from launch.spikes import WINDOW, Spikes
+
+    spikes = Spikes("skip", at_most=2)
+    for step in range(WINDOW):
+        assert spikes.judge(step, 3.0 + 0.1 * (step % 2), 1.0 + 0.1 * (step % 2)) == ""
+    # Mean 1.05, deviation 0.05: 7 deviations above lie at 1.4; of the loss at 3.05 + 7 x 0.05.
+    assert spikes.judge(WINDOW, 3.0, 1.39) == ""
+    assert "the gradient's norm 1.6 lies" in spikes.judge(WINDOW + 1, 3.0, 1.6)
+    assert "the loss 3.6 lies" in spikes.judge(WINDOW + 2, 3.6, 1.0)
+    assert (spikes.total, spikes.in_a_row) == (2, 2)
+    assert spikes.judge(WINDOW + 3, 3.0, 1.0) == ""
+    assert (spikes.total, spikes.in_a_row) == (2, 0)
+    again = Spikes("skip", at_most=2)
+    again.load(json.loads(json.dumps(spikes.state())))
+    assert again.state() == spikes.state()
+    assert Spikes("ignore", at_most=0).judge(0, 3.0, 1e9) == ""

@@ -169,6 +169,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(run, monkeypatch):
     assert checkpoint.newest_valid(run / "checkpoints")[0].name == "step_00000002"
 
 
+def test_a_rank_that_does_not_see_the_folder_is_told_so(run):
+    saver = Saver(run, trained(), Silent(), keep=3)
+    with pytest.raises(Failed, match="on a file system that all ranks share"):
+        saver._open(run / "checkpoints" / ".step_00000009.tmp")
+
+
 def test_left_overs_of_a_killed_save_are_removed_and_never_found(run):
     checkpoints = run / "checkpoints"
     shutil.copytree(checkpoints / "step_00000002", checkpoints / ".step_00000003.tmp")

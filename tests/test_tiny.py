@@ -166,6 +166,13 @@ def test_compiled_steps_are_the_eager_steps(tiny, tmp_path):
     assert set(weights(tmp_path / "compiled", 3)) == set(weights(tmp_path / "eager", 3))
 
 
+def test_deterministic_algorithms_train_the_same_model(tiny, tmp_path):
+    train(tiny(name="usual", steps=2, eval_every=2))
+    done = run_program(flags(tiny(name="strict", steps=2, eval_every=2, deterministic=True)))
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "usual") == losses(tmp_path / "strict")
+
+
 def test_profile_writes_a_trace(tiny, tmp_path):
     train(tiny(profile=1))
     assert (tmp_path / "tiny" / "profile" / "trace.json").stat().st_size > 10_000

@@ -1,0 +1,232 @@
+"""HellaSwag and its like: right scores, from any file, on any number of ranks, one line if not."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.tokenizer import encode
+from eval import choice, hellaswag
+from launch.errors import BadInput, one_line_errors
+from launch.world import World
+from model.gpt2 import GPT, GPTConfig
+from model.hf import to_hf
+
+ALONE = World(0, 1, torch.device("cpu"))
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=32)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(CONFIG).double()
+
+
+ROWS = [
+    {"ctx": "A man is sitting on a roof. He", "label": 3, "endings": [
+        "is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+        "is holding a rubik's cube.", "starts pulling up roofing on a roof."]},
+    {"ctx": "A lady walks to a barbell. She", "label": "1", "endings": [
+        "swings.", "bends down and grabs the pole.", "é ü lifts.", "stands and lifts it."]},
+    {"ctx": "Two women in a child are shown in a canoe while a man pulls the canoe while standing "
+            "in the water, with other individuals visible in the background. The child", "label": 0,
+     "endings": ["and a different man sit in a canoe.", "are then shown paddling down.",
+                 "are driving the canoe.", "walking go down the rapids, while the man sinks."]},
+]
+
+
+@pytest.fixture
+def questions_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def plain_loop(model: GPT) -> list[list[float]]:
+    """build-nanogpt's way: one ending at a time, the whole logits, the loss of the ending."""
+    sums = []
+    for row in ROWS:
+        for ending in row["endings"]:
+            context, end = encode(row["ctx"]), encode(" " + ending)
+            tokens = torch.tensor((context + end)[-33:])
+            losses = F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="none")
+            sums.append(losses[-len(end) :].sum().item())
+    return [sums[i : i + 4] for i in range(0, len(sums), 4)]
+
+
+def losses_one_by_one(model: GPT) -> torch.Tensor:
+    """(3, 4), nats."""
+    return torch.tensor(plain_loop(model), dtype=torch.float64)
+
+
+def test_hellaswag_scores_are_those_of_the_plain_loop(model, questions_file):
+    questions = hellaswag.read_questions(questions_file)
+    answers = choice.answer(model, questions, ALONE)
+    expected = losses_one_by_one(model)
+    # fp64 in another order: a relative 1e-12 is thousands of roundings.
+    assert [a.losses for a in answers] == [pytest.approx(r, rel=1e-12) for r in expected.tolist()]
+    score = hellaswag.evaluate(model, questions, ALONE)
+    lengths = torch.tensor([[len(encode(" " + e)) for e in row["endings"]] for row in ROWS])
+    sizes = torch.tensor([[len(e.encode()) for e in row["endings"]] for row in ROWS])
+    labels = torch.tensor([int(row["label"]) for row in ROWS])
+    for got, losses in ((score.acc, expected), (score.acc_norm, expected / lengths),
+                        (score.acc_bytes, expected / sizes)):
+        assert got == (losses.argmin(1) == labels).double().mean().item()
+    assert score.n == 3
+    assert score.acc_stderr == math.sqrt(score.acc * (1 - score.acc) / 2)
+
+
+def test_the_three_ways_of_comparing_differ_where_they_should():
+    """By hand: the sum favours B, the mean a token A, the mean a byte C."""
+    fork = choice.Fork([1], [[2, 3, 4, 5], [2], [2, 3]])
+    question = choice.Question([fork], sizes=[8, 4, 12], label=2)
+    losses = [8.0, 5.0, 6.0]  # a token: 2, 5, 3; a byte: 1, 1.25, 0.5
+    mine = choice.Answer(losses, 1, 0, 2)
+
+    class Known(World):
+        def sum(self, *values):
+            return [*losses, 0.0, 0.0, 0.0]
+
+    tiny = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8))
+    assert choice.answer(tiny, [question], Known(0, 1, torch.device("cpu"))) == [mine]
+    score = choice.score([question] * 4, [mine] * 3 + [choice.Answer(losses, 2, 2, 0)])
+    assert vars(score) == {
+        "n": 4, "acc": 0.25, "acc_norm": 0.25, "acc_stderr": 0.25, "acc_bytes": 0.75}
+
+
+def test_hellaswag_is_the_same_on_any_number_of_ranks(model, questions_file, monkeypatch):
+    monkeypatch.setattr("eval.likelihood.TOKENS_AT_ONCE_CPU", 100)
+    questions = hellaswag.read_questions(questions_file) * 5
+    whole = choice.answer(model, questions, ALONE)
+    partial = []
+
+    class Deaf(World):
+        def sum(self, *values):
+            partial.append(values)
+            return list(values)
+
+    for rank in range(4):
+        choice.answer(model, questions, Deaf(rank, 4, torch.device("cpu")))
+    losses = [sum(column) for column in zip(*partial, strict=True)][:60]
+    assert losses == [loss for answer in whole for loss in answer.losses]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [("{}", "there is no 'ctx', only nothing"), ("nonsense", "no JSON: Expecting value"),
+     ("[1]", "no JSON object"),
+     (json.dumps({"ctx": "a", "label": 0}), "there is no 'endings', only ctx, label"),
+     (json.dumps({"ctx": "a", "endings": ROWS[0]["endings"]}), "there is no 'label'"),
+     (json.dumps(ROWS[0] | {"label": 4}), "label 4: expected 0 to 3"),
+     (json.dumps(ROWS[0] | {"label": -1}), "label -1: expected 0 to 3"),
+     (json.dumps(ROWS[0] | {"label": ""}), "label '': expected 0 to 3"),
+     (json.dumps(ROWS[0] | {"label": None}), "label None: expected 0 to 3"),
+     (json.dumps(ROWS[0] | {"label": True}), "label True: expected 0 to 3"),
+     (json.dumps(ROWS[0] | {"endings": ["a"]}), "1 endings"),
+     (json.dumps(ROWS[0] | {"endings": ["a", "b"]}), "2 endings, expected 4"),
+     (json.dumps(ROWS[0] | {"endings": ["a", "b", "c", " "]}), "no list of texts"),
+     (json.dumps(ROWS[0] | {"endings": "abcd"}), "no list of texts"),
+     (json.dumps(ROWS[0] | {"ctx": ["a"]}), "ctx is no text")],
+    ids=lambda v: v[-30:],
+)
+def test_a_wrong_row_is_named(tmp_path, row, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + row + "\n")
+    with pytest.raises(BadInput) as found:
+        hellaswag.read_questions(path)
+    assert f"{path}, line 2: " in str(found.value)
+    assert words in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_no_rows_and_no_file_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="can't read"):
+        hellaswag.read_questions(tmp_path / "none.jsonl")
+    for name, content in (("empty.jsonl", b""), ("blank.jsonl", b"\n \n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadInput, match=f"{name} is empty: expected a JSON object a line"):
+            hellaswag.read_questions(tmp_path / name)
+    for name in ("text.jsonl.xz", "binary.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00 no")
+        with pytest.raises(BadInput, match="can't read"):
+            hellaswag.read_questions(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, model) -> str:
+    folder = tmp_path_factory.mktemp("hf")
+    to_hf(model, folder)
+    return f"hf:{folder}"
+
+
+def test_the_command_ends_with_its_json_and_tells_what_was_published(
+    checkpoint, questions_file, tmp_path, capsys
+):
+    details = tmp_path / "a.jsonl"
+    hellaswag.main(checkpoint, str(questions_file), dtype="fp32", details=str(details))
+    *_, published, last = capsys.readouterr().out.splitlines()
+    assert list(json.loads(last)) == ["n", "acc", "acc_norm", "acc_stderr", "acc_bytes"]
+    for figure in ("0.294463 (124M)", "0.375224", "0.431986", "0.488946", "3 questions: not to be"):
+        assert figure in published
+    assert hellaswag.published(10_042).endswith("guessing: 0.25")
+    rows = [json.loads(line) for line in details.read_text().splitlines()]
+    assert [row["row"] for row in rows] == [0, 1, 2]
+    assert [row["label"] for row in rows] == [3, 1, 0]
+    right = sum(row["acc"] == row["label"] for row in rows) / 3
+    assert json.loads(last)["acc"] == round(right, 6)
+
+
+def test_compare_names_the_questions_that_two_models_answer_differently(
+    questions_file, tmp_path, capsys
+):
+    questions = hellaswag.read_questions(questions_file)  # labels 3, 1, 0
+    paths = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    losses = [1.0] * 4
+    for path, second in zip(paths, (0, 1), strict=True):
+        answers = [choice.Answer(losses, 3, 2, 2), choice.Answer(losses, second, 2, 2),
+                   choice.Answer(losses, 1, 2 - second, 2)]
+        choice.write_details(path, questions, answers)
+    hellaswag.main(compare=paths)
+    a, b = paths
+    assert capsys.readouterr().out.splitlines() == [
+        "row 1, label 1: acc 0 -> 1",
+        "row 2, label 0: acc_norm 2 -> 1",
+        f"acc: 1 of 3 answers differ; right in {a} alone 0, in {b} alone 1",
+        f"acc_norm: 1 of 3 answers differ; right in {a} alone 0, in {b} alone 0",
+        f"acc_bytes: 0 of 3 answers differ; right in {a} alone 0, in {b} alone 0",
+    ]
+
+
+def test_compare_refuses_other_questions(questions_file, tmp_path):
+    questions = hellaswag.read_questions(questions_file)
+    answers = [choice.Answer([1.0] * 4, 0, 0, 0)] * 3
+    paths = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    choice.write_details(paths[0], questions, answers)
+    choice.write_details(paths[1], questions[::-1], answers)
+    with pytest.raises(BadInput, match="not of the same questions"):
+        choice.compare(*paths)
+    with pytest.raises(BadInput, match=r"line 1: there is no 'row', only ctx"):
+        choice.compare(paths[0], questions_file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({}, "which checkpoint?"), ({"checkpoint": "x", "limit": -1}, "--limit -1"),
+     ({"checkpoint": "/nowhere", "data": "rows"}, "can't read rows")], ids=str,
+)
+def test_a_wrong_command_gets_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as leaving, one_line_errors():
+        hellaswag.main(**arguments)
+    assert leaving.value.code == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
+
+
+def test_real_rows(model, real_data):
+    questions = hellaswag.read_questions(real_data / "hellaswag_val_first1000.jsonl.xz", limit=20)
+    score = hellaswag.evaluate(model, questions, ALONE)
+    assert score.n == 20
+    assert 0 <= score.acc_norm <= 1
