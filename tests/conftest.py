@@ -53,9 +53,9 @@ def corpus_file(tmp_path_factory) -> Path:
     return path
 
 
-def make_config(out_dir: Path, text: Path, **changes) -> TrainConfig:
-    """A tiny run in out_dir on this text, with these changes, wherever their settings live."""
-    settings = TINY | {"out_dir": str(out_dir), "data": DataConfig(text=str(text))} | changes
+def make_config(folder: Path, text: Path, **changes) -> TrainConfig:
+    """A tiny run in the folder on this text, with these changes, wherever their settings live."""
+    settings = TINY | {"out_dir": str(folder), "data": DataConfig(text=str(text))} | changes
     for key, part in PARTS.items():
         names = settings.keys() & {f.name for f in fields(part)}
         settings[key] = part(**{name: settings.pop(name) for name in names})

@@ -201,7 +201,8 @@ def agent(config, port: int, node: int, log: Path):
     with log.open("ab") as file:
         process = subprocess.Popen(
             [SCRIPT, *flags(config)], stdout=file, stderr=file,
-            env=environment(PATH=path, PET_NODE_RANK=str(node), **pods, **LOOPBACK),
+            env=environment(PATH=path, PET_NODE_RANK=str(node), PET_MAX_RESTARTS="20", **pods,
+                            **LOOPBACK),
         )
         try:
             yield process

@@ -9,6 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model.gpt2 import GPT, GPTConfig, flops_per_token, parameter_count
 from model.hf import from_hf, to_hf
 from model.optim import OptimConfig, learning_rate, make_optimizer
+from model.parallel import Parallel
+from tests.test_model_checkpoint import ALONE
 from train_gpt2 import PRESETS
 
 # Three shapes: head width 16, 64 with an odd context, and a vocabulary that fills its padding.
@@ -105,7 +107,7 @@ def test_initialisation_is_the_papers():
 def test_padding_stays_zero_through_training_and_takes_no_probability():
     torch.manual_seed(0)
     model = GPT(SHAPES[0])
-    optimizer = make_optimizer(model, OptimConfig(lr=1e-2))
+    optimizer = make_optimizer(Parallel(model, "ddp", ALONE, "fp32").parts, OptimConfig(lr=1e-2))
     idx = torch.randint(50257, (4, 17))
     for _ in range(3):
         model(idx[:, :-1], idx[:, 1:]).backward()
@@ -142,7 +144,8 @@ def test_learning_rate_warms_up_and_ends_where_it_should():
 
 
 def test_only_matrices_decay():
-    optimizer = make_optimizer(GPT(SHAPES[0]), OptimConfig())
+    net = Parallel(GPT(SHAPES[0]), "ddp", ALONE, "fp32")
+    optimizer = make_optimizer(net.parts, OptimConfig())
     decayed, rest = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1
     assert all(p.dim() == 2 for p in decayed["params"])
