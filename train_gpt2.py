@@ -179,7 +179,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
     guard = Guard(world, path, config.guard)
     stack.callback(guard.close)
-    stack.callback(world.close)
+    stack.push(world.leave)
     dtype = choose_dtype(config.compute.dtype, world.device)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     data = world.together(lambda: open_data(config.data))

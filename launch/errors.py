@@ -52,6 +52,11 @@ def one_line_errors() -> Iterator[None]:
         if not isinstance(done.code, int | None):
             raise
         leave(done.code or 0)
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        sys.excepthook(*sys.exc_info())
+        leave(1)  # the interpreter's own way out can wait for peers that have died
     except KeyboardInterrupt:  # outside the training loop, which has a guard of its own
         leave(130, "interrupted")
 

@@ -46,7 +46,7 @@ meet=(--standalone)
 (( nodes == 1 )) || meet=(--nnodes="$nodes" --rdzv-backend=c10d --rdzv-endpoint="$head:$port"
   --rdzv-id="$id" --rdzv-conf="is_host=$(( node == 0 ))") # a name may differ from the host's own
 # A check that fails is not to be repeated.
-restarts=${PET_MAX_RESTARTS:-3}; [[ " $* " != *" --preflight "* ]] || restarts=0
+restarts=${PET_MAX_RESTARTS:-3}; [[ " $* " != *" --preflight True "* ]] || restarts=0
 [[ -z ${PET_LOG_DIR:-} ]] || { export PET_TEE=${PET_TEE:-3} PET_LOG_DIR="$PET_LOG_DIR/node$node"; mkdir -p "$PET_LOG_DIR"; }
 # SIGUSR1, Slurm's early warning, kills torchrun and orphans its ranks unless it's named. The last
 # save gets 120 s: 19 GB, GPT-2 1558M with its optimizer, at 160 MB/s.

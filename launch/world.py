@@ -105,6 +105,15 @@ class World:
             result = box[0]
         return result  # type: ignore[return-value]
 
+    def leave(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """Closes where all ranks leave together; for ExitStack.push.
+
+        After an error of this rank alone, or of one whose peer has died, the group is left as it
+        is: taking it down could wait for ranks that will never answer.
+        """
+        if kind is None or issubclass(kind, BadInput | SystemExit):
+            self.close()
+
     def close(self) -> None:
         """Leaves the group; harmless where there is none."""
         if self.size > 1 and dist.is_initialized():

@@ -1,9 +1,12 @@
 """Running the program as a user does, and reading what it leaves."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,13 +55,46 @@ def weights(run: Path, step: int) -> dict:
 
 
 def run_several(
-    configs: list[TrainConfig], folder: Path, ranks: int, timeout: float = 240, **more: str
+    configs: list[TrainConfig], folder: Path, ranks: int, timeout: float = 200, **more: str
 ) -> subprocess.CompletedProcess:
     """tests/several.py: these runs one after the other, under one torchrun."""
     listed = folder / f"several-{ranks}.json"
     listed.write_text(json.dumps([flags(config) for config in configs]))
-    return subprocess.run(
+    code, printed = wait_for_ranks(lambda: subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
          f"--nproc_per_node={ranks}", "-m", "tests.several", str(listed)],
-        capture_output=True, text=True, timeout=timeout, env=environment(**more), cwd=ROOT,
-    )
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env=environment(PYTHONFAULTHANDLER="1", **more),
+    ), timeout)
+    return subprocess.CompletedProcess([], code, printed, printed)
+
+
+def wait_for_ranks(
+    start: Callable[[], subprocess.Popen], timeout: float, tries: int = 2
+) -> tuple[int, str]:
+    """Exit code and output of a torchrun; one that hangs shows its stacks and is started again.
+
+    On a crowded machine a few starts in a hundred hung, and no cause was found: the stacks that
+    are printed here are there to find it. A hang of the program itself comes back at the second
+    try, and fails.
+    """
+    process = start()
+    try:
+        printed = process.communicate(timeout=timeout)[0]
+        return process.returncode, printed
+    except subprocess.TimeoutExpired:
+        for pid in children(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+        process.terminate()
+        printed = process.communicate(timeout=60)[0]
+        print(f"hung for {timeout:.0f} s; its stacks:\n{printed}")
+        if tries == 1:
+            raise
+        return wait_for_ranks(start, timeout, tries - 1)
+
+
+def children(pid: int) -> list[int]:
+    """Process numbers of a process's children, in the order they were started."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(number) for number in path.read_text().split()] if path.exists() else []

@@ -27,7 +27,7 @@ from launch.tracker import read_rows
 from model import checkpoint
 from model.gpt2 import GPTConfig
 from model.optim import OptimConfig
-from tests.running import ROOT, environment, flags, losses, weights
+from tests.running import ROOT, children, environment, flags, losses, wait_for_ranks, weights
 from train_gpt2 import train
 
 
@@ -39,15 +39,13 @@ def start(config, ranks: int, restarts: int = 0, **more: str) -> subprocess.Pope
          "-m", "tests.faulty", *flags(config)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", **more),
+                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", PYTHONFAULTHANDLER="1", **more),
     )
 
 
 def run(config, ranks: int, restarts: int = 0, **more: str) -> tuple[int, str]:
     """The exit code and everything that was printed."""
-    process = start(config, ranks, restarts, **more)
-    printed = process.communicate(timeout=180)[0]
-    return process.returncode, printed
+    return wait_for_ranks(lambda: start(config, ranks, restarts, **more), timeout=150)
 
 
 def same_weights(one: Path, two: Path, step: int) -> bool:
@@ -60,12 +58,6 @@ def events(folder: Path) -> list[str]:
 
 
 # ---- kills at random ----
-
-
-def children(pid: int) -> list[int]:
-    """Process numbers of a process's children, in the order they were started."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(number) for number in path.read_text().split()] if path.exists() else []
 
 
 def kill(pid: int) -> None:
