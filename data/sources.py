@@ -237,7 +237,9 @@ def _strings(column: Any) -> "pa.Array":
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    column = pc.fill_null(column.cast(pa.large_string()), "")
+    column = column.cast(pa.large_string())
+    if column.null_count:  # filling imports pandas where it's installed: half a second
+        column = pc.fill_null(column, "")
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 

@@ -144,6 +144,52 @@ def test_verify_says_what_it_checked(folder, capsys):
         shards.main(["verify"])
 
 
+def test_info_counts_documents_across_shards(folder, capsys):
+    shards.main(["info", str(folder)])
+    printed = capsys.readouterr().out
+    assert "toy_train_000001.bin: 6 tokens, 2 documents begin in it" in printed
+    # In order: 50256 7 0 | 50256 5 6 50256 7 0 | 50256 5 6. Each document has two tokens.
+    assert "toy set: 12 tokens in 4 documents, 3.0 tokens each, the longest 2" in printed
+    assert "it begins: '(!'" in printed
+
+
+def test_info_measures_a_document_that_goes_on_in_the_next_shard(tmp_path, capsys):
+    tokens = np.array([50256, 1, 2, 3, 4, 5, 6, 50256, 7], dtype=np.uint16)
+    write_folder(tmp_path, "toy", [tokens[3:5], tokens[5:]], tokens[:3], "toy set")
+    shards.main(["info", str(tmp_path)])
+    assert "9 tokens in 2 documents, 4.5 tokens each, the longest 6" in capsys.readouterr().out
+
+
+def test_converted_folders_hold_the_same_tokens(folder):
+    train, val = TOKENS.tolist() + TOKENS[:3].tolist(), TOKENS[3:].tolist()
+    shards.main(["convert", str(folder), "--to", "npy"])
+    target = folder.with_name(folder.name + "-npy")
+    names = ["toy_train_000001.npy", "toy_train_000002.npy", "toy_val_000000.npy"]
+    assert sorted(path.name for path in target.iterdir()) == names
+    first, second, third = (np.load(target / name) for name in names)
+    assert [*first, *second] == train
+    assert third.tolist() == val
+    assert first.dtype == np.uint16
+    shards.main(["convert", str(folder), "--to", "nanogpt"])
+    target = folder.with_name(folder.name + "-nanogpt")
+    assert np.fromfile(target / "train.bin", "<u2").tolist() == train
+    assert np.fromfile(target / "val.bin", "<u2").tolist() == val
+
+
+def test_a_damaged_shard_is_not_converted(folder):
+    change(folder / "toy_train_000002.bin", last=1)
+    with pytest.raises(BadInput, match="sha256 differs"):
+        shards.main(["convert", str(folder), "--to", "nanogpt"])
+    assert not (folder.with_name(folder.name + "-nanogpt") / "train.bin").exists()
+
+
+def test_nothing_is_converted_without_room(folder, monkeypatch):
+    monkeypatch.setattr(shards, "free_bytes", lambda _: 10)
+    with pytest.raises(BadInput, match="not enough disk"):
+        shards.main(["convert", str(folder), "--to", "npy"])
+    assert not folder.with_name(folder.name + "-npy").exists()
+
+
 def test_wrong_npy_files_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", TOKENS.astype(np.int64))
     with pytest.raises(BadInput, match="uint16"):
