@@ -40,19 +40,17 @@ def one_line_errors() -> Iterator[None]:
         yield
     except BadInput as error:
         leave(error.exit_code, f"error: {error}")
-    except RuntimeError as error:
-        torch = sys.modules.get("torch")  # importing it takes longer than most commands of data/
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
-            raise
-        # On one rank, perhaps not 0, and the others don't know.
-        rank = os.environ.pop("RANK", "0")
-        leave(1, f"error: the GPU of rank {rank} is full: halve --micro_batch (the result is the "
-                 "same)")
     except SystemExit as done:  # --help, a wrong flag, a run that is finished already
         if not isinstance(done.code, int | None):
             raise
         leave(done.code or 0)
-    except Exception:
+    except Exception as error:
+        torch = sys.modules.get("torch")  # importing it takes longer than most commands of data/
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            # On one rank, perhaps not 0, and the others don't know.
+            rank = os.environ.pop("RANK", "0")
+            leave(1, f"error: the GPU of rank {rank} is full: halve --micro_batch (the result is "
+                     "the same)")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         sys.excepthook(*sys.exc_info())

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train_gpt2
@@ -59,6 +60,13 @@ def test_the_program_itself_leaves_with_2_and_without_a_traceback(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: batch_tokens 1,000 is not divisible")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_full_gpu_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="1"), one_line_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    line = "error: the GPU of rank 0 is full: halve --micro_batch (the result is the same)\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_wrong_key_in_a_file_is_named(tmp_path):

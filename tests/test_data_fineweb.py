@@ -445,6 +445,11 @@ def test_the_program_ends_with_one_line_and_exit_code_2(tmp_path):
     assert "10BT" in done.stderr
 
 
+def test_making_shards_does_not_wait_for_torch():
+    code = "import sys, data.fineweb, data.shards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_real_fineweb(real_data, tmp_path):
     source = str(real_data / "fineweb_sample_*.parquet")
     make(FineWebConfig(tmp_path / "out", source=source, shard_tokens=500_000))
