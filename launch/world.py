@@ -28,6 +28,10 @@ DTYPES = {
 }
 # How long a rank waits for another before it gives up; rank 0 may be hashing and saving 19 GB.
 TIMEOUT = timedelta(minutes=30)
+# Groups that this process has left, kept from being taken down: DDP's reducer drops the last
+# reference with Python's lock held, gloo's destructor joins threads, and a thread that is just
+# then releasing a tensor waits for this lock for ever (pytorch#56297; 2 of 91 exits, measured).
+LEFT: list[Any] = []
 
 T = TypeVar("T")
 
@@ -117,6 +121,7 @@ class World:
     def close(self) -> None:
         """Leaves the group; harmless where there is none."""
         if self.size > 1 and dist.is_initialized():
+            LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
