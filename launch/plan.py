@@ -22,8 +22,6 @@ from kernels.cards import CARDS, MIB, Card
 from kernels.roofline import Shape, work
 from launch.errors import BadInput
 
-Parallel = Literal["ddp", "zero1", "fsdp"]
-
 NODE = 8  # GPUs joined by the card's own link; DGX and HGX nodes, and the usual rented machine
 MOST_GPUS = 1024
 
@@ -87,7 +85,7 @@ class Job:
     micro_batch: int  # at most
     steps: int
     dtype: str = "bf16"  # bf16, fp16 or fp32
-    parallel: Parallel = "ddp"
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
     checkpointing: bool = False  # blocks computed again in the backward pass
     compile: bool = True
     kernels: str = "auto"  # auto, triton or torch
@@ -397,8 +395,7 @@ def report(job: Job, text: str, price: float = 0.0) -> str:
 
 def show(settings: Mapping, parameters: int, flops_per_token: int) -> int:
     """Prints the plan that a run's settings ask for. Returns the exit code."""
-    asked = settings["planning"]
-    if int(os.environ.get("RANK", "0")):
-        return 0
-    print(report(Job.of(settings, parameters, flops_per_token), asked["plan"], asked["plan_price"]))
+    asked, job = settings["planning"], Job.of(settings, parameters, flops_per_token)
+    if os.environ.get("RANK", "0") == "0":
+        print(report(job, asked["plan"], asked["plan_price"]))
     return 0

@@ -15,26 +15,18 @@ from pathlib import Path
 
 import torch
 
-from launch.world import World, keep_freed_memory
+from launch.world import keep_freed_memory
 from model.checkpoint import Training
 from model.gpt2 import GPT, GPTConfig
 from model.optim import LossScale, OptimConfig, make_optimizer
 from model.parallel import Parallel
 from model.saving import Saver
-
-
-class Silent:
-    """A tracker that keeps nothing."""
-
-    world = World(0, 1, torch.device("cpu"))
-
-    def log(self, step: int, **values: object) -> None:
-        pass
+from tests.running import ALONE, Silent
 
 
 def main(rounds: int, folder: Path) -> None:
     keep_freed_memory()
-    net = Parallel(GPT(GPTConfig()), "ddp", Silent.world, "fp32")
+    net = Parallel(GPT(GPTConfig()), "ddp", ALONE, "fp32")
     training = Training(net, make_optimizer(net.parts, OptimConfig()), LossScale())
     (folder / "config.json").write_text("{}")
     saver = Saver(folder, training, Silent(), keep=1)  # type: ignore[arg-type]

@@ -12,14 +12,17 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import pytest
 import torch
 
+from data import sources
 from data.loader import DataConfig
 from eval.exam import ExamConfig
 from launch.guard import GuardConfig
 from launch.tracker import TrackerConfig
-from model.gpt2 import GPTConfig
+from model.gpt2 import GPT, GPTConfig
 from model.optim import OptimConfig
 from model.saving import SavingConfig
 from model.training import ComputeConfig
+from tests.documents import texts, write_parquet
+from tests.running import CONFIG
 from train_gpt2 import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +69,29 @@ def make_config(folder: Path, text: Path, **changes) -> TrainConfig:
 def tiny(tmp_path, corpus_file):
     """tiny(steps=3, ...) is a configuration of a run in this test's own folder."""
     return partial(make_config, tmp_path, corpus_file)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> tuple[str, list[str]]:
+    """(the pattern, the documents) of three parquet files."""
+    documents = texts(300)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(3):
+        write_parquet(folder / f"{i}.parquet", documents[i * 100 : i * 100 + 100])
+    return str(folder / "*.parquet"), documents
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_BYTES", 4_000)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """Random weights in fp64, for evaluations that must agree to the last digits."""
+    torch.manual_seed(0)
+    return GPT(CONFIG).double()
 
 
 @pytest.fixture(scope="session")

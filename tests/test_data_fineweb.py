@@ -1,10 +1,8 @@
 """FineWeb to shards: every document, in order, the same bytes however often the job is killed."""
 
-import gzip
 import hashlib
 import json
 import os
-import random
 import signal
 import struct
 import subprocess
@@ -12,74 +10,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
-from data import fineweb, sources
+from data import fineweb
 from data.counts import count_duplicates
 from data.fineweb import FineWebConfig, make
 from data.shards import open_folder
 from data.tokenizer import EOT, decode, encode_documents
-from launch.errors import BadInput, Failed, FolderInUse
+from launch.errors import Failed, FolderInUse
 from launch.files import folder_lock
 from tests import baseline
+from tests.documents import failing, read_independently, refused, run
 from tests.running import ROOT, environment
-
-WORDS = ["spirit", "of", "god", "hovering", "over", "the", "deep", "—", "and", "it's", "¿señor?"]
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    """Documents of 0 to 60 words; every 50th is empty, every 7th repeats the one before it."""
-    rng = random.Random(seed)
-    made: list[str] = []
-    for i in range(count):
-        text = " ".join(rng.choices(WORDS, k=rng.randrange(1, 60)))
-        made.append("" if i % 50 == 49 else made[-1] if i % 7 == 6 else text)
-    return made
-
-
-def write_parquet(path: Path, documents: list[str | None], rows: int = 30) -> None:
-    table = pa.table({"id": range(len(documents)), "text": pa.array(documents, pa.string())})
-    pq.write_table(table, path, row_group_size=rows)
-
-
-@pytest.fixture
-def corpus(tmp_path) -> tuple[str, list[str]]:
-    """(the pattern, the documents) of three parquet files."""
-    documents = texts(300)
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for i in range(3):
-        write_parquet(folder / f"{i}.parquet", documents[i * 100 : i * 100 + 100])
-    return str(folder / "*.parquet"), documents
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_BYTES", 4_000)
-
-
-def run(source: str, out: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(source, out, *arguments), env=environment(**env), cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
-
-
-def command(source: str, out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "data.fineweb", "--source", source, "--out", str(out),
-            "--shard_tokens", "1000", *arguments]
-
-
-def read_independently(out: Path) -> list[int]:
-    """All tokens of a folder, from llm.c's description of the format and not from our code."""
-    stream: list[int] = []
-    for number, path in enumerate(sorted(out.glob("*.bin"), key=lambda path: path.stem[-6:])):
-        assert path.name == f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
-        content = path.read_bytes()
-        magic, version, count, *rest = struct.unpack("<256i", content[:1024])
-        assert (magic, version, any(rest)) == (20240520, 1, False)
-        stream += struct.unpack(f"<{count}H", content[1024:])
-    return stream
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -229,106 +171,6 @@ def test_a_killed_job_keeps_its_finished_shards(corpus, tmp_path):
     assert read_independently(out) == encode_documents(corpus[1]).tolist()
 
 
-def write_as(path: Path, documents: list[str]) -> None:
-    """Documents in the format that the name asks for."""
-    lines = "".join(json.dumps({"text": text}) + "\n\n" for text in documents).encode()
-    if path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(lines[:999]) + gzip.compress(lines[999:]))  # two members
-    elif path.name.endswith(".zst"):
-        with pa.CompressedOutputStream(str(path), "zstd") as file:
-            file.write(lines)
-    else:
-        path.write_bytes(lines)
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
-def test_json_lines_are_read_and_resumed(tmp_path, ending, small_pieces, monkeypatch):
-    documents = texts(200)
-    write_as(tmp_path / f"a.{ending}", documents[:150])
-    write_as(tmp_path / f"b.{ending}", documents[150:])
-    config = FineWebConfig(tmp_path / "out", source=str(tmp_path / f"*.{ending}"),
-                           shard_tokens=700)
-    monkeypatch.setattr(fineweb, "tokenise", failing(fineweb.tokenise, after=5))
-    with pytest.raises(Failed, match="on purpose"):
-        make(config)
-    monkeypatch.undo()
-    assert json.loads((tmp_path / "out" / ".progress.json").read_text())["shards"]
-    make(config)
-    assert read_independently(tmp_path / "out") == encode_documents(documents).tolist()
-
-
-def failing(call, after: int):
-    calls = iter(range(after))
-
-    def maybe(*args):
-        if next(calls, None) is None:
-            raise Failed("on purpose")
-        return call(*args)
-
-    return maybe
-
-
-def test_a_txt_file_is_one_document(tmp_path):
-    documents = ["one " * 50, "two\n\nthree " * 40]
-    for i, text in enumerate(documents):
-        (tmp_path / f"{i}.txt").write_text(text)
-    make(FineWebConfig(tmp_path / "out", source=str(tmp_path / "*.txt"), shard_tokens=90))
-    assert read_independently(tmp_path / "out") == encode_documents(documents).tolist()
-
-
-def test_missing_texts_and_half_characters_become_documents(tmp_path):
-    write_parquet(tmp_path / "a.parquet", ["one", None, "two"] * 10)
-    (tmp_path / "b.jsonl").write_text('{"text": null}\n{"text": "x\\ud800y"}\n')
-    make(FineWebConfig(tmp_path / "out", source=str(tmp_path / "*.*"), shard_tokens=20))
-    expected = ["one", "", "two"] * 10 + ["", "x\ufffdy"]
-    assert read_independently(tmp_path / "out") == encode_documents(expected).tolist()
-
-
-def test_a_huge_row_group_is_read_in_batches(tmp_path, monkeypatch, small_pieces):
-    monkeypatch.setattr(sources, "LARGE_GROUP_BYTES", 6_000)
-    documents = texts(400)
-    rng = random.Random(1)
-    documents = [text + "".join(rng.choices("abcdefgh ", k=80)) for text in documents]
-    write_parquet(tmp_path / "a.parquet", documents, rows=200)
-    files = sources.local_files(str(tmp_path / "a.parquet"))
-    found = list(sources.pieces(files, "text"))
-    assert len(found) > 4
-    assert [text for piece in found for text in piece.load().to_pylist()] == documents
-    # From any document on, the pieces that hold it and all after it.
-    for start in (0, 1, 77, 199, 200, 399):
-        later = list(sources.pieces(files, "text", 0, start))
-        assert later[0].first <= start < later[0].first + later[0].count
-        rest = [text for piece in later for text in piece.load().to_pylist()]
-        assert rest[start - later[0].first :] == documents[start:]
-
-
-def refused(line: str, error: type[BadInput] = BadInput, **settings) -> None:
-    with pytest.raises(error, match=line):
-        make(FineWebConfig(**({"shard_tokens": 1000} | settings)))
-
-
-def test_bad_sources_are_one_clear_line(corpus, tmp_path):
-    out, source = tmp_path / "out", corpus[0]
-    refused("no such file", out=out, source=str(tmp_path / "none*.parquet"))
-    refused(r"no column 'body'; --column takes one of: id, text", out=out, source=source,
-            column="body")
-    refused("holds int64, and documents are strings", out=out, source=source, column="id")
-    (tmp_path / "x.csv").write_text("a,b")
-    refused(r"x\.csv: documents are read from \.parquet", out=out, source=str(tmp_path / "x.csv"))
-    (tmp_path / "x.jsonl").write_text('{"content": "a"}\n')
-    refused(r"document 1 has no 'text'; --column takes one of: content", out=out,
-            source=str(tmp_path / "x.jsonl"))
-    write_parquet(tmp_path / "empty.parquet", [])
-    refused(r"empty\.parquet: no documents", out=out, source=str(tmp_path / "empty.parquet"))
-    (tmp_path / "empty.jsonl").write_text("\n")
-    refused(r"empty\.jsonl: no documents", out=out, source=str(tmp_path / "empty.jsonl"))
-    refused("nothing is left to train on: --shard_tokens", out=out, source=source,
-            shard_tokens=10**8)
-    refused("at least 1", out=out, source=source, shard_tokens=0)
-    refused("at least 1", out=out, source=source, workers=0)
-    assert not list(out.glob("*.bin")) + list(out.glob(".*.tmp"))
-
-
 def test_not_enough_disk_is_said_before_the_start(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "free_bytes", lambda _: 100)
     refused("not enough disk", out=tmp_path / "out", source=corpus[0])
@@ -356,43 +198,6 @@ def failing_writes(monkeypatch, after: int):
 
     monkeypatch.setattr(fineweb.ShardWriter, "_write", maybe)
     return calls
-
-
-@pytest.mark.parametrize("damage", ["footer", "page"])
-def test_a_damaged_parquet_file_is_named_or_skipped(corpus, tmp_path, small_pieces, damage):
-    source, documents = corpus
-    path, out = Path(source.replace("*", "1")), tmp_path / "out"
-    content = bytearray(path.read_bytes())
-    if damage == "footer":
-        content[-4:] = b"XXXX"
-        kept = documents[:100] + documents[200:]
-    else:
-        column = pq.ParquetFile(path).metadata.row_group(2).column(1)
-        begin = column.dictionary_page_offset or column.data_page_offset
-        content[begin : begin + 200] = bytes(200)
-        kept = documents[:160] + documents[200:]
-    path.write_bytes(content)
-    refused(r"1\.parquet: .*--skip_bad_files True", out=out, source=source)
-    make(FineWebConfig(out, source=source, shard_tokens=1000, skip_bad_files=True))
-    assert read_independently(out) == encode_documents(kept).tolist()
-    (skipped,) = json.loads((out / "manifest.json").read_text())["skipped_files"]
-    assert skipped.startswith("1.parquet: ")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "line"),
-    [("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl, document 2: "),
-     ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, document 1: .*utf-8"),
-     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], r"a\.jsonl\.gz: "),
-     ("a.jsonl.zst", b"no zstd at all", r"a\.jsonl\.zst: "),
-     ("a.txt", b"\xff\xff", r"a\.txt: .*utf-8"),
-     ("a.jsonl", b'["a"]\n', "has no 'text'"), ("a.jsonl", b'{"text": 3}\n', "is a int")],
-    # gzip stores the time, which must not reach a test's name: parallel workers compare the names
-    ids=["cut off", "not utf-8", "gzip cut off", "no zstd", "binary", "a list", "a number"],
-)
-def test_other_damaged_files_are_named(tmp_path, name, content, line):
-    (tmp_path / name).write_bytes(content)
-    refused(line, out=tmp_path / "out", source=str(tmp_path / name))
 
 
 def test_two_jobs_in_one_folder(corpus, tmp_path, monkeypatch):

@@ -13,16 +13,7 @@ from launch.errors import BadInput, one_line_errors
 from launch.world import World
 from model.gpt2 import GPT, GPTConfig
 from model.hf import to_hf
-
-ALONE = World(0, 1, torch.device("cpu"))
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=32)
-
-
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    torch.manual_seed(0)
-    return GPT(CONFIG).double()
-
+from tests.running import ALONE
 
 ROWS = [
     {"ctx": "A man is sitting on a roof. He", "label": 3, "endings": [

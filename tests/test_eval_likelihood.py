@@ -10,15 +10,7 @@ import kernels
 from eval.likelihood import Fork, likelihoods, windows
 from launch.world import World
 from model.gpt2 import GPT, GPTConfig
-
-ALONE = World(0, 1, torch.device("cpu"))
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=32)
-
-
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    torch.manual_seed(0)
-    return GPT(CONFIG).double()
+from tests.running import ALONE, CONFIG
 
 
 def random_forks(seed: int, longest_context: int, longest_ending: int) -> list[Fork]:

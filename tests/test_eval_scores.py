@@ -17,15 +17,7 @@ from eval.sample import prompt_tokens, stream_text
 from launch.errors import BadInput, Failed
 from launch.world import World
 from model.gpt2 import GPT, GPTConfig
-
-ALONE = World(0, 1, torch.device("cpu"))
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=32)
-
-
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    torch.manual_seed(0)
-    return GPT(CONFIG).double()
+from tests.running import ALONE
 
 
 @pytest.fixture(scope="module")

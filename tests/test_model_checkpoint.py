@@ -8,25 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.errors import BadInput, Failed
-from launch.world import World
 from model import checkpoint, saving
 from model.checkpoint import Training
 from model.gpt2 import GPT, GPTConfig
 from model.optim import LossScale, OptimConfig, make_optimizer
 from model.parallel import Parallel
 from model.saving import Saver
+from tests.running import ALONE, Silent
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_ctx=16)
-ALONE = World(0, 1, torch.device("cpu"))
-
-
-class Silent:
-    """A tracker that keeps nothing."""
-
-    world = ALONE
-
-    def log(self, step, **values):
-        pass
 
 
 def trained(seed: int = 0) -> Training:
