@@ -64,17 +64,23 @@ class Stream:
     def rows(self, starts: np.ndarray, count: int) -> torch.Tensor:
         """(len(starts), count) int64: what read() gives at each of these positions."""
         out = np.empty((len(starts), count), dtype=np.int64)
+        if len(one := self.shards_spanned(starts, count)) == 1:  # as good as always
+            out[:] = self._windows(one[0], count)[starts - self.starts[one[0]]]
+            return torch.from_numpy(out)
         shard = np.searchsorted(self.starts, starts, side="right") - 1
         inside = starts + count <= self.starts[shard + 1]
         for i in set(shard[inside].tolist()):
             rows = np.flatnonzero(inside & (shard == i))
-            tokens = self.shards[i].tokens
-            every = (len(tokens) - count + 1, count)  # all rows there are, as a view of the tokens
-            windows = np.ndarray(every, np.uint16, tokens, strides=tokens.strides * 2)
-            out[rows] = windows[starts[rows] - self.starts[i]]
+            out[rows] = self._windows(i, count)[starts[rows] - self.starts[i]]
         for row in np.flatnonzero(~inside):  # these go on in the next shard
             out[row] = self.read(int(starts[row]), count)
         return torch.from_numpy(out)
+
+    def _windows(self, shard: int, count: int) -> np.ndarray:
+        """(positions, count) uint16: the row that begins at each token, as a view of the shard."""
+        tokens = self.shards[shard].tokens
+        every = (len(tokens) - count + 1, count)
+        return np.ndarray(every, np.uint16, tokens, strides=tokens.strides * 2)
 
     def documents(self, shard: int) -> np.ndarray:
         """(documents,) int64 positions of a shard's EOTs, each of which begins a document."""
@@ -88,8 +94,17 @@ class Stream:
         last = int(np.searchsorted(self.starts, start + count - 1, side="right")) - 1
         return range(first, last + 1)
 
+    def shards_spanned(self, starts: np.ndarray, count: int) -> range:
+        """Indices of the shards from the first of these rows to the last."""
+        if len(starts) == 0:
+            return range(0)
+        first = int(starts.min())
+        return self.shards_of(first, int(starts.max()) - first + count)
+
     def shards_touched(self, starts: np.ndarray, count: int) -> set[int]:
         """Indices of all shards that hold `count` tokens from any of these positions on."""
+        if len(one := self.shards_spanned(starts, count)) == 1:
+            return set(one)
         first = np.searchsorted(self.starts, starts, side="right") - 1
         last = np.searchsorted(self.starts, starts + count - 1, side="right") - 1
         pairs = set(zip(first.tolist(), last.tolist(), strict=True))
