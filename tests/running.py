@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def run_several(
     """tests/several.py: these runs one after the other, under one torchrun."""
     listed = folder / f"several-{ranks}.json"
     listed.write_text(json.dumps([flags(config) for config in configs]))
-    code, printed = wait_for_ranks(lambda: subprocess.Popen(
+    code, printed = wait_for_ranks(subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
          f"--nproc_per_node={ranks}", "-m", "tests.several", str(listed)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
@@ -83,29 +82,18 @@ def run_several(
     return subprocess.CompletedProcess([], code, printed, printed)
 
 
-def wait_for_ranks(
-    start: Callable[[], subprocess.Popen], timeout: float, tries: int = 2
-) -> tuple[int, str]:
-    """Exit code and output of a torchrun; one that hangs shows its stacks and is started again.
-
-    On a crowded machine a few starts in a hundred hung, and no cause was found: the stacks that
-    are printed here are there to find it. A hang of the program itself comes back at the second
-    try, and fails.
-    """
-    process = start()
+def wait_for_ranks(process: subprocess.Popen, timeout: float) -> tuple[int, str]:
+    """Exit code and output of a torchrun; one that hangs is a failure that shows its stacks."""
     try:
         printed = process.communicate(timeout=timeout)[0]
-        return process.returncode, printed
     except subprocess.TimeoutExpired:
         for pid in children(process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)
         process.terminate()
-        printed = process.communicate(timeout=60)[0]
-        print(f"hung for {timeout:.0f} s; its stacks:\n{printed}")
-        if tries == 1:
-            raise
-        return wait_for_ranks(start, timeout, tries - 1)
+        stacks = process.communicate(timeout=60)[0]
+        raise AssertionError(f"hung for {timeout:.0f} s:\n{stacks}") from None
+    return process.returncode, printed
 
 
 def children(pid: int) -> list[int]:

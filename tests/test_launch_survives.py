@@ -4,6 +4,7 @@
     pytest tests/test_launch_survives.py -m storm     # 50 kills; prints the table
 """
 
+import gc
 import json
 import os
 import random
@@ -11,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import train_gpt2
 from data.loader import DataConfig, Loader, open_data
@@ -24,6 +27,7 @@ from data.shards import write_folder
 from launch.errors import Failed, FolderInUse
 from launch.files import folder_lock
 from launch.tracker import read_rows
+from launch.world import World
 from model import checkpoint
 from model.gpt2 import GPTConfig
 from model.optim import OptimConfig
@@ -45,7 +49,7 @@ def start(config, ranks: int, restarts: int = 0, **more: str) -> subprocess.Pope
 
 def run(config, ranks: int, restarts: int = 0, **more: str) -> tuple[int, str]:
     """The exit code and everything that was printed."""
-    return wait_for_ranks(lambda: start(config, ranks, restarts, **more), timeout=150)
+    return wait_for_ranks(start(config, ranks, restarts, **more), timeout=150)
 
 
 def same_weights(one: Path, two: Path, step: int) -> bool:
@@ -143,6 +147,16 @@ def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, mode):
     print(mode, told)
     assert same_weights(whole, tmp_path / "tiny", 160)
     assert losses(whole) == losses(tmp_path / "tiny")
+
+
+def test_a_group_that_was_left_is_not_taken_down():
+    """Its destructor can wait for ever: launch/world.py, LEFT."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = weakref.ref(dist.group.WORLD)
+    World(0, 2, torch.device("cpu")).close()
+    gc.collect()
+    assert not dist.is_initialized()
+    assert group() is not None
 
 
 # ---- signals ----
