@@ -6,13 +6,13 @@ between tokens; the run saves and leaves. A second signal changes nothing, for c
 SIGTERM twice.
 """
 
-import os
 import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launch import orphan
 from launch.files import atomic_write
 from launch.spikes import Policy, Spikes
 from launch.watchdog import Watchdog
@@ -47,8 +47,6 @@ class Guard:
         self.watchdog = Watchdog(world, folder, config.hang_timeout)
         self.received = 0
         self.stop_signal = 0
-        # torchrun's agent, whose death by SIGKILL leaves its workers training on (measured).
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._before = {number: signal.signal(number, self._remember) for number in HANDLED}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -56,7 +54,8 @@ class Guard:
 
     def asked_to_stop(self) -> bool:
         """Whether any rank was told to stop. Every rank calls this at the same point."""
-        if self.launcher and os.getppid() != self.launcher:
+        orphan.grown_up.set()
+        if orphan.orphaned():
             self.received = self.received or signal.SIGTERM
         if not self.stop_signal:
             self.stop_signal = int(self.world.max(self.received))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from kernels import cards
 from launch.errors import BadInput, Failed
+from launch.orphan import leave_when_orphaned
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 DTYPES = {
@@ -156,6 +157,7 @@ def start_world(deterministic: bool = False) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
+        leave_when_orphaned()
         cuda = device.type == "cuda"
         dist.init_process_group(
             "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None

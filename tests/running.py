@@ -82,12 +82,17 @@ def run_several(
     return subprocess.CompletedProcess([], code, printed, printed)
 
 
-def wait_for_ranks(process: subprocess.Popen, timeout: float) -> tuple[int, str]:
-    """Exit code and output of a torchrun; one that hangs is a failure that shows its stacks."""
+def wait_for_ranks(
+    process: subprocess.Popen, timeout: float, ranks: list[int] | None = None
+) -> tuple[int, str]:
+    """Exit code and output of a torchrun; one that hangs is a failure that shows its stacks.
+
+    ranks: its workers, where it may be dead, and they would still hold its output.
+    """
     try:
         printed = process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
-        for pid in children(process.pid):
+        for pid in children(process.pid) or ranks or []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)
         process.terminate()

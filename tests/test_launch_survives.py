@@ -24,6 +24,7 @@ import torch.distributed as dist
 import train_gpt2
 from data.loader import DataConfig, Loader, open_data
 from data.shards import write_folder
+from launch import orphan
 from launch.errors import Failed, FolderInUse
 from launch.files import folder_lock
 from launch.tracker import read_rows
@@ -86,11 +87,14 @@ def storm(config, kills: int, seed: int, tmp_path: Path) -> dict[str, int]:
         process = start(config, ranks=2, restarts=100)
         told["starts"] += 1
         while hits < kills and process.poll() is None:
-            # A few steps on, and then some: in the middle of a step, a save, a start.
-            goal = last_step(folder) + chance.randint(1, 4)
-            while process.poll() is None and last_step(folder) < min(goal, config.steps - 1):
-                time.sleep(0.02)
-            time.sleep(chance.random() * 0.3)
+            # One in four while it starts; else a few steps on, in the middle of a step or a save.
+            if chance.random() < 0.25:
+                time.sleep(chance.random() * 4)
+            else:
+                goal = last_step(folder) + chance.randint(1, 4)
+                while process.poll() is None and last_step(folder) < min(goal, config.steps - 1):
+                    time.sleep(0.02)
+                time.sleep(chance.random() * 0.3)
             ranks = children(process.pid)
             if process.poll() is not None or len(ranks) < 2:
                 continue
@@ -105,8 +109,8 @@ def storm(config, kills: int, seed: int, tmp_path: Path) -> dict[str, int]:
                 told["steps lost"] += max(before - int(newest[0].name[5:]), 0)
             if what != "rank":
                 break
-        printed = process.communicate(timeout=180)[0]
-        if process.returncode == 0:
+        code, printed = wait_for_ranks(process, timeout=120, ranks=ranks)
+        if code == 0:
             assert "is damaged" not in printed
             return told
         assert told["starts"] < 3 * kills + 5, printed[-3000:]
@@ -147,6 +151,36 @@ def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, mode):
     print(mode, told)
     assert same_weights(whole, tmp_path / "tiny", 160)
     assert losses(whole) == losses(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_starts_leaves_when_its_launcher_and_its_peer_die(tiny, tmp_path, rank):
+    """It would wait for its peer for half an hour: launch/orphan.py."""
+    process = start(tiny(), ranks=2)
+    while len(ranks := children(process.pid)) < 2:
+        assert process.poll() is None
+    kill(process.pid)
+    kill(ranks[rank])
+    wait_for_ranks(process, timeout=60, ranks=ranks)  # its output ends when the last one is gone
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("first_process", "adopts"),
+    [("/usr/lib/systemd/systemd", True), ("/usr/bin/python3.13", False),
+     (PermissionError(), True), (FileNotFoundError(), False)],
+)
+def test_the_first_process_of_a_machine_started_a_rank_only_as_torchrun(
+    monkeypatch, first_process, adopts
+):
+    def exe(self):
+        if isinstance(first_process, OSError):
+            raise first_process
+        return Path(first_process)
+
+    monkeypatch.setattr(Path, "readlink", exe)
+    assert orphan.is_init(1) is adopts
+    assert not orphan.is_init(2)
 
 
 def test_a_group_that_was_left_is_not_taken_down():
