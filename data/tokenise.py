@@ -1,7 +1,7 @@
 """Documents to tokens, on every core: fastokens where it's installed, tiktoken where not.
 
 fastokens (Apache-2.0) takes less than a fifth of tiktoken's CPU time, and is built here from the
-same ranks. tiktoken stays the definition: a sample of every piece is encoded again with it, and a
+same merges. tiktoken stays the definition: a sample of every piece is encoded again with it, and a
 difference stops the job.
 """
 

@@ -5,15 +5,13 @@
     >>> decode([15496, 11])
     'Hello,'
 
-gpt2.tiktoken.xz holds the 50,256 ranks as OpenAI publishes them (MIT, see NOTICE), compressed.
+vocab.bpe.xz holds the 50,000 merges as OpenAI publishes them (MIT, see NOTICE), compressed.
 """
 
-import base64
 import functools
 import hashlib
 import lzma
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,10 @@ import tiktoken
 
 EOT = 50256  # <|endoftext|>, which begins every document
 VOCAB = 50257  # 256 bytes, 50,000 merges, EOT
-RANKS_FILE = Path(__file__).with_name("gpt2.tiktoken.xz")
-# The hash that tiktoken itself expects of r50k_base.tiktoken (tiktoken_ext/openai_public.py).
+MERGES_FILE = Path(__file__).with_name("vocab.bpe.xz")
+# The hashes that tiktoken itself expects (tiktoken_ext/openai_public.py) of vocab.bpe, and of
+# r50k_base.tiktoken, which says the same; manifests name the tokenizer by the second.
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's split of text into words (encoder.py of openai/gpt-2), with possessive quantifiers as in
 # tiktoken, so that a megabyte of spaces doesn't backtrack.
@@ -31,36 +31,35 @@ PATTERN = (
 )
 
 
-def read_ranks() -> dict[bytes, int]:
-    """The 50,256 tokens and their ranks. Raises RuntimeError on a damaged file."""
-    content = lzma.decompress(RANKS_FILE.read_bytes())
-    if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
-        raise RuntimeError(f"{RANKS_FILE.name} is damaged: its sha256 is not tiktoken's r50k_base")
-    lines = (line.split() for line in content.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
-
-
-@functools.cache
-def encoding() -> tiktoken.Encoding:
-    """tiktoken's encoding, built once a process. Raises RuntimeError on a damaged ranks file."""
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=PATTERN,
-        mergeable_ranks=read_ranks(),
-        special_tokens={"<|endoftext|>": EOT},
-        explicit_n_vocab=VOCAB,
-    )
+def read_merges() -> list[tuple[str, str]]:
+    """The 50,000 merges in their order. Raises RuntimeError on a damaged file."""
+    content = lzma.decompress(MERGES_FILE.read_bytes())
+    if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
+        raise RuntimeError(f"{MERGES_FILE.name} is damaged: its sha256 is not OpenAI's")
+    lines = content.decode().split("\n")[1:-1]  # the first names a version
+    return [(first, second) for first, second in map(str.split, lines)]
 
 
 @functools.cache
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token -> id without EOT, and the merges in their order, spelled as Hugging Face does."""
-    glyph, ranks = byte_glyphs(), read_ranks()
-    text = {token: "".join(glyph[byte] for byte in token) for token in ranks}
-    pairs = (parents(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token])
-             if len(token) > 1)
-    merges = [(text[first], text[second]) for first, second in pairs]
-    return {text[token]: rank for token, rank in ranks.items()}, merges
+    """Token -> id without EOT, and the merges in their order, spelled as OpenAI does."""
+    merges = read_merges()
+    tokens = [*sorted(byte_glyphs()), *(first + second for first, second in merges)]
+    return {token: rank for rank, token in enumerate(tokens)}, merges
+
+
+@functools.cache
+def encoding() -> tiktoken.Encoding:
+    """tiktoken's encoding, built once a process. Raises RuntimeError on a damaged merges file."""
+    bytes_of = {ord(glyph): byte for byte, glyph in enumerate(byte_glyphs())}
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=PATTERN,
+        mergeable_ranks={token.translate(bytes_of).encode("latin-1"): rank
+                         for token, rank in vocabulary()[0].items()},
+        special_tokens={"<|endoftext|>": EOT},
+        explicit_n_vocab=VOCAB,
+    )
 
 
 def byte_glyphs() -> list[str]:
@@ -72,19 +71,6 @@ def byte_glyphs() -> list[str]:
              *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in shown]
     return [chr(byte if byte in shown else 256 + hidden.index(byte)) for byte in range(256)]
-
-
-def parents(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge is this one: what is left of it when lower ranks are merged.
-
-    OpenAI publishes the ranks of the results; Hugging Face's files list the merges.
-    """
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, EOT) for a, b in pairwise(parts)]
-        at = pairs.index(min(pairs))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
 
 
 def encode(text: str) -> list[int]:

@@ -85,7 +85,7 @@ def write_ours(model: GPT, folder: Path) -> None:
 
 
 def tokenizer_files(n_ctx: int) -> dict[str, str]:
-    """File name -> content of GPT-2's tokenizer for transformers, out of data.tokenizer's ranks.
+    """File name -> content of GPT-2's tokenizer for transformers, out of data.tokenizer's merges.
 
     tokenizer.json is what today's transformers reads; vocab.json and merges.txt are what others do.
     """

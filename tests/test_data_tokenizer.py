@@ -1,12 +1,15 @@
 """The tokenizer is tiktoken's GPT-2, without a network."""
 
 import base64
+import hashlib
+import json
 import lzma
 
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data import corpus, tokenizer
 from data.tokenizer import EOT, decode, encode, encode_documents
@@ -16,12 +19,20 @@ OPENAI = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 
 
 @pytest.fixture(scope="module")
-def reference() -> tiktoken.Encoding:
-    """tiktoken's class with the published ranks and OpenAI's own pattern."""
-    content = lzma.decompress(tokenizer.RANKS_FILE.read_bytes())
-    lines = [line.split() for line in content.splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+def reference(tmp_path_factory) -> tiktoken.Encoding:
+    """tiktoken's class with OpenAI's own pattern, and the merges as tiktoken itself reads them."""
+    folder = tmp_path_factory.mktemp("openai")
+    (folder / "vocab.bpe").write_bytes(lzma.decompress(tokenizer.MERGES_FILE.read_bytes()))
+    (folder / "encoder.json").write_text(json.dumps(tokenizer.vocabulary()[0]))
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
     return tiktoken.Encoding("reference", pat_str=OPENAI, mergeable_ranks=ranks, special_tokens={})
+
+
+def test_the_ranks_are_those_that_openai_publishes_for_tiktoken():
+    encoding = tokenizer.encoding()
+    lines = (base64.b64encode(encoding.decode_single_token_bytes(rank)) + b" %d\n" % rank
+             for rank in range(EOT))
+    assert hashlib.sha256(b"".join(lines)).hexdigest() == tokenizer.RANKS_SHA256
 
 
 def test_known_tokens():
@@ -73,16 +84,16 @@ def test_documents_begin_with_end_of_text():
     assert tokens.tolist() == [EOT, 15496, EOT, EOT, 15496]
 
 
-def test_damaged_ranks_are_noticed(tmp_path, monkeypatch):
-    content = lzma.decompress(tokenizer.RANKS_FILE.read_bytes())
-    damaged = tmp_path / "ranks.xz"
-    damaged.write_bytes(lzma.compress(content.replace(b" 300\n", b" 301\n")))
-    monkeypatch.setattr(tokenizer, "RANKS_FILE", damaged)
+def test_damaged_merges_are_noticed(tmp_path, monkeypatch):
+    content = lzma.decompress(tokenizer.MERGES_FILE.read_bytes())
+    damaged = tmp_path / "merges.xz"
+    damaged.write_bytes(lzma.compress(content.replace(b"\nh e\n", b"\ne h\n")))
+    monkeypatch.setattr(tokenizer, "MERGES_FILE", damaged)
     with pytest.raises(RuntimeError, match="damaged"):
-        tokenizer.encoding.__wrapped__()
+        tokenizer.read_merges()
 
 
-def test_merges_follow_from_the_ranks():
+def test_tokens_follow_from_the_merges():
     vocab, merges = tokenizer.vocabulary()
     assert [vocab[a + b] for a, b in merges] == list(range(256, EOT))
     assert all(vocab[a] < vocab[a + b] > vocab[b] for a, b in merges)
