@@ -35,7 +35,6 @@ from launch.files import atomic_write, folder_lock, free_bytes
 
 REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 NAMES = {"fineweb": "fineweb", "fineweb-edu": "edu_fineweb"}  # of llm.c's dev/data/fineweb.py
-READERS = 4  # pieces read and tokenised at a time; each is tokenised by all workers
 LOCK_WAIT = 5.0  # seconds that a restarted job gives its predecessor
 BYTES_PER_TOKEN = 4.0  # FineWeb has 4.5 to 4.7; the disk that is needed is rounded up
 PROGRESS = ".progress.json"
@@ -197,6 +196,14 @@ def _check_disk(out: Path, text_bytes: int, before: Progress) -> None:
                        f"{free / 1e9:,.2f} GB free in {out}")
 
 
+def readers(workers: int) -> int:
+    """How many pieces are read and tokenised at a time, each of them by all workers.
+
+    More than two on two cores take turns and don't help (measured: a tenth more CPU time).
+    """
+    return min(4, max(2, workers // 2))
+
+
 class Job:
     """One run of the pipeline: pieces in, shards out, and what has been counted so far."""
 
@@ -223,7 +230,8 @@ class Job:
         already = self.counts.text_bytes
         bar = tqdm(total=max(self.expected_bytes, already), initial=already, unit="B",
                    unit_scale=True, desc="text")
-        start, pool = time.perf_counter(), ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        pool = ThreadPoolExecutor(readers(self.config.workers), thread_name_prefix="reader")
+        start = time.perf_counter()
         with bar:
             try:
                 for piece, tokens in self._in_order(pool):
@@ -245,7 +253,7 @@ class Job:
         return self.progress
 
     def _in_order(self, pool: ThreadPoolExecutor) -> Iterator[tuple[Piece, Tokens]]:
-        """Pieces with their tokens, READERS at a time and in the order of the source."""
+        """Pieces with their tokens, readers() at a time and in the order of the source."""
         file, document, _ = self.progress.position
         window: deque[tuple[Piece, Future[Tokens]]] = deque()
         bad: set[int] = set()
@@ -266,7 +274,7 @@ class Job:
 
         for piece in pieces(self.files, self.config.column, file, document):
             window.append((piece, pool.submit(self._work, piece)))
-            if len(window) > READERS:
+            if len(window) > readers(self.config.workers):
                 yield from oldest()
         while window:
             yield from oldest()

@@ -22,7 +22,7 @@ from launch.errors import BadInput, Failed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PIECE_BYTES = 1 << 22  # of text: some thousand documents, some milliseconds of every core
+PIECE_BYTES = 1 << 23  # of text: some thousand documents, some milliseconds of every core
 LARGE_GROUP_BYTES = 1 << 26  # a row group above this is read in order, batch by batch
 TEXT_FILE_BYTES = 1 << 27  # a .txt is one document, held in memory
 ATTEMPTS = 4  # at a piece of a file on the Hub, 1, 2 and 4 seconds apart

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.fineweb import READERS
+from data.fineweb import readers
 from data.loader import Loader, Stream
 from data.shards import Shard, ShardWriter, open_folder
 from data.sources import local_files, pieces
@@ -194,7 +194,7 @@ def main() -> None:
             (folder / part).mkdir()
         size = write_corpus(sample, folder / "all", megabytes)
         small = write_corpus(sample, folder / "quarter", megabytes // 4)
-        print(f"{size / 1e6:,.0f} MB of text, {WORKERS} workers, {READERS} readers")
+        print(f"{size / 1e6:,.0f} MB of text, {WORKERS} workers, {readers(WORKERS)} readers")
         subprocess.run([sys.executable, "-m", "tests.measure_data", "--stages",
                         f"{folder}/all/*.parquet"], check=True)
         compare(f"{folder}/all/*.parquet", folder, size)
