@@ -68,7 +68,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises BadInput for numbers that make no run."""
-        cli.at_least_1(self, "steps", "batch_tokens")
+        cli.at_least_1(self, "steps", "batch_tokens", "micro_batch")
         if not 0 <= self.seed < 2**32:
             raise BadInput(f"--seed {self.seed}: expected 0 to 4294967295")
         if self.model.n_vocab != VOCAB:
@@ -81,7 +81,7 @@ class TrainConfig:
 # Hyper-parameters of llm.c's scripts/run_gpt2_{350M,774M,1558M}.sh and run_gpt3_125M.sh; shapes of
 # GPT-2 (table 2) and GPT-3 (arXiv 2005.14165, table 2.1). micro_batch is what 80 GB hold.
 PRESETS = {
-    "demo": TrainConfig(
+    "demo": TrainConfig(  # the best of what was tried for four minutes on two CPU cores
         name="demo", steps=960, batch_tokens=1024, micro_batch=8,
         model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
         optim=OptimConfig(lr=6e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
@@ -121,6 +121,7 @@ class Run:
 
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
+    config.check()
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
@@ -173,8 +174,7 @@ def train(config: TrainConfig) -> int:
 
 
 def set_up(config: TrainConfig, stack: ExitStack) -> Run:
-    """Checks the configuration, opens data and run folder, builds the model, and resumes."""
-    config.check()
+    """Opens data and run folder, builds the model, and resumes."""
     world = start_world(config.compute.deterministic)
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
     guard = Guard(world, path, config.guard)

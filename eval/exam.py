@@ -59,8 +59,11 @@ def set_exam(config: ExamConfig, data: Data, T: int, micro_batch: int, world: Wo
 
 
 def open_questions(source: str, world: World) -> list[hellaswag.Question]:
-    """HellaSwag's questions; none, and a line that says so, where they can't be downloaded."""
-    if source == "off" or (source == "auto" and world.device.type != "cuda"):
+    """HellaSwag's questions; or none, and unless that was asked for a line that says why."""
+    if source == "off":
+        return []
+    if source == "auto" and world.device.type != "cuda":
+        world.print("no HellaSwag in this run: minutes on a CPU; --hellaswag FILE asks for it")
         return []
     if source != "auto":
         return world.together(lambda: hellaswag.read_questions(Path(source)))

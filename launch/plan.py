@@ -27,7 +27,8 @@ MOST_GPUS = 1024
 
 # ---- memory ----
 # Peak reserved over peak allocated by PyTorch's caching allocator in nine runs of GPT-2 (124M to
-# 1558M, eager, compiled, FSDP2): 1.02 to 1.19, median 1.07.
+# 1558M, eager, compiled, FSDP2) on a stand-in for an H100, which allocates and computes nothing:
+# 1.02 to 1.19, median 1.07.
 FRAGMENTATION = 0.07
 CONTEXT = 600 * MIB  # assumed: CUDA context and loaded kernels, cuBLAS's workspace (32 MiB, Hopper)
 NCCL = 400 * MIB  # assumed: its buffers, where there is more than one GPU

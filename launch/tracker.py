@@ -113,6 +113,8 @@ class Tracker:
             self.file.close()
         if self.profiler:
             self.profiler.stop()
+            if not (self.path.parent / "profile" / "trace.json").exists():
+                self.world.print("no profile: it takes three steps more than --profile says")
         if self.wandb:
             self.wandb.finish()
 

@@ -27,7 +27,7 @@ from kernels import Operators
 from launch.errors import BadInput
 from launch.files import atomic_write, fsync, sha256
 from model.gpt2 import GPT, GPTConfig
-from model.hf import from_hf, load_named
+from model.hf import from_hf, load_named, without_padding
 from model.optim import MOMENTS, LossScale
 from model.parallel import Parallel
 
@@ -141,9 +141,12 @@ def find_start(resume: str, run: Path) -> Path | None:
 
 
 def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
-    """The model of a checkpoint, a run folder (its newest) or hf:DIR, in its master dtype."""
+    """The model of a checkpoint, a run folder (its newest) or hf:DIR, in its master dtype.
+
+    Raises BadInput for another vocabulary than GPT-2's; padding rows of others are left out.
+    """
     if spec.startswith("hf:"):
-        return from_hf(spec.removeprefix("hf:"), ops)
+        return without_padding(from_hf(spec.removeprefix("hf:"), ops), spec)
     folder = find(spec)
     model = GPT(model_config(folder), ops)
     load_weights(model, folder)

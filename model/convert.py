@@ -12,7 +12,7 @@ DST appears whole or not at all, and nothing is overwritten. Optimizer state sta
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,18 +20,15 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data.tokenizer import EOT, VOCAB, vocabulary
+from data.tokenizer import EOT, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
 from model.checkpoint import load_model, seal
 from model.gpt2 import GPT, parameter_count
-from model.hf import load_named, named_weights, to_hf
+from model.hf import named_weights, to_hf, without_padding
 from model.llmc import Precision, from_llmc, to_llmc
 from model.nanogpt import from_nanogpt, is_pickle
 
-# 50,257 rounded up for the hardware, as the field does; a vocabulary of any other size has tokens
-# of its own.
-PADDED = {-(-VOCAB // multiple) * multiple for multiple in (64, 128, 256, 512, 1024)}
 EOT_TEXT = "<|endoftext|>"
 
 
@@ -49,21 +46,6 @@ def read_source(spec: str) -> GPT:
     else:
         model = from_nanogpt(path) if is_pickle(path) else from_llmc(path)
     return without_padding(model, spec)
-
-
-def without_padding(model: GPT, spec: str) -> GPT:
-    """The model without vocabulary rows past 50,257. Raises BadInput for another vocabulary."""
-    if model.config.n_vocab == VOCAB:
-        return model
-    if model.config.n_vocab not in PADDED:
-        raise BadInput(f"{spec} has a vocabulary of {model.config.n_vocab:,}; GPT-2's is {VOCAB:,} "
-                       f"(or padded: {', '.join(f'{size:,}' for size in sorted(PADDED))})")
-    cut = GPT(replace(model.config, n_vocab=VOCAB)).to(model.wte.weight.dtype)
-    weights = named_weights(model)
-    weights["wte.weight"] = weights["wte.weight"][:VOCAB]
-    load_named(cut, weights, Path(spec))
-    print(f"{model.config.n_vocab - VOCAB} padding rows of the vocabulary left out")
-    return cut
 
 
 def write_hf(model: GPT, folder: Path) -> None:

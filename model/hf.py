@@ -8,6 +8,7 @@ are transposed on the way.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ from model.gpt2 import GPT, GPTConfig
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 FILES = ("config.json", "model.safetensors")
+VOCAB = GPTConfig.n_vocab  # the tokenizer's
+# 50,257 rounded up for the hardware, as the field does; a vocabulary of any other size has tokens
+# of its own.
+PADDED = {-(-VOCAB // multiple) * multiple for multiple in (64, 128, 256, 512, 1024)}
 # What model/gpt2.py computes; a folder that wants anything else is another network. A key that a
 # config.json leaves out has this value in transformers too.
 FIXED = {
@@ -90,6 +95,24 @@ def to_hf(model: GPT, folder: Path) -> None:
         "dtype": "float32",
     }
     atomic_write(folder / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def without_padding(model: GPT, spec: str) -> GPT:
+    """The model without vocabulary rows past GPT-2's 50,257.
+
+    Weights from elsewhere hold rows there that no text has trained, and that could be sampled.
+    Raises BadInput for a vocabulary of another size.
+    """
+    if model.config.n_vocab == VOCAB:
+        return model
+    if model.config.n_vocab not in PADDED:
+        raise BadInput(f"{spec} has a vocabulary of {model.config.n_vocab:,}; GPT-2's is {VOCAB:,} "
+                       f"(or padded: {', '.join(f'{size:,}' for size in sorted(PADDED))})")
+    cut = GPT(replace(model.config, n_vocab=VOCAB), model.ops).to(model.wte.weight.dtype)
+    weights = named_weights(model)
+    weights["wte.weight"] = weights["wte.weight"][:VOCAB]
+    load_named(cut, weights, Path(spec))
+    return cut
 
 
 def read_config(folder: Path) -> GPTConfig:

@@ -39,6 +39,8 @@ from train_gpt2 import PRESETS, TrainConfig, train
         (["demo", "--resume", "/nowhere"], "is no checkpoint"),
         (["demo", "--model.n_vocab", "100"], "--model.n_vocab is 50257"),
         (["demo", "--profile", "-1"], "profile -1: expected at least 0"),
+        (["gpt2-124m", "--plan", "8xh100", "--steps", "-5"], "--steps -5: expected at least 1"),
+        (["gpt2-124m", "--plan", "8xh100", "--micro_batch", "0"], "--micro_batch 0: expected at"),
         (["demo", "--optim.clip", "-1"], "clip -1.0 is negative"),
         (["demo", "--optim.lr", "nan"], "lr nan is negative or no number"),
         (["demo", "--optim.beta1", "1.5"], "beta1 1.5"),

@@ -61,14 +61,15 @@ DOCUMENTS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 20)), min_size=
     ranks=st.sampled_from([1, 2, 4]),
     start=st.integers(0, 20),
     seed=st.integers(0, 2**32 - 1),
+    at_most=st.integers(1, 12),
 )
 def test_ranks_micro_batches_and_restarts_see_the_same_batches(
-    lengths, documents, sequences, ranks, start, seed
+    lengths, documents, sequences, ranks, start, seed, at_most
 ):
     # The last shard makes sure of one sequence.
     source = stream(*lengths, 30, documents=tuple(documents))
     whole = batches(make(source, sequences, seed=seed, micro_batch=sequences), range(start + 2))
-    micro = fit_micro_batch(sequences * T, ranks, T, at_most=2)
+    micro = fit_micro_batch(sequences * T, ranks, T, at_most)
     parts = [
         batches(make(source, sequences, seed=seed, micro_batch=micro, rank=r, ranks=ranks),
                 range(start, start + 2))

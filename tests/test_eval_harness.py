@@ -1,6 +1,9 @@
 """lm-evaluation-harness finds through our adapter what it finds through the exported folder."""
 
 import json
+import lzma
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (e
 pytest.importorskip("accelerate", reason="lm-eval's Hugging Face model needs accelerate")
 
 import lm_eval
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -29,10 +33,19 @@ doc_to_target: "{{label}}"
 doc_to_choice: "{{endings}}"
 metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}]
 """,
+    # lm-evaluation-harness's own HellaSwag, over rows of the original file.
+    "original_hellaswag": """
+output_type: multiple_choice
+process_docs: !function utils.process_docs
+doc_to_text: "{{query}}"
+doc_to_target: "{{label}}"
+doc_to_choice: "choices"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
     "local_rolling": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{(ctx + ' ') * 8}}"
+doc_to_target: "{{(ctx + ' ') * 32}}"
 metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
 """,
 }
@@ -47,7 +60,7 @@ test_split: test
 @pytest.fixture(scope="module")
 def model() -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=48))
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=192))
     torch.nn.init.normal_(model.wte.weight[:50257], std=0.3)  # opinions, not noise
     return model
 
@@ -63,12 +76,14 @@ def folder(tmp_path_factory):
         return " ".join(words[i] for i in picked)
 
     folder = tmp_path_factory.mktemp("tasks")
+    shutil.copy(Path(lm_eval.tasks.__file__).parent / "hellaswag" / "utils.py", folder)
     rows = folder / "rows.jsonl"
     made = [{"ctx": text(2, 8), "endings": [text(1, 6) for _ in range(4)], "label": i % 4}
             for i in range(200)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in made))
     for name, task in TASKS.items():
-        header = HEADER.replace("NAME", name).replace("ROWS", str(rows))
+        file = folder / "original.jsonl" if name == "original_hellaswag" else rows
+        header = HEADER.replace("NAME", name).replace("ROWS", str(file))
         header = header.replace("CACHE", str(folder / "cache"))
         (folder / f"{name}.yaml").write_text(header + task)
     return folder
@@ -112,8 +127,16 @@ def test_hellaswag_is_the_same_through_adapter_export_and_eval_hellaswag(
     assert len({own.acc, own.acc_bytes, ours["acc_norm,none"]}) > 1  # ways that can differ
 
 
+def test_the_harness_own_hellaswag_on_real_rows(model, exported, folder, manager, real_data):
+    rows = lzma.open(real_data / "hellaswag_val_first1000.jsonl.xz", "rt").readlines()[:200]
+    (folder / "original.jsonl").write_text("".join(rows))
+    ours, theirs = both("original_hellaswag", model, exported, manager)
+    for way in ("acc", "acc_norm"):
+        assert ours[f"{way},none"] == theirs[f"{way},none"]
+
+
 def test_rolling_likelihood_is_that_of_the_export(model, exported, manager):
-    """Texts longer than the context of 48. fp32 sums of some 300 losses: relative 1e-5."""
+    """Texts longer than the context of 192. fp32 sums of some 1,000 losses: relative 1e-5."""
     ours, theirs = both("local_rolling", model, exported, manager, limit=6)
     for metric in ("bits_per_byte,none", "word_perplexity,none"):
         assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5)

@@ -71,7 +71,9 @@ def test_a_run_without_the_questions_says_so_and_goes_on(monkeypatch, capsys):
     assert open_questions("auto", gpu) == []
     assert "no HellaSwag in this run: could not download" in capsys.readouterr().out
     assert open_questions("auto", ALONE) == []
+    assert "no HellaSwag in this run: minutes on a CPU" in capsys.readouterr().out
     assert open_questions("off", gpu) == []
+    assert capsys.readouterr().out == ""
 
 
 def test_streamed_text_waits_for_whole_characters():

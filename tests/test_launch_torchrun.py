@@ -177,6 +177,20 @@ def test_missing_data_is_reported_by_the_node_that_misses_it(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_requeues_are_bounded(tmp_path):
+    """launch/slurm.sbatch inside a job that is stopped for the third time."""
+    tool(tmp_path, "srun", "#!/bin/sh\nexit 143\n")
+    tool(tmp_path, "scontrol", '#!/bin/sh\necho "$1 JobState=RUNNING PreemptTime=None"\n')
+    done = subprocess.run(
+        ["bash", "launch/slurm.sbatch", "demo"], capture_output=True, text=True, cwd=ROOT,
+        timeout=60, env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7",
+                                    SLURM_RESTART_COUNT="2", MAX_REQUEUES="2"),
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: requeued 2 times: MAX_REQUEUES allows no more\n"
+    assert "requeue JobState" not in done.stdout
+
+
 def wait_for(condition, seconds: float, what: str) -> None:
     """Returns as soon as condition() holds."""
     deadline = time.monotonic() + seconds

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from data.tokenizer import decode, encode
+from eval.sample import continue_prompts
 from launch.errors import BadInput, Failed
 from model import convert
 from model.checkpoint import load_model
+from model.generate import SampleConfig
 from model.gpt2 import GPT, GPTConfig
 from model.hf import named_weights
 from train_gpt2 import train
@@ -279,8 +281,23 @@ def test_another_vocabulary(tmp_path):
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8, n_vocab=500)
     convert.to_hf(GPT(config), tmp_path / "hf")
     refused(f"hf:{tmp_path / 'hf'}", tmp_path, "vocabulary of 500; GPT-2's is 50,257")
+    with pytest.raises(BadInput, match="vocabulary of 500"):  # what eval.* and --init read
+        load_model(f"hf:{tmp_path / 'hf'}")
     torch.save([1, 2], tmp_path / "list.pt")
     refused(str(tmp_path / "list.pt"), tmp_path, "holds a list")
+
+
+def test_padding_of_a_hugging_face_folder_can_not_be_sampled(tmp_path):
+    """50,304 rows, as many export them, of which the likeliest by far is row 50,300."""
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8, n_vocab=50304))
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[50300] = 9.0
+    convert.to_hf(model, tmp_path / "hf")
+    model = load_model(f"hf:{tmp_path / 'hf'}")
+    greedy = SampleConfig(temperature=0.0, max_tokens=4)
+    assert continue_prompts(model, ["In"], greedy, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

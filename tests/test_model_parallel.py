@@ -26,7 +26,8 @@ def difference(one: dict, two: dict) -> float:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_mode_trains_the_model_of_one_rank(tiny, tmp_path, ranks):
-    """Accumulating over 1, 2 or 6 micro-steps; on 4 ranks also shared out as on 2 nodes of 2."""
+    """Accumulating over 1 and 6 micro-steps on 2 ranks, over 1 and 3 on 4; those also shared out
+    as on 2 nodes of 2."""
     train(tiny(name="one", **START))
     runs = {f"{mode} {micro}": tiny(name=f"{mode}-{micro}", parallel=mode, micro_batch=micro,
                                     **START)

@@ -128,12 +128,13 @@ def test_two_ranks_and_accumulation_train_the_same_model(tiny, tmp_path):
     division and five steps by a few hundred times that; a fault in scaling moves it by 1."""
     start = dict(dtype="fp64", steps=5, eval_every=5, save_every=5)
     train(tiny(name="one", **start))
-    train(tiny(name="accumulated", micro_batch=3, **start))
+    train(tiny(name="accumulated-2", micro_batch=6, **start))
+    train(tiny(name="accumulated-4", micro_batch=3, **start))
     done = run_program(flags(tiny(name="ranks", micro_batch=2, **start)), ranks=2)
     assert done.returncode == 0, done.stderr
     one = weights(tmp_path / "one", 5)
     assert one["wte.weight"].dtype == torch.float64
-    for name in ("accumulated", "ranks"):
+    for name in ("accumulated-2", "accumulated-4", "ranks"):
         other = weights(tmp_path / name, 5)
         worst = max((one[key] - other[key]).abs().max().item() for key in one)
         assert worst < 1e-12, name
@@ -176,6 +177,11 @@ def test_deterministic_algorithms_train_the_same_model(tiny, tmp_path):
 def test_profile_writes_a_trace(tiny, tmp_path):
     train(tiny(profile=1))
     assert (tmp_path / "tiny" / "profile" / "trace.json").stat().st_size > 10_000
+
+
+def test_a_run_too_short_for_a_profile_says_so(tiny, capsys):
+    train(tiny(profile=1, steps=2))
+    assert "no profile: it takes three steps more" in capsys.readouterr().out
 
 
 def test_story_stays_short():
