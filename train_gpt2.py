@@ -82,11 +82,11 @@ class TrainConfig:
 # GPT-2 (table 2) and GPT-3 (arXiv 2005.14165, table 2.1). micro_batch is what 80 GB hold.
 PRESETS = {
     "demo": TrainConfig(  # the best of what was tried for four minutes on two CPU cores
-        name="demo", steps=960, batch_tokens=1024, micro_batch=8,
+        name="demo", steps=900, batch_tokens=1024, micro_batch=8,
         model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
         optim=OptimConfig(lr=6e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
-        data=DataConfig(dir=""), saving=SavingConfig(save_every=480),
-        exam=ExamConfig(eval_every=240, prompt="In the beginning", hellaswag="off")),
+        data=DataConfig(dir=""), saving=SavingConfig(save_every=450),
+        exam=ExamConfig(eval_every=225, prompt="In the beginning", hellaswag="off")),
     "gpt2-124m": TrainConfig(),
     "gpt2-350m": TrainConfig(name="gpt2-350m", steps=60_000, micro_batch=32,
         model=GPTConfig(n_layer=24, n_head=16, n_embd=1024), optim=OptimConfig(lr=3e-4)),
