@@ -12,7 +12,7 @@ from the newest checkpoint. gpt2-124m on FineWeb ends at a validation loss of ab
 import shlex
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,19 +21,21 @@ from tyro.conf import OmitArgPrefixes
 
 from data.loader import DataConfig, Loader, fit_micro_batch, open_data
 from data.tokenizer import VOCAB
-from eval.exam import Exam, ExamConfig, examine, set_exam
+from eval.evaluator import EvalConfig, Evaluator
 from eval.report import plot_losses
 from launch import cli, folder, plan, preflight
-from launch.errors import BadInput, leave, one_line_errors
+from launch.errors import BadInput, exit_process, one_line_errors
 from launch.files import folder_lock
-from launch.guard import MARKER, Guard, GuardConfig, write_marker
+from launch.signals import STOPPED_FILE, DistributedSignalHandler, write_stopped_file
+from launch.spikes import SpikeConfig, SpikeDetector
 from launch.tracker import Tracker, TrackerConfig
-from launch.world import World, autocast, choose_dtype, start_world
+from launch.watchdog import Watchdog, WatchdogConfig
+from launch.world import World, choose_dtype, init_distributed
 from model import checkpoint
 from model.gpt2 import GPTConfig, flops_per_token, parameter_count
-from model.optim import OptimConfig, clip_factor, learning_rate
+from model.optim import OptimConfig, get_lr
 from model.saving import Saver, SavingConfig
-from model.training import ComputeConfig, make_training
+from model.training import ComputeConfig, build_train_state
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     compute: OmitArgPrefixes[ComputeConfig] = field(default_factory=ComputeConfig)
     saving: OmitArgPrefixes[SavingConfig] = field(default_factory=SavingConfig)
-    exam: OmitArgPrefixes[ExamConfig] = field(default_factory=ExamConfig)
+    evaluation: OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
     tracker: OmitArgPrefixes[TrackerConfig] = field(default_factory=TrackerConfig)
-    guard: OmitArgPrefixes[GuardConfig] = field(default_factory=GuardConfig)
+    spikes: OmitArgPrefixes[SpikeConfig] = field(default_factory=SpikeConfig)
+    watchdog: OmitArgPrefixes[WatchdogConfig] = field(default_factory=WatchdogConfig)
     planning: OmitArgPrefixes[plan.PlanConfig] = field(default_factory=plan.PlanConfig)
 
     def check(self) -> None:
@@ -74,7 +77,7 @@ class TrainConfig:
         if self.model.n_vocab != VOCAB:
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
         folder.check_name(self.name)
-        self.exam.check(self.model.n_ctx)
+        self.evaluation.check(self.model.n_ctx)
         self.saving.check()
 
 
@@ -86,7 +89,7 @@ PRESETS = {
         model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
         optim=OptimConfig(lr=6e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
         data=DataConfig(dir=""), saving=SavingConfig(save_every=450),
-        exam=ExamConfig(eval_every=225, prompt="In the beginning", hellaswag="off")),
+        evaluation=EvalConfig(eval_every=225, prompt="In the beginning", hellaswag="off")),
     "gpt2-124m": TrainConfig(),
     "gpt2-350m": TrainConfig(name="gpt2-350m", steps=60_000, micro_batch=32,
         model=GPTConfig(n_layer=24, n_head=16, n_embd=1024), optim=OptimConfig(lr=3e-4)),
@@ -105,18 +108,22 @@ class Run:
     """Everything a step needs, put together by set_up."""
 
     config: TrainConfig
-    world: World
-    path: Path
-    dtype: str
+    world: World  # the ranks
+    path: Path  # the run's folder
     loader: Loader
-    exam: Exam
-    training: checkpoint.Training
+    evaluator: Evaluator
+    state: checkpoint.TrainState  # model/parallel.py; optimizer and loss scaler: model/optim.py
     saver: Saver
     tracker: Tracker
-    guard: Guard
-    start: int  # steps finished before this process began
-    saved: int  # step of the newest checkpoint, on the disk or on its way there
-    evaluated: set[int]  # steps whose validation loss is on record already
+    signals: DistributedSignalHandler
+    spikes: SpikeDetector
+    watchdog: Watchdog
+    first_step: int  # steps that were finished before this process began
+
+    def stop_requested(self) -> bool:
+        """Whether a signal reached any rank. All ranks call it together; it's a heartbeat too."""
+        self.watchdog.heartbeat()
+        return self.signals.stop_requested()
 
 
 def train(config: TrainConfig) -> int:
@@ -127,173 +134,185 @@ def train(config: TrainConfig) -> int:
         return plan.show(asdict(config), parameters, flops)
     if config.planning.preflight:
         return preflight.of_run(asdict(config), parameters)
-    with ExitStack() as stack:
-        run = set_up(config, stack)
-        world, net, optimizer, scale = run.world, *run.training
-        step = run.start
+    with ExitStack() as at_exit:
+        run = set_up(config, at_exit)
+        world, step = run.world, run.first_step
+        model, optimizer, scaler = run.state  # ParallelModel, AdamW, LossScaler (for fp16)
 
         while True:
-            run.saver.tell_news(step)
-            last, stop = step == config.steps, run.guard.asked_to_stop()
-            if step % config.exam.eval_every == 0 and not stop or last:
-                stop = not evaluate(run, step)
-            if step % config.saving.save_every == 0 or last or stop:
-                save(run, step, wait=last or stop or step == 0)
-            if last or stop:
+            run.saver.report_finished(step)
+            last_step = step == config.steps
+            stopping = run.stop_requested()
+
+            # once in a while, and at the end: evaluate the model
+            evaluation_due = step % config.evaluation.eval_every == 0 and not stopping
+            if evaluation_due or last_step:
+                completed = run.evaluator.evaluate(model, step, run.tracker, run.stop_requested)
+                stopping = not completed  # a signal came in the middle of it
+
+            # once in a while, and before leaving: save a checkpoint
+            if step % config.saving.save_every == 0 or last_step or stopping:
+                save_checkpoint(run, step, wait=last_step or stopping or step == 0)
+
+            if last_step or stopping:
                 return finish(run, step)
 
             # ---- one training step ----
             started = time.perf_counter()
-            batch = next_batch(run, step)  # (micro-steps, B, T + 1)
-            lr = learning_rate(step, config.steps, config.optim)
+            micro_batches = get_batch(run, step)  # (micro-steps, B, T + 1) tokens
+            lr = get_lr(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+
+            # forward and backward, the gradients of all micro-steps added up
             loss = torch.zeros((), device=world.device)
-            for i, tokens in enumerate(batch):  # (B, T + 1)
-                with net.micro_step(last=i == len(batch) - 1), autocast(world.device, run.dtype):
-                    part = net(tokens[:, :-1], tokens[:, 1:]) / len(batch)
-                    (part * scale.value).backward()
-                loss = loss + part.detach()
-                run.guard.watchdog.alive()
-            norm = net.gradient_norm(scale.value)
-            mean_loss = world.sum(loss.item())[0] / world.size
-            overflow = scale.overflowed(mean_loss, norm.item())  # fp16's own affair
-            if not overflow and (problem := run.guard.spikes.judge(step, mean_loss, norm.item())):
-                step = recover(run, step, problem, mean_loss, norm.item())
-                continue
+            for i, tokens in enumerate(micro_batches):  # (B, T + 1)
+                last_micro_step = i == len(micro_batches) - 1
+                with model.gradient_sync(last_micro_step):  # ranks average in the last one only
+                    micro_loss = model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
+                    (micro_loss * scaler.scale).backward()
+                loss = loss + micro_loss.detach()
+                run.watchdog.heartbeat()
+            mean_loss = world.all_reduce_sum(loss.item())[0] / world.size
+            model.unscale_gradients(scaler.scale)
+            norm = model.gradient_norm()
+
+            # the update, unless it would do harm
+            overflow = scaler.update(mean_loss, norm.item())  # in fp16: the scale was too large
             if not overflow:
-                net.scale_gradients(clip_factor(norm, config.optim.clip))
-                optimizer.step()
-                net.exchange()
-            net.forget_gradients()
+                problem = run.spikes.check(step, mean_loss, norm.item())
+                if problem:
+                    model.zero_grad()
+                    step = skip_or_roll_back(run, step, problem, mean_loss, norm.item())
+                    continue
+                model.clip_gradients(norm, config.optim.clip)
+                model.optimizer_step(optimizer)
+            model.zero_grad()
             step += 1
 
             # ---- everything that follows is diagnostics ----
             seconds = time.perf_counter() - started
-            run.tracker.step(step, loss=mean_loss, lr=lr, norm=norm.item(), seconds=seconds)
+            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(), seconds=seconds)
 
 
-def set_up(config: TrainConfig, stack: ExitStack) -> Run:
-    """Opens data and run folder, builds the model, and resumes."""
-    world = start_world(config.compute.deterministic)
+def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
+    """Opens data and run folder, builds the model, and loads the checkpoint to go on from."""
+    world = init_distributed(config.compute.deterministic)
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
-    guard = Guard(world, path, config.guard)
-    stack.callback(guard.close)
-    stack.push(world.leave)
+    signals = at_exit.enter_context(closing(DistributedSignalHandler(world)))
+    watchdog = at_exit.enter_context(closing(Watchdog(world, path, config.watchdog)))
+    at_exit.push(world)  # leaves the process group
+
+    # data
     dtype = choose_dtype(config.compute.dtype, world.device)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
-    data = world.together(lambda: open_data(config.data))
-    exam = set_exam(config.exam, data, T, micro_batch, world)
-    loader = Loader(
+    with world.fail_together():  # what fails on one rank fails on all
+        data = open_data(config.data)
+    evaluator = Evaluator(config.evaluation, data, T, micro_batch, world)
+    loader = at_exit.enter_context(closing(Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
         seed=config.seed, rank=world.rank, ranks=world.size, pin=world.device.type == "cuda",
-    )
-    stack.callback(loader.close)
-    description = folder.describe(
+    )))
+
+    # the run's folder, which no other process may use, and the checkpoint to go on from
+    description = folder.describe(  # of config.json
         asdict(config), world, data.fingerprint(), dtype=dtype,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
-        accumulation=len(loader), epochs=loader.epoch(config.steps), val_set=exam.val_set,
+        accumulation=len(loader), epochs=loader.epoch(config.steps), val_set=evaluator.val_set,
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
+    world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))
+    world.broadcast_from_rank0(checkpoint.clean_up, path / "checkpoints")
+    source = world.broadcast_from_rank0(checkpoint.find_resume_checkpoint, config.resume, path)
+    if source:
+        with world.fail_together():
+            folder.require_same_run(source, description)
 
-    world.on_main(lambda: stack.enter_context(folder_lock(path)))
-    source = world.on_main(lambda: checkpoint.find_start(config.resume, path))
+    # model, optimizer and loss scaler, from the seed or the checkpoint
+    state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
+                                     config.seed, config.init, source, world)
+    spikes = SpikeDetector(config.spikes)
+    first_step = saved.get("step", 0)
     if source:
-        world.together(lambda: folder.require_same(source, description))
-    training, state = make_training(config.model, config.optim, config.compute, dtype, config.seed,
-                                    config.init, source, world)
-    start = state.get("step", 0)
-    if source:
-        loader.set_skipped(state["skipped"])
-        guard.spikes.load(state)
-    if start == config.steps and not (path / MARKER).exists():
-        world.print(f"{path} is finished: {config.steps} steps. For another run: --name")
+        loader.set_skipped(saved["skipped"])
+        spikes.load_state_dict(saved)
+    if first_step == config.steps and not (path / STOPPED_FILE).exists():
+        world.print0(f"{path} is finished: {config.steps} steps. For another run: --name")
         sys.exit(0)
-    evaluated = world.on_main(lambda: folder.open_run(path, description, start if source else -1))
-    tracker = world.together(lambda: Tracker(path, world, description))
-    stack.callback(tracker.close)
-    saver = Saver(path, training, tracker, config.saving.keep)
-    stack.callback(saver.close)
-    world.print(folder.introduction(description, T))
-    if start:
-        tracker.event(start, f"resumed on {world.size} ranks from {source}")
-    return Run(config, world, path, dtype, loader, exam, training, saver, tracker, guard, start,
-               start if source else -1, evaluated)
+
+    # what is written: config.json, metrics.jsonl, checkpoints
+    newest_step = first_step if source else -1
+    evaluated = world.broadcast_from_rank0(folder.prepare, path, description, newest_step)
+    with world.fail_together():
+        tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
+    saver = Saver(path, state, tracker, config.saving.keep, newest_step)
+    at_exit.callback(saver.close)
+    world.print0(folder.summary(description, T))
+    if first_step:
+        tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
+    return Run(config, world, path, loader, evaluator, state, saver, tracker, signals, spikes,
+               watchdog, first_step)
 
 
-def next_batch(run: Run, step: int) -> torch.Tensor:
+def get_batch(run: Run, step: int) -> torch.Tensor:
     """This rank's tokens. Data that can't be read on any rank stops them all, after a save."""
-    batch, fault = run.loader.try_batch(step)
-    if run.world.max(fault is not None):
-        save(run, step, wait=True)
-        run.world.agree(fault)
+    batch, error = run.loader.try_batch(step)
+    if run.world.all_reduce_max(error is not None):
+        save_checkpoint(run, step, wait=True)
+        run.world.raise_on_all_ranks(error)
     return batch.to(run.world.device, non_blocking=True)
 
 
-def evaluate(run: Run, step: int) -> bool:
-    """Judges the model, if that isn't on record, on all ranks; False where a signal came first."""
-    if step in run.evaluated:
-        return True
-    model, stop = run.training.net.model, run.guard.asked_to_stop
-    with run.training.net.whole(), autocast(run.world.device, run.dtype):
-        row = examine(model, run.exam, run.world, stop, with_questions=step > 0)
-    if row:
-        run.tracker.log(step, **row)
-        run.evaluated.add(step)
-    return row is not None
+def save_checkpoint(run: Run, step: int, wait: bool) -> None:
+    """Begins a checkpoint, if there is none of this step yet; wait: until it is on the disk."""
+    progress = {"step": step, "tokens": step * run.config.batch_tokens,
+                "skipped": run.loader.skipped, **run.spikes.state_dict()}
+    run.saver.save(step, progress, wait)
 
 
-def save(run: Run, step: int, wait: bool) -> None:
-    """Begins a checkpoint. One that fails in mid-run is reported, and training goes on."""
-    if step == run.saved:
-        return
-    progress = {"step": step, "tokens": step * run.config.batch_tokens}
-    state = progress | {"skipped": run.loader.skipped} | run.guard.spikes.state()
-    run.saver.save(step, state, wait)
-    run.saved = step
-
-
-def recover(run: Run, step: int, problem: str, loss: float, norm: float) -> int:
+def skip_or_roll_back(run: Run, step: int, problem: str, loss: float, norm: float) -> int:
     """After a step that would do harm: the step to go on with, as --on_spike says."""
-    run.training.net.forget_gradients()
-    run.guard.spikes.end_if_hopeless(step + 1, problem, loss, norm)
+    run.spikes.raise_if_fatal(step + 1, problem, loss, norm)
     line = f"step {step + 1}: {problem}"
-    if run.config.guard.on_spike == "rollback":
+    if run.config.spikes.on_spike == "rollback":
         return roll_back(run, step, line)
-    run.tracker.event(step + 1, f"skipped {line}", train_loss=loss, grad_norm=norm)
+    run.tracker.log_event(step + 1, f"skipped {line}", train_loss=loss, grad_norm=norm)
     return step + 1
 
 
 def roll_back(run: Run, step: int, line: str) -> int:
     """Returns to the newest checkpoint, and leaves out the batches from there to this step."""
-    run.saver.wait_for_last()
-    source = run.world.on_main(lambda: checkpoint.find(str(run.path)))
-    state = run.world.together(lambda: checkpoint.load_training(run.training, source))
-    first = state["step"]
+    run.saver.wait()
+    source = run.world.broadcast_from_rank0(checkpoint.find, str(run.path))
+    with run.world.fail_together():
+        saved = checkpoint.load_train_state(run.state, source)
+    first = saved["step"]
     run.loader.skip(first, step + 1)
-    run.guard.spikes.rewind(state)
-    run.evaluated -= set(range(first + 1, step + 1))
-    run.tracker.rewind(first)
-    run.tracker.event(first, f"rolled back to step {first} and left out the batches up to {line}")
-    run.saved = -1
-    save(run, first, wait=True)  # with the skipped batches, for a run that is killed now
+    run.spikes.rewind(saved)
+    run.tracker.drop_after(first)
+    event = f"rolled back to step {first} and left out the batches up to {line}"
+    run.tracker.log_event(first, event)
+    run.saver.newest_step = -1
+    save_checkpoint(run, first, wait=True)  # with the skipped batches, if the run is killed now
     return first
 
 
 def finish(run: Run, step: int) -> int:
-    """Says how the run ended: the plot, a marker after a signal, the next command to try."""
-    world, stopped = run.world, step < run.config.steps or step not in run.evaluated
-    if stopped:
-        reason = f"stopped by {run.guard.stop_name()} at step {step}"
-        world.on_main(lambda: write_marker(run.path, reason))
-        run.tracker.event(step, f"{reason}; the same command goes on from there")
-    world.print("plot:", world.on_main(lambda: plot_losses(run.path)))
-    if not stopped:
-        prompt = shlex.quote(run.config.exam.prompt)
-        world.print(f"next: python -m eval.sample {run.path} --prompt {prompt}")
-    return run.guard.exit_code if stopped else 0
+    """Says how the run ended: the plot, STOPPED after a signal, the next command to try."""
+    world = run.world
+    completed = step == run.config.steps and step in run.tracker.evaluated_steps
+    if not completed:
+        reason = f"stopped by {run.signals.name} at step {step}"
+        world.broadcast_from_rank0(write_stopped_file, run.path, reason)
+        run.tracker.log_event(step, f"{reason}; the same command goes on from there")
+    world.print0("plot:", world.broadcast_from_rank0(plot_losses, run.path))
+    if not completed:
+        return run.signals.exit_code
+    prompt = shlex.quote(run.config.evaluation.prompt)
+    world.print0(f"next: python -m eval.sample {run.path} --prompt {prompt}")
+    return 0
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        leave(train(cli.parse(TrainConfig, PRESETS)))
+        exit_process(train(cli.parse(TrainConfig, PRESETS)))

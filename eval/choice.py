@@ -161,7 +161,8 @@ def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
     bf16 and fp16 are what training computes with: matrices in that format, the rest in fp32.
     """
     chosen = choose_dtype(dtype, world.device)
-    model = world.together(lambda: load_model(checkpoint))
+    with world.fail_together():
+        model = load_model(checkpoint)
     model.to(torch.float64 if chosen == "fp64" else torch.float32)
     if chosen in ("bf16", "fp16"):
         store_in(model, DTYPES[chosen])  # cast once, and not in every pass

@@ -20,7 +20,7 @@ from data.tokenizer import EOT, decode, encode
 from eval import choice
 from eval.likelihood import Fork, likelihoods, windows
 from launch.errors import BadInput, one_line_errors
-from launch.world import Dtype, World, start_world
+from launch.world import Dtype, World, init_distributed
 from model.generate import SampleConfig, generate
 from model.gpt2 import GPT
 
@@ -146,7 +146,7 @@ def main(
     """
     if limit < 0:
         raise BadInput(f"--limit {limit}: expected 0 (all) or more")
-    world = start_world()
+    world = init_distributed()
     if world.size > 1:
         raise BadInput("the harness asks one process: start it without torchrun")
     manager = TaskManager(include_path=str(include_path) if include_path else None)
@@ -156,8 +156,8 @@ def main(
     for task, metrics in results.items():
         for metric, value in metrics.items():
             if isinstance(value, float):
-                world.print(f"{task:24} {metric:24} {value:.4f}")
-    world.print(json.dumps(results, default=str))
+                world.print0(f"{task:24} {metric:24} {value:.4f}")
+    world.print0(json.dumps(results, default=str))
 
 
 if __name__ == "__main__":

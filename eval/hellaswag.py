@@ -23,7 +23,7 @@ from eval.likelihood import Fork
 from eval.published import SIZES
 from launch.errors import BadInput, one_line_errors
 from launch.files import download
-from launch.world import Dtype, World, start_world
+from launch.world import Dtype, World, init_distributed
 from model.gpt2 import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -101,16 +101,17 @@ def main(
         raise BadInput("which checkpoint? python -m eval.hellaswag CHECKPOINT")
     if limit < 0:
         raise BadInput(f"--limit {limit}: expected 0 (all) or more")
-    world = start_world()
-    path = Path(data) if data else world.on_main(fetch)
-    questions = world.together(lambda: read_questions(path, limit))
+    world = init_distributed()
+    path = Path(data) if data else world.broadcast_from_rank0(fetch)
+    with world.fail_together():
+        questions = read_questions(path, limit)
     with choice.open_model(checkpoint, dtype, world) as model:
         answers = choice.answer(model, questions, world)
     if details:
-        world.on_main(lambda: choice.write_details(Path(details), questions, answers))
-    world.print(published(len(questions)))
-    world.print(choice.as_json(choice.score(questions, answers)))
-    world.close()
+        world.broadcast_from_rank0(choice.write_details, Path(details), questions, answers)
+    world.print0(published(len(questions)))
+    world.print0(choice.as_json(choice.score(questions, answers)))
+    world.destroy()
 
 
 if __name__ == "__main__":

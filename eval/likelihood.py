@@ -72,7 +72,8 @@ def likelihoods(
             losses[indices], greedy[indices] = loss, right
         if stop():
             raise Stopped
-    total = world.sum(*losses.tolist(), *greedy.tolist())  # each is 0 on all ranks but one
+    # Each is 0 on all ranks but one.
+    total = world.all_reduce_sum(*losses.tolist(), *greedy.tolist())
     return total[:count], total[count:]
 
 

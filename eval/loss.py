@@ -38,5 +38,5 @@ def validation_loss(
         count += len(numbers) * T
         if stop():
             return None
-    total, count = world.sum(total, count)
+    total, count = world.all_reduce_sum(total, count)
     return total / count

@@ -27,7 +27,7 @@ from eval import choice
 from eval.choice import Question
 from eval.likelihood import Fork, likelihoods, windows
 from launch.errors import BadInput, one_line_errors
-from launch.world import Dtype, World, start_world
+from launch.world import Dtype, World, init_distributed
 from model.gpt2 import GPT
 
 Task = Literal["lambada", "piqa", "arc_easy", "winogrande", "bits_per_byte"]
@@ -145,11 +145,12 @@ def main(
     """
     if limit < 0:
         raise BadInput(f"--limit {limit}: expected 0 (all) or more")
-    world = start_world()
-    asked = world.together(lambda: read(task, data, limit))
+    world = init_distributed()
+    with world.fail_together():
+        asked = read(task, data, limit)
     with choice.open_model(checkpoint, dtype, world) as model:
-        world.print(choice.as_json(judge(task, model, asked, world)))
-    world.close()
+        world.print0(choice.as_json(judge(task, model, asked, world)))
+    world.destroy()
 
 
 if __name__ == "__main__":

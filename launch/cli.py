@@ -18,7 +18,7 @@ from launch.errors import BadInput
 
 C = TypeVar("C")
 # Settings whose flags have no prefix (tyro.conf.OmitArgPrefixes).
-BARE = ("compute", "saving", "exam", "tracker", "guard", "planning")
+BARE = ("compute", "saving", "evaluation", "tracker", "spikes", "watchdog", "planning")
 
 
 def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = None) -> C:

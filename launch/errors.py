@@ -39,27 +39,27 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        leave(error.exit_code, f"error: {error}")
+        exit_process(error.exit_code, f"error: {error}")
     except SystemExit as done:  # --help, a wrong flag, a run that is finished already
         if not isinstance(done.code, int | None):
             raise
-        leave(done.code or 0)
+        exit_process(done.code or 0)
     except Exception as error:
         torch = sys.modules.get("torch")  # importing it takes longer than most commands of data/
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
             # On one rank, perhaps not 0, and the others don't know.
             rank = os.environ.pop("RANK", "0")
-            leave(1, f"error: the GPU of rank {rank} is full: halve --micro_batch (the result is "
-                     "the same)")
+            exit_process(1, f"error: the GPU of rank {rank} is full: halve --micro_batch (the "
+                            "result is the same)")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         sys.excepthook(*sys.exc_info())
-        leave(1)  # the interpreter's own way out can wait for peers that have died
-    except KeyboardInterrupt:  # outside the training loop, which has a guard of its own
-        leave(130, "interrupted")
+        exit_process(1)  # the interpreter's own way out can wait for peers that have died
+    except KeyboardInterrupt:  # outside the training loop, which handles signals itself
+        exit_process(130, "interrupted")
 
 
-def leave(exit_code: int, line: str = "") -> NoReturn:
+def exit_process(exit_code: int, line: str = "") -> NoReturn:
     """Ends the process, with a last line from rank 0. Everything has to be closed before.
 
     Under torchrun the interpreter isn't taken down: gloo's threads sometimes abort it there

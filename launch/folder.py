@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.errors import BadInput
 from launch.files import atomic_write
-from launch.guard import clear_marker
+from launch.signals import remove_stopped_file
 from launch.tracker import cut_after, read_rows
 from launch.world import World, device_name
 
@@ -31,7 +31,10 @@ MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 def describe(
     config: dict[str, Any], world: World, training_data: str, **resolved: Any
 ) -> dict[str, Any]:
-    """What config.json holds: the configuration, what "auto" became, code, packages, hardware."""
+    """What config.json will hold: the configuration, what "auto" became, code, packages, hardware.
+
+    Writes nothing: prepare() does.
+    """
     weights = "fp64" if resolved["dtype"] == "fp64" else "fp32"
     same = {key: config[key] for key in MUST_MATCH}
     return {
@@ -45,18 +48,18 @@ def describe(
     }
 
 
-def open_run(path: Path, description: dict[str, Any], last_row: int) -> set[int]:
-    """Writes config.json, drops what a stop left behind and metrics past the step `last_row`.
+def prepare(path: Path, description: dict[str, Any], last_step: int) -> set[int]:
+    """Writes config.json, drops what a stop left behind and metrics past the step `last_step`.
 
     Returns the steps whose validation loss is on record, which need no second evaluation.
     """
-    clear_marker(path)
+    remove_stopped_file(path)
     atomic_write(path / "config.json", json.dumps(description, indent=2) + "\n")
-    cut_after(path / "metrics.jsonl", last_row)
+    cut_after(path / "metrics.jsonl", last_step)
     return {row["step"] for row in read_rows(path / "metrics.jsonl") if "val_loss" in row}
 
 
-def introduction(description: dict[str, Any], T: int) -> str:
+def summary(description: dict[str, Any], T: int) -> str:
     """Three lines on what is about to happen."""
     config, resolved = description["config"], description["resolved"]
     ranks, device = description["hardware"]["ranks"], description["hardware"]["device"]
@@ -109,7 +112,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def require_same(checkpoint: Path, asked: dict[str, Any]) -> None:
+def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
     """Raises BadInput that lists what differs between a checkpoint's config.json and this run's."""
     try:
         saved = json.loads((checkpoint / "config.json").read_text())

@@ -1,7 +1,7 @@
 """Ends a rank whose launcher has died before it could train.
 
 torchrun killed by SIGKILL leaves its workers running (measured). One that trains saves and stops
-(launch/guard.py). One that is still starting has nothing to save, and if a peer died as well it
+(launch/signals.py). One that is still starting has nothing to save, and if a peer died as well it
 would wait half an hour for it in init_process_group, with the GPU taken: a thread ends it.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 SECONDS = 0.5  # between two looks
-grown_up = threading.Event()  # the training loop looks for itself now
+training_started = threading.Event()  # the training loop looks for itself now
 
 
 def orphaned() -> bool:
@@ -34,13 +34,13 @@ def is_init(pid: int) -> bool:
         return False
 
 
-def leave_when_orphaned() -> None:
-    """From now on, until grown_up is set, this process ends soon after its launcher."""
+def exit_when_orphaned() -> None:
+    """From now on, until training_started is set, this process ends soon after its launcher."""
     if LAUNCHER is not None:
         threading.Thread(target=_watch, name="orphan", daemon=True).start()
 
 
 def _watch() -> None:
-    while not grown_up.wait(SECONDS):
+    while not training_started.wait(SECONDS):
         if orphaned():
             os._exit(1)

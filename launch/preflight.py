@@ -23,7 +23,7 @@ import tyro
 
 from kernels import cards
 from launch import probes
-from launch.errors import leave, one_line_errors
+from launch.errors import exit_process, one_line_errors
 from launch.probes import GB, MIB, SLOW, Line
 from launch.world import choose_device
 
@@ -274,4 +274,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     with one_line_errors():
-        leave(main())
+        exit_process(main())

@@ -16,6 +16,7 @@ norm alone isn't enough: noise instead of text raised a loss from 2.8 to 10.8 at
 import math
 import statistics
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from launch.errors import Failed
@@ -26,22 +27,39 @@ Z = 7.0  # standard deviations that are too many (llm.c, scripts/run_gpt3_125M.s
 NARROWEST = 0.01  # of the mean: a smaller deviation is taken for this, or a calm run would spike
 
 
-class Spikes:
+@dataclass(frozen=True)
+class SpikeConfig:
+    """What a run does about a step that would do harm."""
+
+    on_spike: Policy = "skip"
+    """A loss that is no number, or an exploding gradient: skip the step, rollback, stop, ignore."""
+    max_spikes: int = 10
+    """Bad steps in a row that are borne; one more ends the run."""
+
+    def __post_init__(self) -> None:
+        if self.max_spikes < 0:
+            raise ValueError(f"max_spikes {self.max_spikes}: expected at least 0")
+
+
+class SpikeDetector:
     """Remembers losses and norms of good steps and says what is wrong with a bad one."""
 
-    def __init__(self, policy: Policy, at_most: int) -> None:
-        self.policy, self.at_most = policy, at_most  # bad steps in a row
-        self.losses: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, config: SpikeConfig) -> None:
+        self.policy = config.on_spike
+        self.max_in_a_row = config.max_spikes
+        self.losses: deque[float] = deque(maxlen=WINDOW)  # of good steps
         self.norms: deque[float] = deque(maxlen=WINDOW)
-        self.total = 0
-        self.in_a_row = 0
-        self.last = -1  # step of the last spike
+        self.total = 0  # bad steps in the run
+        self.in_a_row = 0  # bad steps since the last good one
+        self.last = -1  # the last bad step
 
-    def judge(self, step: int, loss: float, norm: float) -> str:
-        """What is wrong with a step, in a few words; '' for a good one."""
+    def check(self, step: int, loss: float, norm: float) -> str:
+        """What is wrong with a step, in a few words; '' for a good one, which is remembered."""
         problem = self._problem(loss, norm)
         if problem:
-            self.total, self.in_a_row, self.last = self.total + 1, self.in_a_row + 1, step
+            self.total += 1
+            self.in_a_row += 1
+            self.last = step
         else:
             self.losses.append(loss)
             self.norms.append(norm)
@@ -49,27 +67,28 @@ class Spikes:
                 self.in_a_row = 0
         return problem
 
-    def end_if_hopeless(self, step: int, problem: str, loss: float, norm: float) -> None:
+    def raise_if_fatal(self, step: int, problem: str, loss: float, norm: float) -> None:
         """Raises Failed where the policy, or too many bad steps in a row, end the run."""
-        no_number = not (math.isfinite(loss) and math.isfinite(norm))
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if (
             self.policy == "stop"
-            or self.policy == "ignore" and no_number
-            or self.in_a_row > self.at_most
+            or self.policy == "ignore" and not finite
+            or self.in_a_row > self.max_in_a_row
         ):
             raise Failed(f"step {step}: {problem}; the run ends (--on_spike {self.policy}, "
-                         f"{self.in_a_row} in a row with --max_spikes {self.at_most}). A lower "
-                         "--optim.lr or another --seed may get past it")
+                         f"{self.in_a_row} in a row with --max_spikes {self.max_in_a_row}). A "
+                         "lower --optim.lr or another --seed may get past it")
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For state.json: a run that goes on judges as if it had never stopped."""
         return {"losses": list(self.losses), "norms": list(self.norms), "spikes": self.total,
                 "in_a_row": self.in_a_row, "last_spike": self.last}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Puts back what state() gave."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what state_dict() gave."""
         self.rewind(state)
-        self.total, self.in_a_row = state["spikes"], state["in_a_row"]
+        self.total = state["spikes"]
+        self.in_a_row = state["in_a_row"]
         self.last = state["last_spike"]
 
     def rewind(self, state: dict[str, Any]) -> None:
@@ -84,9 +103,8 @@ class Spikes:
             return f"the gradient's norm is {norm}"
         if self.policy == "ignore" or len(self.norms) < WINDOW:
             return ""
-        return _outlier("the loss", loss, self.losses) or _outlier(
-            "the gradient's norm", norm, self.norms
-        )
+        problem = _outlier("the loss", loss, self.losses)
+        return problem or _outlier("the gradient's norm", norm, self.norms)
 
 
 def _outlier(what: str, value: float, window: deque[float]) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,20 +38,27 @@ class TrackerConfig:
 class Tracker:
     """Keeps the record of a run on rank 0; on the other ranks every call does nothing.
 
-    description: what config.json holds. The MFU is left out where the card's peak isn't known.
+    description: what config.json holds. evaluated_steps: those whose validation loss is on record,
+    known on every rank. The MFU is left out where the card's peak isn't known.
     """
 
-    def __init__(self, run: Path, world: World, description: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Path, world: World, description: dict[str, Any],
+        evaluated_steps: Iterable[int] = (),
+    ) -> None:
         config, resolved = description["config"], description["resolved"]
         peak = peak_flops(world.device, resolved["dtype"])
-        self.world, self.last = world, config["steps"]
-        self.batch_tokens, self.flops = config["batch_tokens"], resolved["flops_per_token"]
-        self.peak = peak * world.size if peak else None
-        self.pace = 0.0  # seconds a step, smoothed, for the first ones are slow
+        self.world = world
+        self.steps = config["steps"]
+        self.batch_tokens = config["batch_tokens"]
+        self.flops_per_token = resolved["flops_per_token"]
+        self.peak_flops = peak * world.size if peak else None  # of all ranks
+        self.evaluated_steps = set(evaluated_steps)  # steps whose validation loss is on record
+        self.smooth_seconds = 0.0  # a step, for the first ones are slow
         self.file: Any = None
         self.wandb: Any = None
         self.profiler: Any = None
-        if world.is_main:
+        if world.is_rank0:
             self.path = run / "metrics.jsonl"
             self.file = self.path.open("a", buffering=1)
             extra = config["tracker"]
@@ -61,6 +69,8 @@ class Tracker:
 
     def log(self, step: int, **values: Any) -> None:
         """Appends a row; values that are None are left out."""
+        if "val_loss" in values:
+            self.evaluated_steps.add(step)
         if not self.file:
             return
         row = {"step": step, "tokens": step * self.batch_tokens}
@@ -69,37 +79,43 @@ class Tracker:
             self.file.write(json.dumps(row, allow_nan=False) + "\n")
             self.file.flush()
         except OSError as error:  # a row is not worth a run
-            self.world.print(f"warning: metrics.jsonl misses step {step}: {error.strerror}")
+            self.world.print0(f"warning: metrics.jsonl misses step {step}: {error.strerror}")
         if self.wandb:
             self.wandb.log(row, step=step)
 
-    def event(self, step: int, text: str, **values: Any) -> None:
+    def log_event(self, step: int, text: str, **values: Any) -> None:
         """Prints what happened, and logs it with these values."""
-        self.world.print(text)
+        self.world.print0(text)
         self.log(step, event=text, **values)
 
-    def step(self, step: int, *, loss: float, lr: float, norm: float, seconds: float) -> None:
+    def log_step(self, step: int, *, loss: float, lr: float, norm: float, seconds: float) -> None:
         """Logs a training step and prints its line. seconds: of this step alone."""
-        self.pace = 0.8 * self.pace + 0.2 * seconds if self.pace else seconds
+        if self.smooth_seconds:
+            self.smooth_seconds = 0.8 * self.smooth_seconds + 0.2 * seconds
+        else:
+            self.smooth_seconds = seconds
         rate = self.batch_tokens / seconds
-        mfu = rate * self.flops / self.peak if self.peak else None
+        mfu = None
+        if self.peak_flops:
+            mfu = rate * self.flops_per_token / self.peak_flops
         self.log(
             step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate, 1),
             mfu=mfu and round(mfu, 4), step_ms=round(seconds * 1e3, 2),
             memory_mib=peak_memory_mib(self.world.device),
         )
-        eta = clock((self.last - step) * self.pace)
+        eta = clock((self.steps - step) * self.smooth_seconds)
         share = "n/a" if mfu is None else f"{mfu:.1%}"
-        self.world.print(
-            f"step {step:6d}/{self.last} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.2f} | "
+        self.world.print0(
+            f"step {step:6d}/{self.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.2f} | "
             f"{seconds * 1e3:7.0f} ms | {rate:9,.0f} tok/s | mfu {share:>5} | eta {eta}"
         )
 
         if self.profiler:
             self.profiler.step()
 
-    def rewind(self, step: int) -> None:
+    def drop_after(self, step: int) -> None:
         """Drops the rows past `step`, to which the run has returned."""
+        self.evaluated_steps = {s for s in self.evaluated_steps if s <= step}
         if self.file:
             self.file.close()
             cut_after(self.path, step)
@@ -114,7 +130,7 @@ class Tracker:
         if self.profiler:
             self.profiler.stop()
             if not (self.path.parent / "profile" / "trace.json").exists():
-                self.world.print("no profile: it takes three steps more than --profile says")
+                self.world.print0("no profile: it takes three steps more than --profile says")
         if self.wandb:
             self.wandb.finish()
 

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.world import World
@@ -21,16 +22,28 @@ ANSWER = 5.0  # seconds that the ranks have to say where they stand
 GRACE = 30.0  # seconds after which a process whose Python can't run any more is ended from C
 
 
-class Watchdog:
-    """Waits on a thread for signs of life, which alive() gives; the first one starts it."""
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run that stands still is ended."""
 
-    def __init__(self, world: World, folder: Path, seconds: float) -> None:
-        self.world, self.folder, self.seconds = world, folder, seconds
+    hang_timeout: float = 600.0
+    """Seconds without any progress after which a rank ends itself, and says where it stood."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.hang_timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"hang_timeout {self.hang_timeout}: expected seconds above 0")
+
+
+class Watchdog:
+    """Waits on a thread for signs of life, which heartbeat() gives; the first one starts it."""
+
+    def __init__(self, world: World, folder: Path, config: WatchdogConfig) -> None:
+        self.world, self.folder, self.seconds = world, folder, config.hang_timeout
         self.main = threading.get_ident()
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """Something has moved on: the waiting begins anew."""
         self.deadline = time.monotonic() + self.seconds
         # Also from C, for a thread that hangs with Python's lock held stops this one as well.

@@ -2,15 +2,21 @@
 
 Started by torchrun there are WORLD_SIZE ranks; started plainly there is one, and nothing here
 touches torch.distributed.
+
+    with world.fail_together():               # what fails on one rank fails on all
+        data = open_data(config)
+    source = world.broadcast_from_rank0(find, path)     # rank 0 runs find(path), every rank gets
+                                                        # its result, or its error
 """
 
 import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,7 +24,7 @@ import torch.distributed as dist
 
 from kernels import cards
 from launch.errors import BadInput, Failed
-from launch.orphan import leave_when_orphaned
+from launch.orphan import exit_when_orphaned
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 DTYPES = {
@@ -29,33 +35,33 @@ DTYPES = {
 }
 # How long a rank waits for another before it gives up; rank 0 may be hashing and saving 19 GB.
 TIMEOUT = timedelta(minutes=30)
-# Groups that this process has left, kept from being taken down: DDP's reducer drops the last
-# reference with Python's lock held, gloo's destructor joins threads, and a thread that is just
+# Process groups that this process has left, kept from being destroyed: DDP's reducer drops the
+# last reference with Python's lock held, gloo's destructor joins threads, and a thread that is just
 # then releasing a tensor waits for this lock for ever (pytorch#56297; 2 of 91 exits, measured).
-LEFT: list[Any] = []
+GROUPS_LEFT: list[Any] = []
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers. Leaving it as a context leaves the process group."""
 
     rank: int
     size: int
     device: torch.device
 
     @property
-    def is_main(self) -> bool:
-        """Rank 0 prints, logs and writes."""
+    def is_rank0(self) -> bool:
+        """Rank 0 prints, logs and writes: nanoGPT's master_process."""
         return self.rank == 0
 
-    def print(self, *words: object) -> None:
+    def print0(self, *words: object) -> None:
         """Prints on rank 0."""
-        if self.is_main:
+        if self.is_rank0:
             print(*words, flush=True)
 
-    def sum(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         """Each value added up over all ranks, in fp64: the same numbers on every rank."""
         if self.size == 1:
             return list(values)
@@ -64,7 +70,7 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def max(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         """The largest value of any rank."""
         if self.size == 1:
             return value
@@ -72,24 +78,24 @@ class World:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.item()
 
-    def together(self, step: Callable[[], T]) -> T:
-        """Runs a step that may find bad input; if it does on any rank, all ranks stop together.
+    @contextlib.contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """Around work that may find bad input: if it does on any rank, all ranks raise.
 
-        The error that rank 0 raises names the rank that found it. A disk or file that fails
-        (OSError) becomes a Failed.
+        All ranks have to enter. The error that rank 0 raises names the rank that found it. A disk
+        or file that fails (OSError) becomes a Failed.
         """
-        result, error = None, None
+        error = None
         try:
-            result = step()
+            yield
         except BadInput as found:
             error = found
         except OSError as found:
             error = Failed(str(found))
-        self.agree(error)
-        return result  # type: ignore[return-value]
+        self.raise_on_all_ranks(error)
 
-    def agree(self, error: BadInput | None) -> None:
-        """Raises on every rank what any rank found; rank 0's message names the rank."""
+    def raise_on_all_ranks(self, error: BadInput | None) -> None:
+        """Raises on every rank what any rank found; the message names the rank. None: nothing."""
         if self.size > 1:
             errors: list[Any] = [None] * self.size
             dist.all_gather_object(errors, error)
@@ -101,28 +107,37 @@ class World:
         if error is not None:
             raise error
 
-    def on_main(self, step: Callable[[], T]) -> T:
-        """Runs a step on rank 0 alone; every rank gets its result, or its bad input."""
-        result = self.together(lambda: step() if self.is_main else None)
+    def broadcast_from_rank0(self, function: Callable[..., T], *arguments: Any) -> T:
+        """function(*arguments) on rank 0 alone; every rank gets its result, or its bad input."""
+        result = None
+        with self.fail_together():
+            if self.is_rank0:
+                result = function(*arguments)
         if self.size > 1:
             box = [result]
             dist.broadcast_object_list(box, src=0)
             result = box[0]
         return result  # type: ignore[return-value]
 
-    def leave(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        """Closes where all ranks leave together; for ExitStack.push.
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leaves the process group where all ranks leave together.
 
         After an error of this rank alone, or of one whose peer has died, the group is left as it
-        is: taking it down could wait for ranks that will never answer.
+        is: destroying it could wait for ranks that will never answer.
         """
         if kind is None or issubclass(kind, BadInput | SystemExit):
-            self.close()
+            self.destroy()
 
-    def close(self) -> None:
-        """Leaves the group; harmless where there is none."""
+    def destroy(self) -> None:
+        """Leaves the process group; harmless where there is none."""
         if self.size > 1 and dist.is_initialized():
-            LEFT.append(dist.group.WORLD)
+            GROUPS_LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
@@ -139,7 +154,7 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_world(deterministic: bool = False) -> World:
+def init_distributed(deterministic: bool = False) -> World:
     """Joins the ranks that torchrun started, or stands alone.
 
     deterministic: the same sums in the same order every time, where PyTorch has such a way; an
@@ -157,7 +172,7 @@ def start_world(deterministic: bool = False) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
-        leave_when_orphaned()
+        exit_when_orphaned()
         cuda = device.type == "cuda"
         dist.init_process_group(
             "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None

@@ -28,16 +28,16 @@ from launch.errors import BadInput
 from launch.files import atomic_write, fsync, sha256
 from model.gpt2 import GPT, GPTConfig
 from model.hf import from_hf, load_named, without_padding
-from model.optim import MOMENTS, LossScale
-from model.parallel import Parallel
+from model.optim import ROW_STATE, SCALAR_STATE, LossScaler
+from model.parallel import ParallelModel
 
 
-class Training(NamedTuple):
+class TrainState(NamedTuple):
     """What training changes, and a checkpoint therefore holds."""
 
-    net: Parallel
+    model: ParallelModel
     optimizer: torch.optim.AdamW
-    scale: LossScale
+    scaler: LossScaler
 
 
 def folder_name(step: int) -> str:
@@ -45,7 +45,7 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Flushes every file of a checkpoint and writes the manifest that makes it one."""
     files = {}
     for path in sorted(folder.iterdir()):
@@ -59,7 +59,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob("step_*"), key=lambda p: p.name, reverse=True)
 
 
-def damage(folder: Path) -> str:
+def find_damage(folder: Path) -> str:
     """What is wrong with a checkpoint, in a few words; '' if every hash is right."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
@@ -85,7 +85,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """
     complaints: list[str] = []
     for folder in list_checkpoints(checkpoints):
-        problem = damage(folder)
+        problem = find_damage(folder)
         if not problem:
             return folder, complaints
         complaints.append(f"{folder} is damaged: {problem}")
@@ -109,19 +109,18 @@ def find(spec: str) -> Path:
             f"{spec} is no checkpoint: looked for {folder / 'manifest.json'} (a checkpoint) and "
             f"{folder / 'checkpoints'} (a run); write hf:{spec} for a Hugging Face folder"
         )
-    problem = damage(folder)
+    problem = find_damage(folder)
     if problem:
         raise BadInput(f"{folder} is damaged: {problem}")
     return folder
 
 
-def find_start(resume: str, run: Path) -> Path | None:
-    """The checkpoint that a run goes on from; None for a new run. The caller owns the folder.
+def find_resume_checkpoint(resume: str, run: Path) -> Path | None:
+    """The checkpoint that a run goes on from, its hashes checked; None for a new run.
 
     resume: "auto", "never" or a checkpoint. Raises BadInput where the run's folder forbids it.
     """
     checkpoints = run / "checkpoints"
-    clean_up(checkpoints)
     if resume == "never":
         if (run / "config.json").exists():
             raise BadInput(f"{run} holds a run, and --resume never refuses it: choose --name")
@@ -190,8 +189,10 @@ def load_weights(model: GPT, folder: Path) -> None:
 
 
 @torch.no_grad()
-def load_training(training: Training, folder: Path) -> dict[str, Any]:
-    """Puts back what a checkpoint of any number of ranks, in any mode, holds; returns its state.
+def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
+    """Puts back what a checkpoint of any number of ranks, in any mode, holds.
+
+    Returns its state.json.
 
     Each rank reads the rows that it holds. Raises BadInput for a converted checkpoint, which has
     weights only.
@@ -204,24 +205,23 @@ def load_training(training: Training, folder: Path) -> dict[str, Any]:
             safe_open(folder / "model.safetensors", "pt") as weights,
             safe_open(folder / "optimizer.safetensors", "pt") as moments,
         ):
-            for part in training.net.parts:
-                _read_rows(weights, part.name, part.held, part.held_from)
-                state = training.optimizer.state.get(part.mine, {})  # no row here, no state
-                for key in state:
-                    name = f"{part.name}.{key}"
-                    if key in MOMENTS:
-                        _read_rows(moments, name, state[key], part.mine_from)
-                    else:
-                        state[key].copy_(moments.get_tensor(name))
-        state = json.loads((folder / "state.json").read_text())
+            for shard in state.model.shards:
+                _read_rows(weights, shard.name, shard.local, shard.local_start)
+                if len(shard.optim_param) == 0:
+                    continue
+                kept = state.optimizer.state[shard.optim_param]
+                for key in ROW_STATE:
+                    _read_rows(moments, f"{shard.name}.{key}", kept[key], shard.optim_start)
+                for key in SCALAR_STATE:
+                    kept[key].copy_(moments.get_tensor(f"{shard.name}.{key}"))
+        saved = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"can't read {folder}: {error}") from None
-    for key, value in state["loss_scale"].items():
-        setattr(training.scale, key, value)
-    torch.set_rng_state(_tensor_of(state["rng_cpu"]))
-    if torch.cuda.is_available() and state["rng_cuda"]:
-        torch.cuda.set_rng_state(_tensor_of(state["rng_cuda"]))
-    return state
+    state.scaler.load_state_dict(saved["loss_scale"])
+    torch.set_rng_state(_tensor_of(saved["rng_cpu"]))
+    if torch.cuda.is_available() and saved["rng_cuda"]:
+        torch.cuda.set_rng_state(_tensor_of(saved["rng_cuda"]))
+    return saved
 
 
 def _read_rows(file: safe_open, name: str, into: torch.Tensor, first: int) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from data.tokenizer import EOT, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
-from model.checkpoint import load_model, seal
+from model.checkpoint import load_model, write_manifest
 from model.gpt2 import GPT, parameter_count
 from model.hf import named_weights, to_hf, without_padding
 from model.llmc import Precision, from_llmc, to_llmc
@@ -63,7 +63,7 @@ def write_ours(model: GPT, folder: Path) -> None:
     weights = {name: w.cpu().contiguous() for name, w in named_weights(model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", {"config": {"model": asdict(model.config)}})
-    seal(folder)
+    write_manifest(folder)
 
 
 def tokenizer_files(n_ctx: int) -> dict[str, str]:

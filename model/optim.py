@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from model.parallel import Part
+from model.parallel import ParamShard
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter, beside its step count
+# What the optimizer keeps of each parameter. Checkpoints save and load what stands here and know
+# of no optimizer. ROW_STATE: tensors with the parameter's rows; SCALAR_STATE: one number each.
+ROW_STATE = ("exp_avg", "exp_avg_sq")
+SCALAR_STATE = ("step",)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class OptimConfig:
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} lie in [0, 1)")
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+def get_lr(step: int, steps: int, config: OptimConfig) -> float:
     """Linear warm-up, then a cosine towards final_lr * lr, which step = steps would have.
 
     step counts the finished updates, from 0.
@@ -51,52 +55,50 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def clip_factor(norm: torch.Tensor, largest: float) -> torch.Tensor:
-    """What brings a gradient of this norm down to the largest allowed; 1 where it's below, or for
-    largest = 0 always. As in torch.nn.utils.clip_grad_norm_."""
-    return ((largest or math.inf) / (norm + 1e-6)).clamp(max=1.0)
-
-
-def make_optimizer(parts: list[Part], config: OptimConfig) -> torch.optim.AdamW:
+def configure_optimizers(shards: list[ParamShard], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW on the rows that are this rank's, with weight decay on matrices (embeddings included).
 
     Moments are made now, and not in the first step: a GPU that can't hold them says so at once,
     and a checkpoint always has them.
     """
-    mine = [part.mine for part in parts if len(part.mine)]  # a short bias has no row for each rank
+    # A short bias has no row for each rank.
+    params = [shard.optim_param for shard in shards if len(shard.optim_param)]
     groups = [
-        {"params": [p for p in mine if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = mine[0].device.type in ("cuda", "cpu")
+    fused = params[0].device.type in ("cuda", "cpu")
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
-    for p in mine:
-        step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
-        moments = {key: torch.zeros_like(p) for key in MOMENTS}
-        adamw.state[p] = {"step": step} | moments
+    for p in params:
+        device = p.device if fused else "cpu"
+        for key in SCALAR_STATE:
+            adamw.state[p][key] = torch.zeros((), dtype=torch.float32, device=device)
+        for key in ROW_STATE:
+            adamw.state[p][key] = torch.zeros_like(p)
     return adamw
 
 
 @dataclass
-class LossScale:
+class LossScaler:
     """Lifts fp16's gradients out of the range where they would be rounded to 0.
 
-    The loss is multiplied by `value` before the backward pass, and the gradient divided by it.
+    The loss is multiplied by `scale` before the backward pass, and the gradient divided by it.
     torch.amp.GradScaler's rule and constants (arXiv 1710.03740), but judged on the norm of the
-    whole gradient, which all ranks know, and not on the tensors that one rank holds.
+    whole gradient, which all ranks know, and not on the tensors that one rank holds. Any other
+    dtype keeps a scale of 1.
     """
 
     enabled: bool = False
-    value: float = 1.0
-    good_steps: int = 0  # since the value last changed
+    scale: float = 1.0
+    good_steps: int = 0  # since the scale last changed
 
     @classmethod
-    def of(cls, dtype: str) -> "LossScale":
+    def of(cls, dtype: str) -> "LossScaler":
         """Switched on for fp16 alone."""
         return cls(True, 65536.0) if dtype == "fp16" else cls()
 
-    def overflowed(self, loss: float, norm: float) -> bool:
+    def update(self, loss: float, norm: float) -> bool:
         """Whether a step has to be left out because its scale was too large; adapts the scale.
 
         Halves it after an overflow, doubles it after 2,000 good steps. A gradient that isn't
@@ -104,10 +106,22 @@ class LossScale:
         """
         if not self.enabled:
             return False
-        if math.isfinite(loss) and not math.isfinite(norm) and self.value > 1:
-            self.value, self.good_steps = self.value / 2, 0
+        if math.isfinite(loss) and not math.isfinite(norm) and self.scale > 1:
+            self.scale /= 2
+            self.good_steps = 0
             return True
         self.good_steps += 1
         if self.good_steps == 2000:
-            self.value, self.good_steps = self.value * 2, 0
+            self.scale *= 2
+            self.good_steps = 0
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """For state.json."""
+        return {"enabled": self.enabled, "value": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what state_dict() gave."""
+        self.enabled = state["enabled"]
+        self.scale = state["value"]
+        self.good_steps = state["good_steps"]

@@ -2,7 +2,7 @@
 
     --parallel ddp     every rank has everything; gradients are averaged (the default)
     --parallel zero1   the same, but a rank keeps the moments of its own rows only, and updates
-                       only those; then all ranks exchange their rows (ZeRO-1, arXiv 1910.02054)
+                       only those; then all ranks gather the rows (ZeRO-1, arXiv 1910.02054)
     --parallel fsdp    a rank keeps its own rows of weights, gradients and moments; a block's
                        weights are put together while it is computed (PyTorch's FSDP2)
 
@@ -10,10 +10,11 @@ On one rank all three are plain training. A parameter's rows (its first dimensio
 torch.chunk cuts them, so who owns which row follows from the number of ranks alone.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,79 +26,84 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from launch.world import DTYPES, World
+from launch.world import DTYPES, World, autocast
 from model.gpt2 import GPT
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this rank holds of one parameter, what of that it updates, and what it saves."""
+class ParamShard:
+    """What this rank holds of one parameter, what of that it updates, and what it saves.
+
+    Of an (8, C) parameter on rank 1 of 2: under ddp local is rows 0 to 7 and so is optim_param;
+    under zero1 local is rows 0 to 7 and optim_param rows 4 to 7; under fsdp both are rows 4 to 7.
+    save_rows are rows 4 to 7 in all three.
+    """
 
     name: str
-    parameter: nn.Parameter  # as the model has it; a DTensor under fsdp
-    held: Tensor  # the values here: all rows, or under fsdp this rank's
-    held_from: int  # the parameter's row that held[0] is
-    mine: nn.Parameter  # rows that the optimizer updates; shares held's memory
-    mine_from: int  # the parameter's row that mine[0] is
-    saved: range  # rows that this rank writes into a checkpoint
+    param: nn.Parameter  # as the model has it; a DTensor under fsdp
+    local: Tensor  # the values on this rank: all rows, or under fsdp this rank's
+    local_start: int  # the parameter's row that local[0] is
+    optim_param: nn.Parameter  # the rows that the optimizer updates; shares local's memory
+    optim_start: int  # the parameter's row that optim_param[0] is
+    save_rows: range  # rows that this rank writes into a checkpoint
 
 
-class Parallel:
-    """A model on all ranks: what the training step calls, whatever the mode."""
+class ParallelModel:
+    """A model on all ranks, as the training step calls it, whatever the mode. All ranks call it.
 
-    def __init__(self, model: GPT, mode: Mode, world: World, dtype: str) -> None:
-        self.model, self.world = model, world
+    module: the GPT itself. shards: this rank's share of each of its parameters.
+    """
+
+    def __init__(self, module: GPT, mode: Mode, world: World, dtype: str) -> None:
+        self.module, self.world, self.dtype = module, world, dtype
         self.mode = mode if world.size > 1 else "ddp"
-        self.forward: nn.Module = model
+        self.forward: nn.Module = module
         self.mesh: DeviceMesh | None = None
         if self.mode == "fsdp":
             self.mesh = _mesh(world)
-            _shard(model, self.mesh, dtype)
+            _shard(module, self.mesh, dtype)
         elif world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             # Gradients live inside the communication buckets: no copy, no second set of them.
             self.forward = DistributedDataParallel(
-                model, device_ids=ids, gradient_as_bucket_view=True
+                module, device_ids=ids, gradient_as_bucket_view=True
             )
-        self.parts = [self._part(name, p) for name, p in model.named_parameters()]
+        self.shards = [self._shard_of(name, p) for name, p in module.named_parameters()]
 
     def __call__(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """(B, T) tokens and targets -> this rank's mean loss."""
-        return self.forward(idx, targets)
+        """The loss. (B, T) tokens and targets -> this rank's mean, in nats a token."""
+        with self.autocast():
+            return self.forward(idx, targets)
+
+    def autocast(self) -> AbstractContextManager:
+        """Matrix products run in the compute dtype inside this context."""
+        return autocast(self.world.device, self.dtype)
 
     @contextmanager
-    def micro_step(self, last: bool) -> Iterator[None]:
-        """Around forward and backward: ranks average their gradients only in the `last` one.
+    def gradient_sync(self, enabled: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-step: whether ranks average their gradients in it.
 
         It has to be open during the forward pass too, for that's where DDP looks (build-nanogpt
         set its switch after it and trained on wrong gradients: validation loss 4.88, not 4.15).
         """
         if self.mode == "fsdp":
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        wait = isinstance(self.forward, DistributedDataParallel) and not last
-        with self.forward.no_sync() if wait else nullcontext():  # type: ignore[operator]
+            self.module.set_requires_gradient_sync(enabled)  # type: ignore[operator]
+        no_sync = isinstance(self.forward, DistributedDataParallel) and not enabled
+        with self.forward.no_sync() if no_sync else nullcontext():  # type: ignore[operator]
             yield
 
     @torch.no_grad()
-    def gradient_norm(self, scale: float) -> Tensor:
-        """Takes a loss scale out of the gradient and returns its norm, the same on every rank.
-
-        It hands `mine` its gradients, too.
-        """
-        here = []
-        for part in self.parts:
-            gradient = part.parameter.grad
-            assert gradient is not None  # every parameter takes part in every loss
-            if self.mode == "fsdp":
-                gradient = part.mine.grad = gradient.to_local()  # type: ignore[attr-defined]
-            elif self.mode == "zero1":
-                part.mine.grad = gradient[part.mine_from :][: len(part.mine)]
-            here.append(gradient)
+    def unscale_gradients(self, scale: float) -> None:
+        """Takes a loss scale out of the gradients."""
         if scale != 1:
-            torch._foreach_mul_(here, 1 / scale)
-        norm = get_total_norm(here)
+            torch._foreach_mul_(self._local_gradients(), 1 / scale)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, a scalar on the device, the same on every rank."""
+        norm = get_total_norm(self._local_gradients())
         if self.mesh is None:
             return norm
         square = norm.square()
@@ -105,37 +111,40 @@ class Parallel:
         return square.sqrt()
 
     @torch.no_grad()
-    def scale_gradients(self, factor: Tensor) -> None:
-        """Multiplies the gradients that the optimizer will read."""
-        torch._foreach_mul_([p.mine.grad for p in self.parts if p.mine.grad is not None], factor)
+    def clip_gradients(self, norm: Tensor, max_norm: float) -> None:
+        """Scales the gradients, whose norm this is, down to max_norm; 0 leaves them as they are.
+
+        As torch.nn.utils.clip_grad_norm_ does.
+        """
+        factor = ((max_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(self._local_gradients(), factor)
 
     @torch.no_grad()
-    def exchange(self) -> None:
-        """After an update: under zero1 every rank gets the rows that the others have updated."""
-        if self.mode != "zero1":
-            return
-        ranks = self.world.size
-        for part in self.parts:
-            rows, chunk = len(part.held), -(-len(part.held) // ranks)
-            given = part.held.new_zeros(chunk, *part.held.shape[1:])
-            given[: len(part.mine)] = part.mine
-            everyones = given.new_empty(ranks * chunk, *part.held.shape[1:])
-            dist.all_gather_into_tensor(everyones, given)
-            part.held.copy_(everyones[:rows])
+    def optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Updates this rank's rows; under zero1 every rank then gets the rows of the others."""
+        for shard, gradient in zip(self.shards, self._local_gradients(), strict=True):
+            if self.mode == "zero1":
+                first, rows = shard.optim_start, len(shard.optim_param)
+                gradient = gradient[first : first + rows]
+            shard.optim_param.grad = gradient
+        optimizer.step()
+        if self.mode == "zero1":
+            self._all_gather_rows()
 
-    def forget_gradients(self) -> None:
-        """Frees them until the next backward pass."""
-        for part in self.parts:
-            part.parameter.grad = part.mine.grad = None
+    def zero_grad(self) -> None:
+        """Frees the gradients until the next backward pass."""
+        for shard in self.shards:
+            shard.param.grad = None
+            shard.optim_param.grad = None
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """For judging the model: under fsdp every rank has all weights meanwhile.
+    def summon_full_params(self) -> Iterator[None]:
+        """For evaluating the model: under fsdp every rank has all weights meanwhile.
 
-        Nothing is exchanged inside, so ranks may call the model as often as they like, and any
+        Nothing is gathered inside, so ranks may call the model as often as they like, and any
         method of it. Takes the memory of the whole model in the compute dtype.
         """
-        modules = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+        modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -144,26 +153,50 @@ class Parallel:
         finally:
             for module in modules:
                 module.reshard()
-                module.set_reshard_after_forward(module is not self.model, recurse=False)
+                module.set_reshard_after_forward(module is not self.module, recurse=False)
 
-    def _part(self, name: str, parameter: nn.Parameter) -> Part:
+    def _local_gradients(self) -> list[Tensor]:
+        """Each parameter's gradient, of the rows that are in `local`."""
+        gradients = []
+        for shard in self.shards:
+            gradient = shard.param.grad
+            assert gradient is not None  # every parameter takes part in every loss
+            if self.mode == "fsdp":
+                gradient = gradient.to_local()  # type: ignore[attr-defined]
+            gradients.append(gradient)
+        return gradients
+
+    def _all_gather_rows(self) -> None:
+        """Every rank gets the rows of each parameter that the others have updated."""
+        ranks = self.world.size
+        for shard in self.shards:
+            rows = len(shard.local)
+            rows_a_rank = -(-rows // ranks)
+            row_shape = shard.local.shape[1:]
+            sent = shard.local.new_zeros(rows_a_rank, *row_shape)
+            sent[: len(shard.optim_param)] = shard.optim_param
+            gathered = sent.new_empty(ranks * rows_a_rank, *row_shape)
+            dist.all_gather_into_tensor(gathered, sent)
+            shard.local.copy_(gathered[:rows])
+
+    def _shard_of(self, name: str, param: nn.Parameter) -> ParamShard:
         """Who holds, updates and saves which rows."""
         if self.mesh is not None:
-            local = parameter.detach().to_local()  # type: ignore[attr-defined]
+            local = param.detach().to_local()  # type: ignore[attr-defined]
             rank, ranks = self.mesh.get_local_rank("shard"), self.mesh["shard"].size()
-            rows = rows_of(len(parameter), rank, ranks)
-            copies = "replicate" in (self.mesh.mesh_dim_names or ())
-            saves = not copies or self.mesh.get_local_rank("replicate") == 0
-            saved = rows if saves else range(0)
-            return Part(
-                name, parameter, local, rows.start, nn.Parameter(local), rows.start, saved
+            rows = rows_of(len(param), rank, ranks)
+            replicated = "replicate" in (self.mesh.mesh_dim_names or ())
+            saves = not replicated or self.mesh.get_local_rank("replicate") == 0
+            return ParamShard(
+                name, param, local, rows.start, nn.Parameter(local), rows.start,
+                save_rows=rows if saves else range(0),
             )
-        rows = rows_of(len(parameter), self.world.rank, self.world.size)
-        held = parameter.detach()
+        rows = rows_of(len(param), self.world.rank, self.world.size)
+        local = param.detach()
         if self.mode == "zero1":
-            mine = nn.Parameter(held[rows.start : rows.stop])
-            return Part(name, parameter, held, 0, mine, rows.start, rows)
-        return Part(name, parameter, held, 0, parameter, 0, rows)
+            optim_param = nn.Parameter(local[rows.start : rows.stop])
+            return ParamShard(name, param, local, 0, optim_param, rows.start, save_rows=rows)
+        return ParamShard(name, param, local, 0, param, 0, save_rows=rows)
 
 
 def rows_of(count: int, rank: int, ranks: int) -> range:

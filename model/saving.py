@@ -1,8 +1,8 @@
 """Writing checkpoints while training goes on: every rank writes its own rows.
 
-    saver = Saver(run, training, tracker, keep=3)
-    saver.save(step, state, wait=False)      # stalls training for a copy into memory, no longer
-    saver.tell_news(step)                    # at the next step: what has been finished, or failed
+    saver = Saver(run, train_state, tracker, keep=3)
+    saver.save(step, progress, wait=False)   # stalls training for a copy into memory, no longer
+    saver.report_finished(step)              # at the next step: prints what was saved, or failed
 
 The names, shapes and places in a .safetensors file follow from the model alone. Rank 0 makes the
 files at their full size; then each rank's thread writes its rows at their offsets and leaves a
@@ -29,8 +29,8 @@ from launch import cli
 from launch.errors import Failed
 from launch.files import free_bytes, fsync
 from launch.tracker import Tracker
-from model.checkpoint import Training, folder_name, list_checkpoints, remove, seal
-from model.optim import MOMENTS
+from model.checkpoint import TrainState, folder_name, list_checkpoints, remove, write_manifest
+from model.optim import ROW_STATE, SCALAR_STATE
 
 NAMES = {torch.float32: "F32", torch.float64: "F64"}  # of dtypes, in a safetensors header
 PATIENCE = 300.0  # seconds that rank 0 gives the slowest rank after its own rows are written
@@ -88,72 +88,80 @@ class Piece:
 class Saver:
     """One rank's share in writing a run's checkpoints. At most one is being written at a time."""
 
-    def __init__(self, run: Path, training: Training, tracker: Tracker, keep: int) -> None:
-        self.run, self.training, self.tracker, self.keep = run, training, tracker, keep
+    def __init__(
+        self, run: Path, state: TrainState, tracker: Tracker, keep: int, newest_step: int = -1
+    ) -> None:
+        self.run, self.state, self.tracker, self.keep = run, state, tracker, keep
+        self.newest_step = newest_step  # of the checkpoint on the disk, or on its way there
         self.world = tracker.world
         self.checkpoints = run / "checkpoints"
-        self.layouts = _layouts(training)
+        self.layouts = _layouts(state)
         self._copies: dict[tuple[str, int], Tensor] = {}  # in memory; used again at every save
         self._thread: threading.Thread | None = None
-        self._saved: list[Path] = []  # since tell_news; written by the thread
+        self._saved: list[Path] = []  # since report_finished; written by the thread
         self._failed: list[str] = []
         self._problem = ""  # what this rank's last write died of
         self._closing = threading.Event()
 
-    def save(self, step: int, state: dict[str, Any], wait: bool) -> None:
+    def save(self, step: int, progress: dict[str, Any], wait: bool) -> None:
         """Begins a checkpoint; on return the weights may change again. All ranks call it.
 
-        state: what state.json holds beside random states and loss scale. wait: return when it's on
-        the disk, and raise Failed on all ranks if it can't be; otherwise a failure is reported,
-        and the checkpoints there were stay as they were.
+        progress: what state.json holds beside random states and loss scale. wait: return when it's
+        on the disk, and raise Failed on all ranks if it can't be; otherwise a failure is reported,
+        and the checkpoints there were stay as they were. Does nothing where this step is saved.
         """
-        self.wait_for_last()
-        self.tell_news(step)
+        if step == self.newest_step:
+            return
+        self.wait()
+        self.report_finished(step)
+        self.newest_step = step
         try:
-            self._begin(step, state)
+            self._begin(step, progress)
             if wait:
-                self.wait_for_last()
-                self.world.agree(Failed(self._problem) if self._problem else None)
+                self.wait()
+                self.world.raise_on_all_ranks(Failed(self._problem) if self._problem else None)
         except Failed as error:
             if wait:
                 raise
             self._failed.append(str(error))
         if wait:
-            self.tell_news(step)
+            self.report_finished(step)
 
-    def wait_for_last(self) -> None:
+    def wait(self) -> None:
         """Until the checkpoint that is being written is on the disk, or has failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
 
-    def tell_news(self, step: int) -> None:
+    def report_finished(self, step: int) -> None:
         """Says what was finished since the last call, and reports what went wrong."""
         while self._saved:
-            self.world.print("saved", self._saved.pop(0))
+            self.world.print0("saved", self._saved.pop(0))
         while self._failed:
             problem = self._failed.pop(0)
-            self.world.print(f"warning: {problem}; training goes on, earlier checkpoints are good")
+            self.world.print0(f"warning: {problem}; training goes on, earlier checkpoints are good")
             self.tracker.log(step, event=f"checkpoint failed: {problem}")
 
     def close(self) -> None:
         """Lets a checkpoint that is being written come to its end, if the other ranks live."""
         self._closing.set()
-        self.wait_for_last()
+        self.wait()
 
     # ---- in the foreground ----
 
-    def _begin(self, step: int, state: dict[str, Any]) -> None:
+    def _begin(self, step: int, progress: dict[str, Any]) -> None:
         """Makes the files, copies this rank's rows, and starts the thread."""
-        state = {**state, "loss_scale": vars(self.training.scale), **_random_states()}
-        work = self.world.on_main(lambda: self._make_files(step, state))
-        files = self.world.together(lambda: self._open(work))
+        scaler = self.state.scaler.state_dict()
+        content = {**progress, "loss_scale": scaler, **_random_states()}  # of state.json
+        work = self.world.broadcast_from_rank0(self._make_files, step, content)
+        with self.world.fail_together():
+            files = self._open(work)
         self._thread = threading.Thread(
             target=self._write, args=(work, files, self._copy()), name="checkpoint", daemon=True
         )
         self._thread.start()
 
-    def _make_files(self, step: int, state: dict[str, Any]) -> Path:
+    def _make_files(self, step: int, content: dict[str, Any]) -> Path:
         """Rank 0 makes the folder and the files, their size final and their rows still zero."""
         final = self.checkpoints / folder_name(step)
         work = self.checkpoints / f".{final.name}.tmp"
@@ -169,7 +177,7 @@ class Saver:
                 with (work / name).open("wb") as file:
                     file.write(layout.header)
                     file.truncate(layout.size)
-            (work / "state.json").write_text(json.dumps(state) + "\n")
+            (work / "state.json").write_text(json.dumps(content) + "\n")
             shutil.copyfile(self.run / "config.json", work / "config.json")
         except OSError as error:
             shutil.rmtree(work, ignore_errors=True)
@@ -208,18 +216,20 @@ class Saver:
     def _rows(self) -> list[tuple[str, str, int, Tensor]]:
         """(file, tensor's name, first row, values) of everything that this rank writes."""
         rows = []
-        for part in self.training.net.parts:
-            first, end = part.saved.start, _stored(self.training, part.name, part.saved.stop)
+        for shard in self.state.model.shards:
+            first = shard.save_rows.start
+            end = _stored_rows(self.state, shard.name, shard.save_rows.stop)
+            kept = self.state.optimizer.state.get(shard.optim_param, {})
             if first < end:
-                held = part.held[first - part.held_from : end - part.held_from]
-                rows.append(("model.safetensors", part.name, first, held))
-                for key in MOMENTS:
-                    moment = self.training.optimizer.state[part.mine][key]
-                    moment = moment[first - part.mine_from : end - part.mine_from]
-                    rows.append(("optimizer.safetensors", f"{part.name}.{key}", first, moment))
-            if self.world.is_main:  # which always has rows, of every parameter
-                count = self.training.optimizer.state[part.mine]["step"].reshape(1)
-                rows.append(("optimizer.safetensors", f"{part.name}.step", 0, count))
+                weights = shard.local[first - shard.local_start : end - shard.local_start]
+                rows.append(("model.safetensors", shard.name, first, weights))
+                for key in ROW_STATE:
+                    values = kept[key][first - shard.optim_start : end - shard.optim_start]
+                    rows.append(("optimizer.safetensors", f"{shard.name}.{key}", first, values))
+            if self.world.is_rank0:  # which always has rows, of every parameter
+                for key in SCALAR_STATE:
+                    value = kept[key].reshape(1)
+                    rows.append(("optimizer.safetensors", f"{shard.name}.{key}", 0, value))
         return rows
 
     # ---- in the thread ----
@@ -228,7 +238,7 @@ class Saver:
         """Writes this rank's rows; rank 0 finishes the checkpoint."""
         final = work.with_name(work.name[1:].removesuffix(".tmp"))
         problem = _write_rows(files, pieces)
-        if self.world.is_main:
+        if self.world.is_rank0:
             try:
                 if not problem:
                     problem = self._others_notes(work)
@@ -269,7 +279,7 @@ class Saver:
         return ""
 
     def _finish(self, work: Path, final: Path) -> None:
-        seal(work)
+        write_manifest(work)
         if final.exists():  # a damaged one of the same step, which the run went back from
             remove(final)
         work.rename(final)
@@ -281,23 +291,24 @@ class Saver:
                 remove(old)
 
 
-def _layouts(training: Training) -> dict[str, Layout]:
+def _layouts(state: TrainState) -> dict[str, Layout]:
     """Both files' layouts, the same on every rank."""
     weights: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    moments: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for part in training.net.parts:
-        p = part.parameter
-        shape = (_stored(training, part.name, len(p)), *p.shape[1:])
-        weights[part.name] = (p.dtype, shape)
-        for key in MOMENTS:
-            moments[f"{part.name}.{key}"] = (p.dtype, shape)
-        moments[f"{part.name}.step"] = (torch.float32, ())
-    return {"model.safetensors": Layout.of(weights), "optimizer.safetensors": Layout.of(moments)}
+    optimizer: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for shard in state.model.shards:
+        p = shard.param
+        shape = (_stored_rows(state, shard.name, len(p)), *p.shape[1:])
+        weights[shard.name] = (p.dtype, shape)
+        for key in ROW_STATE:
+            optimizer[f"{shard.name}.{key}"] = (p.dtype, shape)
+        for key in SCALAR_STATE:
+            optimizer[f"{shard.name}.{key}"] = (torch.float32, ())
+    return {"model.safetensors": Layout.of(weights), "optimizer.safetensors": Layout.of(optimizer)}
 
 
-def _stored(training: Training, name: str, rows: int) -> int:
+def _stored_rows(state: TrainState, name: str, rows: int) -> int:
     """How many of a parameter's first `rows` rows are stored: the embedding's padding is not."""
-    return min(rows, training.net.model.config.n_vocab) if name == "wte.weight" else rows
+    return min(rows, state.model.module.config.n_vocab) if name == "wte.weight" else rows
 
 
 def _write_rows(files: dict[str, int], pieces: list[Piece]) -> str:

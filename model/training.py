@@ -10,10 +10,10 @@ from kernels import Choice, selfcheck
 from launch.errors import BadInput
 from launch.world import Dtype, World
 from model import checkpoint
-from model.checkpoint import Training
+from model.checkpoint import TrainState
 from model.gpt2 import GPT, GPTConfig
-from model.optim import LossScale, OptimConfig, make_optimizer
-from model.parallel import Mode, Parallel
+from model.optim import LossScaler, OptimConfig, configure_optimizers
+from model.parallel import Mode, ParallelModel
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,29 @@ class ComputeConfig:
         return device.type == "cuda" if self.compile is None else self.compile
 
 
-def make_training(
+def build_train_state(
     shape: GPTConfig, optim: OptimConfig, compute: ComputeConfig, dtype: str, seed: int,
     init: str, source: Path | None, world: World,
-) -> tuple[Training, dict[str, Any]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """A new model from the seed, the weights of `init`, or everything that the checkpoint `source`
     holds; with the checkpoint's state.json, empty for a new run.
 
     dtype: of the matrix products. Raises BadInput on all ranks where one of these can't be used.
     """
-    model = world.together(lambda: new_model(shape, compute, dtype, seed, world))
-    if init and not source:
-        world.together(lambda: checkpoint.copy_weights(model, init))
+    with world.fail_together():
+        module = new_model(shape, compute, dtype, seed, world)
+        if init and not source:
+            checkpoint.copy_weights(module, init)
     if compute.compiled(world.device):
-        model.compile_blocks()
-    net = Parallel(model, compute.parallel, world, dtype)
-    training = Training(net, make_optimizer(net.parts, optim), LossScale.of(dtype))
+        module.compile_blocks()
+    model = ParallelModel(module, compute.parallel, world, dtype)
+    optimizer = configure_optimizers(model.shards, optim)
+    state = TrainState(model, optimizer, LossScaler.of(dtype))
     if not source:
-        return training, {}
-    return training, world.together(lambda: checkpoint.load_training(training, source))
+        return state, {}
+    with world.fail_together():
+        saved = checkpoint.load_train_state(state, source)
+    return state, saved
 
 
 def new_model(
@@ -69,7 +73,7 @@ def new_model(
         ops, line = selfcheck.checked(compute.kernels, world.device, head_width, weights)
     except (ValueError, RuntimeError) as error:  # kernels knows nothing of this project's errors
         raise BadInput(str(error)) from None
-    world.print(line)
+    world.print0(line)
     torch.manual_seed(seed)
     model = GPT(shape, ops).to(world.device, weights)
     model.checkpoint_activations = compute.activation_checkpointing

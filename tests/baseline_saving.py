@@ -16,29 +16,29 @@ from pathlib import Path
 import torch
 
 from launch.world import keep_freed_memory
-from model.checkpoint import Training
+from model.checkpoint import TrainState
 from model.gpt2 import GPT, GPTConfig
-from model.optim import LossScale, OptimConfig, make_optimizer
-from model.parallel import Parallel
+from model.optim import LossScaler, OptimConfig, configure_optimizers
+from model.parallel import ParallelModel
 from model.saving import Saver
 from tests.running import ALONE, Silent
 
 
 def main(rounds: int, folder: Path) -> None:
     keep_freed_memory()
-    net = Parallel(GPT(GPTConfig()), "ddp", ALONE, "fp32")
-    training = Training(net, make_optimizer(net.parts, OptimConfig()), LossScale())
+    model = ParallelModel(GPT(GPTConfig()), "ddp", ALONE, "fp32")
+    state = TrainState(model, configure_optimizers(model.shards, OptimConfig()), LossScaler())
     (folder / "config.json").write_text("{}")
-    saver = Saver(folder, training, Silent(), keep=1)  # type: ignore[arg-type]
+    saver = Saver(folder, state, Silent(), keep=1)  # type: ignore[arg-type]
     stalls, wholes, blocking = [], [], []
     for step in range(rounds + 1):
         began = time.perf_counter()
         saver.save(step, {"step": step, "tokens": 0}, wait=False)
         stalls.append(time.perf_counter() - began)
-        saver.wait_for_last()
+        saver.wait()
         wholes.append(time.perf_counter() - began)
         began = time.perf_counter()
-        states = {"model": net.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+        states = {"model": model.module.state_dict(), "optimizer": state.optimizer.state_dict()}
         torch.save(states, folder / "ckpt.pt")
         blocking.append(time.perf_counter() - began)
     ours, theirs = statistics.median(stalls[1:]), statistics.median(blocking[1:])

@@ -14,9 +14,10 @@ import torch
 
 from data import sources
 from data.loader import DataConfig
-from eval.exam import ExamConfig
-from launch.guard import GuardConfig
+from eval.evaluator import EvalConfig
+from launch.spikes import SpikeConfig
 from launch.tracker import TrackerConfig
+from launch.watchdog import WatchdogConfig
 from model.gpt2 import GPT, GPTConfig
 from model.optim import OptimConfig
 from model.saving import SavingConfig
@@ -27,8 +28,8 @@ from train_gpt2 import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
-PARTS = {"compute": ComputeConfig, "saving": SavingConfig, "exam": ExamConfig,
-         "tracker": TrackerConfig, "guard": GuardConfig}
+PARTS = {"compute": ComputeConfig, "saving": SavingConfig, "evaluation": EvalConfig,
+         "tracker": TrackerConfig, "spikes": SpikeConfig, "watchdog": WatchdogConfig}
 # A GPT-2 that trains in seconds. 12 sequences a step divide by 1, 2, 3 and 4 ranks.
 TINY = dict(
     name="tiny", steps=6, batch_tokens=12 * 16, micro_batch=12, eval_every=3, save_every=3,

@@ -16,8 +16,8 @@ import torch
 
 import train_gpt2
 from launch import cli
-from launch.errors import leave, one_line_errors
-from model.parallel import Parallel
+from launch.errors import exit_process, one_line_errors
+from model.parallel import ParallelModel
 from train_gpt2 import PRESETS, TrainConfig, train
 
 FAULT = json.loads(os.environ.get("FAULT", "{}"))
@@ -39,7 +39,7 @@ def happens() -> bool:
 
 def plant() -> None:
     """Puts the fault where it belongs."""
-    rate, call, limits = train_gpt2.learning_rate, Parallel.__call__, []
+    rate, call, limits = train_gpt2.get_lr, ParallelModel.__call__, []
 
     def counting(step, *rest):
         now["step"] = step + 1
@@ -57,7 +57,7 @@ def plant() -> None:
         loss = call(self, idx, targets)
         return loss * torch.nan if FAULT["kind"] == "nan" and happens() else loss
 
-    train_gpt2.learning_rate, Parallel.__call__ = counting, broken
+    train_gpt2.get_lr, ParallelModel.__call__ = counting, broken
 
 
 if __name__ == "__main__":
@@ -65,4 +65,4 @@ if __name__ == "__main__":
     if FAULT:
         plant()
     with one_line_errors():
-        leave(train(cli.parse(TrainConfig, PRESETS)))
+        exit_process(train(cli.parse(TrainConfig, PRESETS)))

@@ -16,28 +16,28 @@ import torch
 
 import train_gpt2
 from launch import cli
-from launch.errors import leave, one_line_errors
-from launch.world import World, start_world
+from launch.errors import exit_process, one_line_errors
+from launch.world import World, init_distributed
 from train_gpt2 import PRESETS, TrainConfig, train
 
 
 class Kept(World):
     """Lasts through all runs: a group can't be left and joined again under one torchrun."""
 
-    def close(self) -> None:
+    def destroy(self) -> None:
         pass
 
 
 def stop_at(step: int) -> None:
     """Has rank 1 signalled while it is in this step, counted from 1."""
-    original = train_gpt2.learning_rate
+    original = train_gpt2.get_lr
 
     def signalled(now, *rest):
         if now == step - 1 and os.environ["RANK"] == "1":
             signal.raise_signal(signal.SIGTERM)
         return original(now, *rest)
 
-    train_gpt2.learning_rate = signalled
+    train_gpt2.get_lr = signalled
 
 
 if __name__ == "__main__":
@@ -47,13 +47,13 @@ if __name__ == "__main__":
     )
     if "STOP_AT" in os.environ:
         stop_at(int(os.environ["STOP_AT"]))
-    world = start_world()
+    world = init_distributed()
     kept = Kept(world.rank, world.size, world.device)
-    train_gpt2.start_world = lambda deterministic: kept
+    train_gpt2.init_distributed = lambda deterministic: kept
     with one_line_errors():
         for flags in json.loads(Path(sys.argv[1]).read_text()):
             code = train(cli.parse(TrainConfig, PRESETS, flags))
             if code:
-                leave(code)
-        world.close()
-        leave(0)
+                exit_process(code)
+        world.destroy()
+        exit_process(0)

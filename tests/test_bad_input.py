@@ -204,7 +204,7 @@ def test_init_of_another_shape_is_refused(tiny, tmp_path):
 
 def test_a_disk_that_fills_in_mid_run_is_reported_and_training_goes_on(tiny, tmp_path, monkeypatch,
                                                                       capsys):
-    original, calls = saving.seal, []
+    original, calls = saving.write_manifest, []
 
     def full_once(folder):
         calls.append(folder)
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_in_mid_run_is_reported_and_training_goes_on(tiny, tmp
             raise OSError(28, "No space left on device")
         original(folder)
 
-    monkeypatch.setattr(saving, "seal", full_once)
+    monkeypatch.setattr(saving, "write_manifest", full_once)
     assert train(tiny()) == 0
     printed = capsys.readouterr().out
     assert "No space left on device; training goes on" in " ".join(printed.split())
@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_at_the_start_stops_the_run(tiny, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "seal", full)
+    monkeypatch.setattr(saving, "write_manifest", full)
     with pytest.raises(Failed, match="No space left"):
         train(tiny())
     assert Failed("").exit_code == 1

@@ -61,18 +61,18 @@ def test_validation_loss_does_not_depend_on_batches_or_ranks(model, stream, micr
 
 
 def test_a_run_without_the_questions_says_so_and_goes_on(monkeypatch, capsys):
-    from eval.exam import open_questions
+    from eval.evaluator import read_questions
 
     def unreachable(*_):
         raise Failed("could not download it: ConnectionError")
 
     monkeypatch.setattr(hellaswag, "fetch", unreachable)
     gpu = replace(ALONE, device=torch.device("cuda"))
-    assert open_questions("auto", gpu) == []
+    assert read_questions("auto", gpu) == []
     assert "no HellaSwag in this run: could not download" in capsys.readouterr().out
-    assert open_questions("auto", ALONE) == []
+    assert read_questions("auto", ALONE) == []
     assert "no HellaSwag in this run: minutes on a CPU" in capsys.readouterr().out
-    assert open_questions("off", gpu) == []
+    assert read_questions("off", gpu) == []
     assert capsys.readouterr().out == ""
 
 

@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 from launch import tracker
 from launch.cli import as_flags, parse
 from launch.errors import BadInput
-from launch.folder import require_same
+from launch.folder import require_same_run
 from launch.tracker import clock, cut_after, read_rows
 from launch.world import World, choose_dtype
 from tests.running import ROOT, environment, flags, run_program
@@ -65,15 +65,15 @@ def test_an_error_of_one_rank_stops_all_and_rank_0_speaks(tmp_path):
     script = tmp_path / "one_fails.py"
     script.write_text(
         "from launch.errors import BadInput, one_line_errors\n"
-        "from launch.world import start_world\n"
+        "from launch.world import init_distributed\n"
         "def step():\n"
         "    if world.rank == 1: raise BadInput('no data here')\n"
         "with one_line_errors():\n"
-        "    world = start_world()\n"
-        "    assert world.sum(world.rank, 1) == [1, 2]\n"
-        "    assert world.max(-world.rank) == 0\n"
-        "    assert world.on_main(lambda: world.rank) == 0\n"
-        "    world.together(step)\n"
+        "    world = init_distributed()\n"
+        "    assert world.all_reduce_sum(world.rank, 1) == [1, 2]\n"
+        "    assert world.all_reduce_max(-world.rank) == 0\n"
+        "    assert world.broadcast_from_rank0(lambda: world.rank) == 0\n"
+        "    with world.fail_together(): step()\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -93,14 +93,14 @@ def test_what_differs_is_listed(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(saved))
     with pytest.raises(BadInput, match="model.n_layer 2 there, 3 asked; seed 1 there, 2 asked"):
-        require_same(tmp_path, asked)
+        require_same_run(tmp_path, asked)
     with pytest.raises(BadInput, match="init hf:gpt2 there, hf:other asked"):
-        require_same(tmp_path, saved | {"config": {"init": "hf:other"}})
-    require_same(tmp_path, saved)
-    require_same(tmp_path, saved | {"config": {"init": ""}})
+        require_same_run(tmp_path, saved | {"config": {"init": "hf:other"}})
+    require_same_run(tmp_path, saved)
+    require_same_run(tmp_path, saved | {"config": {"init": ""}})
     path.write_text("[]")
     with pytest.raises(BadInput, match="is no run's"):
-        require_same(tmp_path, saved)
+        require_same_run(tmp_path, saved)
 
 
 def test_dtype_follows_the_hardware(monkeypatch):
@@ -150,7 +150,7 @@ def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
 
 def test_a_lonely_world_talks_to_nobody():
     world = World(0, 1, torch.device("cpu"))
-    assert world.sum(1.5, 2) == [1.5, 2]
-    assert world.max(3) == 3
-    assert world.on_main(lambda: "x") == "x"
-    world.close()
+    assert world.all_reduce_sum(1.5, 2) == [1.5, 2]
+    assert world.all_reduce_max(3) == 3
+    assert world.broadcast_from_rank0(lambda: "x") == "x"
+    world.destroy()

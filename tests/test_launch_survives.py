@@ -202,11 +202,11 @@ def test_a_group_that_was_left_is_not_taken_down():
 )
 def test_a_signal_at_any_moment_saves_and_goes_on(tiny, tmp_path, monkeypatch, moment, call, step):
     """A validation takes two batches; the signal comes in the given call of what is going on."""
-    from eval import exam, loss
+    from eval import evaluator, loss
     from model.saving import Saver
 
     train(tiny(name="whole"))
-    place, name = {"validation": (loss, "validation_batch"), "sample": (exam, "generate"),
+    place, name = {"validation": (loss, "validation_batch"), "sample": (evaluator, "generate"),
                    "save": (Saver, "_copy")}[moment]
     original, calls = getattr(place, name), []
 
@@ -325,9 +325,9 @@ def test_a_nan_on_one_rank_is_seen_by_all(tiny, tmp_path, policy):
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt2.Tracker, "step", lambda *rest, **more: None)
-    monkeypatch.setattr("model.parallel.Parallel.gradient_norm",
-                        lambda self, scale: torch.tensor(float("nan")))
+    monkeypatch.setattr(train_gpt2.Tracker, "log_step", lambda *rest, **more: None)
+    monkeypatch.setattr("model.parallel.ParallelModel.gradient_norm",
+                        lambda self: torch.tensor(float("nan")))
     with pytest.raises(Failed, match=r"step 3: the gradient's norm is nan; .*3 in a row"):
         train(tiny(max_spikes=2))
 
@@ -393,7 +393,7 @@ def test_a_poisoned_batch_is_skipped_rolled_back_or_ends_the_run(poisoned, tmp_p
 def test_a_rolled_back_run_that_is_stopped_goes_on_identically(poisoned, tmp_path, monkeypatch):
     whole = poisoned(tmp_path, name="whole", on_spike="rollback")
     train(whole)
-    original, last = train_gpt2.learning_rate, [0]
+    original, last = train_gpt2.get_lr, [0]
 
     def signal_after_the_rollback(step, *rest):
         if step < last[0] and step > 100:
@@ -401,11 +401,11 @@ def test_a_rolled_back_run_that_is_stopped_goes_on_identically(poisoned, tmp_pat
         last[0] = max(step, last[0])
         return original(step, *rest)
 
-    monkeypatch.setattr(train_gpt2, "learning_rate", signal_after_the_rollback)
+    monkeypatch.setattr(train_gpt2, "get_lr", signal_after_the_rollback)
     stopped = poisoned(tmp_path, name="stopped", on_spike="rollback")
     assert train(stopped) == 0
     assert (tmp_path / "stopped" / "STOPPED").read_text() == "stopped by SIGTERM at step 102\n"
-    monkeypatch.setattr(train_gpt2, "learning_rate", original)
+    monkeypatch.setattr(train_gpt2, "get_lr", original)
     assert train(stopped) == 0
     assert same_weights(tmp_path / "whole", tmp_path / "stopped", 150)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
@@ -413,19 +413,19 @@ def test_a_rolled_back_run_that_is_stopped_goes_on_identically(poisoned, tmp_pat
 
 def test_what_is_normal_and_what_is_not():
     """A norm that explodes at a usual loss is a spike too, and one step later it's forgotten."""
-    from launch.spikes import WINDOW, Spikes
+    from launch.spikes import WINDOW, SpikeConfig, SpikeDetector
 
-    spikes = Spikes("skip", at_most=2)
+    spikes = SpikeDetector(SpikeConfig("skip", 2))
     for step in range(WINDOW):
-        assert spikes.judge(step, 3.0 + 0.1 * (step % 2), 1.0 + 0.1 * (step % 2)) == ""
+        assert spikes.check(step, 3.0 + 0.1 * (step % 2), 1.0 + 0.1 * (step % 2)) == ""
     # Mean 1.05, deviation 0.05: 7 deviations above lie at 1.4; of the loss at 3.05 + 7 x 0.05.
-    assert spikes.judge(WINDOW, 3.0, 1.39) == ""
-    assert "the gradient's norm 1.6 lies" in spikes.judge(WINDOW + 1, 3.0, 1.6)
-    assert "the loss 3.6 lies" in spikes.judge(WINDOW + 2, 3.6, 1.0)
+    assert spikes.check(WINDOW, 3.0, 1.39) == ""
+    assert "the gradient's norm 1.6 lies" in spikes.check(WINDOW + 1, 3.0, 1.6)
+    assert "the loss 3.6 lies" in spikes.check(WINDOW + 2, 3.6, 1.0)
     assert (spikes.total, spikes.in_a_row) == (2, 2)
-    assert spikes.judge(WINDOW + 3, 3.0, 1.0) == ""
+    assert spikes.check(WINDOW + 3, 3.0, 1.0) == ""
     assert (spikes.total, spikes.in_a_row) == (2, 0)
-    again = Spikes("skip", at_most=2)
-    again.load(json.loads(json.dumps(spikes.state())))
-    assert again.state() == spikes.state()
-    assert Spikes("ignore", at_most=0).judge(0, 3.0, 1e9) == ""
+    again = SpikeDetector(SpikeConfig("skip", 2))
+    again.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
+    assert again.state_dict() == spikes.state_dict()
+    assert SpikeDetector(SpikeConfig("ignore", 0)).check(0, 3.0, 1e9) == ""

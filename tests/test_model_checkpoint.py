@@ -9,32 +9,31 @@ from safetensors.torch import load_file, save_file
 
 from launch.errors import BadInput, Failed
 from model import checkpoint, saving
-from model.checkpoint import Training
+from model.checkpoint import TrainState
 from model.gpt2 import GPT, GPTConfig
-from model.optim import LossScale, OptimConfig, make_optimizer
-from model.parallel import Parallel
+from model.optim import LossScaler, OptimConfig, configure_optimizers
+from model.parallel import ParallelModel
 from model.saving import Saver
 from tests.running import ALONE, Silent
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_ctx=16)
 
 
-def trained(seed: int = 0) -> Training:
+def trained(seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
-    model = GPT(CONFIG)
-    net = Parallel(model, "ddp", ALONE, "fp32")
-    training = Training(net, make_optimizer(net.parts, OptimConfig()), LossScale.of("fp16"))
+    model = ParallelModel(GPT(CONFIG), "ddp", ALONE, "fp32")
+    optimizer = configure_optimizers(model.shards, OptimConfig())
     idx = torch.randint(50257, (2, 17))
     for _ in range(2):
         model(idx[:, :-1], idx[:, 1:]).backward()
-        training.optimizer.step()
-        training.optimizer.zero_grad()
-    return training
+        optimizer.step()
+        optimizer.zero_grad()
+    return TrainState(model, optimizer, LossScaler.of("fp16"))
 
 
-def save(run, step, training, keep=3):
-    state = {"step": step, "tokens": step * 32, "skipped": []}
-    Saver(run, training, Silent(), keep).save(step, state, wait=True)
+def save(run, step, state, keep=3):
+    progress = {"step": step, "tokens": step * 32, "skipped": []}
+    Saver(run, state, Silent(), keep).save(step, progress, wait=True)
 
 
 @pytest.fixture
@@ -50,10 +49,10 @@ def run(tmp_path):
 def test_everything_comes_back(tmp_path, run):
     saved, fresh = trained(2), trained(5)
     torch.manual_seed(2)
-    fresh.scale.value = 1.0
-    state = checkpoint.load_training(fresh, run / "checkpoints" / "step_00000002")
-    assert (state["step"], state["tokens"], fresh.scale.value) == (2, 64, 65536.0)
-    parameters = [training.net.model.parameters() for training in (saved, fresh)]
+    fresh.scaler.scale = 1.0
+    state = checkpoint.load_train_state(fresh, run / "checkpoints" / "step_00000002")
+    assert (state["step"], state["tokens"], fresh.scaler.scale) == (2, 64, 65536.0)
+    parameters = [state.model.module.parameters() for state in (saved, fresh)]
     for one, two in zip(*parameters, strict=True):
         assert torch.equal(one, two)
         old, new = saved.optimizer.state[one], fresh.optimizer.state[two]
@@ -124,7 +123,7 @@ def lose_the_state(folder):
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run, harm, capsys):
     words = harm(run / "checkpoints" / "step_00000002")
-    found = checkpoint.find_start("auto", run)
+    found = checkpoint.find_resume_checkpoint("auto", run)
     assert found == run / "checkpoints" / "step_00000001"
     printed = capsys.readouterr().out
     assert words in printed
@@ -138,13 +137,13 @@ def test_no_whole_checkpoint_left_is_an_error_and_not_a_new_start(run):
     for step in ("step_00000001", "step_00000002"):
         truncate(run / "checkpoints" / step)
     with pytest.raises(BadInput, match="no older one is left"):
-        checkpoint.find_start("auto", run)
+        checkpoint.find_resume_checkpoint("auto", run)
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_next_save(run):
     truncate(run / "checkpoints" / "step_00000002")
     save(run, 2, trained(2), keep=3)
-    assert checkpoint.damage(run / "checkpoints" / "step_00000002") == ""
+    assert checkpoint.find_damage(run / "checkpoints" / "step_00000002") == ""
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(run, monkeypatch):
@@ -182,7 +181,7 @@ def test_weights_alone_can_not_be_resumed(run):
     folder = run / "checkpoints" / "step_00000002"
     (folder / "optimizer.safetensors").unlink()
     with pytest.raises(BadInput, match="--init"):
-        checkpoint.load_training(trained(), folder)
+        checkpoint.load_train_state(trained(), folder)
 
 
 def test_pruning_spares_what_was_just_written(run):

@@ -8,8 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from model.gpt2 import GPT, GPTConfig, flops_per_token, parameter_count
 from model.hf import from_hf, to_hf
-from model.optim import OptimConfig, learning_rate, make_optimizer
-from model.parallel import Parallel
+from model.optim import OptimConfig, configure_optimizers, get_lr
+from model.parallel import ParallelModel
 from tests.test_model_checkpoint import ALONE
 from train_gpt2 import PRESETS
 
@@ -107,7 +107,8 @@ def test_initialisation_is_the_papers():
 def test_padding_stays_zero_through_training_and_takes_no_probability():
     torch.manual_seed(0)
     model = GPT(SHAPES[0])
-    optimizer = make_optimizer(Parallel(model, "ddp", ALONE, "fp32").parts, OptimConfig(lr=1e-2))
+    shards = ParallelModel(model, "ddp", ALONE, "fp32").shards
+    optimizer = configure_optimizers(shards, OptimConfig(lr=1e-2))
     idx = torch.randint(50257, (4, 17))
     for _ in range(3):
         model(idx[:, :-1], idx[:, 1:]).backward()
@@ -135,17 +136,17 @@ def test_flops_formula_agrees_with_pytorchs_counter():
 
 def test_learning_rate_warms_up_and_ends_where_it_should():
     config = OptimConfig(lr=1.0, warmup_steps=10, final_lr=0.1)
-    rates = [learning_rate(step, 100, config) for step in range(100)]
+    rates = [get_lr(step, 100, config) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1.0
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert learning_rate(100, 100, config) == pytest.approx(0.1)
-    assert learning_rate(55, 100, config) == pytest.approx(0.55)  # half way down the cosine
+    assert get_lr(100, 100, config) == pytest.approx(0.1)
+    assert get_lr(55, 100, config) == pytest.approx(0.55)  # half way down the cosine
 
 
 def test_only_matrices_decay():
-    net = Parallel(GPT(SHAPES[0]), "ddp", ALONE, "fp32")
-    optimizer = make_optimizer(net.parts, OptimConfig())
+    shards = ParallelModel(GPT(SHAPES[0]), "ddp", ALONE, "fp32").shards
+    optimizer = configure_optimizers(shards, OptimConfig())
     decayed, rest = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1
     assert all(p.dim() == 2 for p in decayed["params"])

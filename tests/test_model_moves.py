@@ -338,7 +338,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(sources, tmp_path, monk
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "seal", full)
+    monkeypatch.setattr(convert, "write_manifest", full)
     with pytest.raises(Failed, match="No space left"):
         convert.main(sources["hf"].spec, str(tmp_path / "out"), "ours")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]

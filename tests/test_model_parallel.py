@@ -101,26 +101,26 @@ def test_rows_are_cut_as_torch_cuts_them(ranks):
 def test_fp16s_scale_leaves_the_gradient_as_it_is():
     """In fp32 a power of two goes into a sum and out of it without a rounding."""
     from model.gpt2 import GPT
-    from model.optim import LossScale
-    from model.parallel import Parallel
+    from model.optim import LossScaler
+    from model.parallel import ParallelModel
     from tests.test_model_checkpoint import ALONE, CONFIG
 
     idx = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))
     found = []
     for value in (1.0, 65536.0):
         torch.manual_seed(0)
-        net = Parallel(GPT(CONFIG), "ddp", ALONE, "fp32")
-        (net(idx[:, :-1], idx[:, 1:]) * value).backward()
-        norm = net.gradient_norm(value)
-        found.append([norm, *(part.mine.grad for part in net.parts)])
+        model = ParallelModel(GPT(CONFIG), "ddp", ALONE, "fp32")
+        (model(idx[:, :-1], idx[:, 1:]) * value).backward()
+        model.unscale_gradients(value)
+        found.append([model.gradient_norm(), *(shard.param.grad for shard in model.shards)])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
-    scale = LossScale.of("fp16")
-    assert not any(scale.overflowed(3.0, 1.0) for _ in range(1999))
-    assert scale.value == 65536.0
-    assert not scale.overflowed(3.0, 1.0)
-    assert scale.value == 131072.0
-    assert scale.overflowed(3.0, float("inf"))
-    assert scale.value == 65536.0
-    scale.value = 1.0
-    assert not scale.overflowed(3.0, float("nan"))  # no fault of the scale: the guard's affair
+    scaler = LossScaler.of("fp16")
+    assert not any(scaler.update(3.0, 1.0) for _ in range(1999))
+    assert scaler.scale == 65536.0
+    assert not scaler.update(3.0, 1.0)
+    assert scaler.scale == 131072.0
+    assert scaler.update(3.0, float("inf"))
+    assert scaler.scale == 65536.0
+    scaler.scale = 1.0
+    assert not scaler.update(3.0, float("nan"))  # no fault of the scale: the guard's affair

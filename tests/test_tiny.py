@@ -59,16 +59,16 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(tiny, tmp_path, monkey
     stopped = tiny(out_dir=str(tmp_path / "stopped"))
 
     # A SIGTERM arrives in the fourth step, one after the last scheduled checkpoint.
-    original = train_gpt2.learning_rate
+    original = train_gpt2.get_lr
 
     def signal_in_step_four(step, *rest):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
         return original(step, *rest)
 
-    monkeypatch.setattr(train_gpt2, "learning_rate", signal_in_step_four)
+    monkeypatch.setattr(train_gpt2, "get_lr", signal_in_step_four)
     assert train(stopped) == 0
-    monkeypatch.setattr(train_gpt2, "learning_rate", original)
+    monkeypatch.setattr(train_gpt2, "get_lr", original)
     run = tmp_path / "stopped" / "tiny"
     assert (run / "STOPPED").read_text() == "stopped by SIGTERM at step 4\n"
     assert (run / "checkpoints" / "step_00000004").is_dir()
@@ -143,13 +143,13 @@ def test_two_ranks_and_accumulation_train_the_same_model(tiny, tmp_path):
 
 
 def test_ctrl_c_saves_and_exits_130(tiny, tmp_path, monkeypatch):
-    original = train_gpt2.learning_rate
+    original = train_gpt2.get_lr
 
     def interrupt(step, *rest):
         signal.raise_signal(signal.SIGINT)
         return original(step, *rest)
 
-    monkeypatch.setattr(train_gpt2, "learning_rate", interrupt)
+    monkeypatch.setattr(train_gpt2, "get_lr", interrupt)
     assert train(tiny()) == 130
     assert (tmp_path / "tiny" / "checkpoints" / "step_00000001" / "manifest.json").exists()
 

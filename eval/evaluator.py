@@ -1,0 +1,140 @@
+"""What a run is evaluated on while it trains: validation loss, HellaSwag, a sample of its text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.loader import Data, validation_sequences
+from data.tokenizer import EOT, decode
+from eval import hellaswag
+from eval.likelihood import Stopped
+from eval.loss import validation_loss
+from eval.sample import prompt_tokens
+from launch import cli
+from launch.errors import Failed
+from launch.tracker import Tracker
+from launch.world import World
+from model.generate import SampleConfig, generate
+from model.gpt2 import GPT
+from model.parallel import ParallelModel
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When a run is evaluated, and on what."""
+
+    eval_every: int = 250
+    """Steps between evaluations: validation loss, HellaSwag, a sample."""
+    val_tokens: int = 10_485_760
+    """The fixed validation set: the first tokens of the validation shard (20 x 2^19)."""
+    hellaswag: str = "auto"
+    """A JSONL file of questions, off, or auto: downloaded for runs on GPUs."""
+    prompt: str = "Hello, I'm a language model,"
+    """What the samples continue."""
+
+    def check(self, n_ctx: int) -> None:
+        """Raises BadInput where a model with this context can't be evaluated like this."""
+        cli.at_least_1(self, "eval_every", "val_tokens")
+        prompt_tokens(self.prompt, n_ctx)
+
+
+class Evaluator:
+    """Evaluates a run's model, on all ranks, on the same things each time.
+
+    val_set names the data set and the number of tokens that the validation loss is the loss of.
+    """
+
+    def __init__(
+        self, config: EvalConfig, data: Data, T: int, micro_batch: int, world: World
+    ) -> None:
+        """Raises BadInput where the validation set or the file of questions is unusable."""
+        self.world, self.micro_batch, self.prompt = world, micro_batch, config.prompt
+        self.val_stream = data.val
+        with world.fail_together():
+            self.val_sequences = validation_sequences(data.val, T, config.val_tokens)
+        self.val_set = f"{data.name}, {self.val_sequences * T:,} tokens"
+        self.questions = read_questions(config.hellaswag, world)
+
+    def evaluate(
+        self, model: ParallelModel, step: int, tracker: Tracker, stop: Callable[[], bool]
+    ) -> bool:
+        """Evaluates a run's model, if this step isn't on record yet; prints and logs the results.
+
+        False where `stop` said so, which all ranks call together, between batches and tokens.
+        """
+        if step in tracker.evaluated_steps:  # before this process began
+            return True
+        with model.summon_full_params(), model.autocast():
+            row = self.results(model.module, stop, with_hellaswag=step > 0)
+        if row is None:
+            return False
+        tracker.log(step, **row)
+        return True
+
+    def results(
+        self, model: GPT, stop: Callable[[], bool], with_hellaswag: bool
+    ) -> dict[str, Any] | None:
+        """The row for metrics.jsonl, printed too; None where `stop` said so."""
+        loss = validation_loss(model, self.val_stream, self.val_sequences, self.micro_batch,
+                               self.world, stop)
+        if loss is None:
+            return None
+        self.world.print0(f"val loss {loss:.4f} ({self.val_set})")
+        row: dict[str, Any] = {"val_loss": loss, "val_set": self.val_set}
+        with torch.compiler.set_stance("force_eager"):  # every sentence has another length
+            if with_hellaswag and self.questions:
+                try:
+                    score = hellaswag.evaluate(model, self.questions, self.world, stop)
+                except Stopped:
+                    return None
+                row["hellaswag_acc"] = score.acc
+                row["hellaswag_acc_norm"] = score.acc_norm
+                self.world.print0(f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}, "
+                                  f"{score.n} questions")
+            text = sample_text(model, self.prompt, self.world, stop)
+        if text is None:
+            return None
+        row["sample"] = self.prompt + text
+        self.world.print0(f"sample: {row['sample']!r}")
+        return row
+
+
+def read_questions(source: str, world: World) -> list[hellaswag.Question]:
+    """HellaSwag's questions; or none, and unless that was asked for a line that says why."""
+    if source == "off":
+        return []
+    if source == "auto" and world.device.type != "cuda":
+        world.print0("no HellaSwag in this run: minutes on a CPU; --hellaswag FILE asks for it")
+        return []
+    if source != "auto":
+        with world.fail_together():
+            return hellaswag.read_questions(Path(source))
+    try:
+        path = world.broadcast_from_rank0(hellaswag.fetch)
+        return world.broadcast_from_rank0(hellaswag.read_questions, path)
+    except Failed as error:
+        world.print0(f"no HellaSwag in this run: {error}")
+        return []
+
+
+def sample_text(model: GPT, prompt: str, world: World, stop: Callable[[], bool]) -> str | None:
+    """A continuation of the prompt; None where `stop` said so.
+
+    Every rank calls `stop` equally often, even where rounding let one draw an early end of text.
+    """
+    idx = torch.tensor([prompt_tokens(prompt, model.config.n_ctx)], device=world.device)  # (1, T)
+    config = SampleConfig()
+    drawn: list[int] = []
+    stream = generate(model, idx, config, eot=EOT)
+    for _ in range(config.max_tokens):
+        tokens = next(stream, None)  # (1,)
+        if tokens is not None:
+            drawn.append(int(tokens))
+        if stop():
+            return None
+    if EOT in drawn:
+        drawn = drawn[: drawn.index(EOT)]
+    return decode(drawn)
