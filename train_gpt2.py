@@ -26,7 +26,7 @@ from eval.report import plot_losses
 from launch import cli, folder, plan, preflight
 from launch.errors import BadInput, exit_process, one_line_errors
 from launch.files import folder_lock
-from launch.signals import STOPPED_FILE, DistributedSignalHandler, write_stopped_file
+from launch.signals import DistributedSignalHandler, was_stopped, write_stopped_file
 from launch.spikes import SpikeConfig, SpikeDetector
 from launch.tracker import Tracker, TrackerConfig
 from launch.watchdog import Watchdog, WatchdogConfig
@@ -117,13 +117,7 @@ class Run:
     tracker: Tracker
     signals: DistributedSignalHandler
     spikes: SpikeDetector
-    watchdog: Watchdog
     first_step: int  # steps that were finished before this process began
-
-    def stop_requested(self) -> bool:
-        """Whether a signal reached any rank. All ranks call it together; it's a heartbeat too."""
-        self.watchdog.heartbeat()
-        return self.signals.stop_requested()
 
 
 def train(config: TrainConfig) -> int:
@@ -142,16 +136,17 @@ def train(config: TrainConfig) -> int:
         while True:
             run.saver.report_finished(step)
             last_step = step == config.steps
-            stopping = run.stop_requested()
+            stopping = run.signals.stop_requested()  # on any rank
 
             # once in a while, and at the end: evaluate the model
             evaluation_due = step % config.evaluation.eval_every == 0 and not stopping
             if evaluation_due or last_step:
-                completed = run.evaluator.evaluate(model, step, run.tracker, run.stop_requested)
-                stopping = not completed  # a signal came in the middle of it
+                stop = run.signals.stop_requested  # a signal in the middle of it is heeded
+                stopping = not run.evaluator.evaluate(model, step, run.tracker, stop)
 
             # once in a while, and before leaving: save a checkpoint
-            if step % config.saving.save_every == 0 or last_step or stopping:
+            save_due = step % config.saving.save_every == 0 and run.spikes.in_a_row == 0
+            if save_due or last_step or stopping:
                 save_checkpoint(run, step, wait=last_step or stopping or step == 0)
 
             if last_step or stopping:
@@ -164,7 +159,7 @@ def train(config: TrainConfig) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # forward and backward, the gradients of all micro-steps added up
+            # forward and backward: the gradients of all micro-steps are added up
             loss = torch.zeros((), device=world.device)
             for i, tokens in enumerate(micro_batches):  # (B, T + 1)
                 last_micro_step = i == len(micro_batches) - 1
@@ -172,19 +167,23 @@ def train(config: TrainConfig) -> int:
                     micro_loss = model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
                     (micro_loss * scaler.scale).backward()
                 loss = loss + micro_loss.detach()
-                run.watchdog.heartbeat()
+                if not last_micro_step and run.signals.stop_requested_between_micro_steps():
+                    break
+            if not last_micro_step:  # a signal came: this step is not applied
+                model.zero_grad()
+                continue
             mean_loss = world.all_reduce_sum(loss.item())[0] / world.size
             model.unscale_gradients(scaler.scale)
             norm = model.gradient_norm()
 
             # the update, unless it would do harm
-            overflow = scaler.update(mean_loss, norm.item())  # in fp16: the scale was too large
-            if not overflow:
-                problem = run.spikes.check(step, mean_loss, norm.item())
-                if problem:
-                    model.zero_grad()
-                    step = skip_or_roll_back(run, step, problem, mean_loss, norm.item())
-                    continue
+            if overflow := scaler.update(mean_loss, norm.item()):  # fp16's own affair
+                run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
+            elif problem := run.spikes.check(step, mean_loss, norm.item()):
+                model.zero_grad()
+                step = skip_or_roll_back(run, step, problem, mean_loss, norm.item())
+                continue
+            else:
                 model.clip_gradients(norm, config.optim.clip)
                 model.optimizer_step(optimizer)
             model.zero_grad()
@@ -199,15 +198,18 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     """Opens data and run folder, builds the model, and loads the checkpoint to go on from."""
     world = init_distributed(config.compute.deterministic)
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
-    signals = at_exit.enter_context(closing(DistributedSignalHandler(world)))
     watchdog = at_exit.enter_context(closing(Watchdog(world, path, config.watchdog)))
+    signals = at_exit.enter_context(closing(DistributedSignalHandler(world, watchdog)))
     at_exit.push(world)  # leaves the process group
+    watchdog.heartbeat(setting_up=True)
 
     # data
     dtype = choose_dtype(config.compute.dtype, world.device)
+    world.require_same("--dtype", dtype)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     with world.fail_together():  # what fails on one rank fails on all
         data = open_data(config.data)
+    world.require_same("the training data", data.fingerprint())
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world)
     loader = at_exit.enter_context(closing(Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
@@ -232,16 +234,16 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
                                      config.seed, config.init, source, world)
     spikes = SpikeDetector(config.spikes)
-    first_step = saved.get("step", 0)
+    newest_step = saved.get("step", -1)  # of the checkpoints
+    first_step = max(newest_step, 0)
     if source:
         loader.set_skipped(saved["skipped"])
         spikes.load_state_dict(saved)
-    if first_step == config.steps and not (path / STOPPED_FILE).exists():
+    if first_step == config.steps and not world.broadcast_from_rank0(was_stopped, path):
         world.print0(f"{path} is finished: {config.steps} steps. For another run: --name")
         sys.exit(0)
 
     # what is written: config.json, metrics.jsonl, checkpoints
-    newest_step = first_step if source else -1
     evaluated = world.broadcast_from_rank0(folder.prepare, path, description, newest_step)
     with world.fail_together():
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
@@ -251,7 +253,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
     return Run(config, world, path, loader, evaluator, state, saver, tracker, signals, spikes,
-               watchdog, first_step)
+               first_step)
 
 
 def get_batch(run: Run, step: int) -> torch.Tensor:
@@ -314,5 +316,5 @@ def finish(run: Run, step: int) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(output_may_fail=True):
         exit_process(train(cli.parse(TrainConfig, PRESETS)))

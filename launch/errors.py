@@ -5,12 +5,15 @@
 Under torchrun only rank 0 speaks; the others leave with the same code.
 """
 
+import errno
 import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+from launch import console
 
 
 class BadInput(Exception):
@@ -32,10 +35,17 @@ class Failed(BadInput):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns a BadInput, a full GPU or Ctrl-C into one line on standard error and an exit code."""
+def one_line_errors(output_may_fail: bool = False) -> Iterator[None]:
+    """Turns a BadInput, a full GPU or Ctrl-C into one line on standard error and an exit code.
+
+    Where standard output can't be written to (`| head`), a command leaves quietly; with
+    output_may_fail it goes on without.
+    """
+    console.open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may hold any character
         sys.stdout.reconfigure(errors="backslashreplace")
+    if output_may_fail:
+        console.drop_unprintable()
     try:
         yield
     except BadInput as error:
@@ -44,6 +54,9 @@ def one_line_errors() -> Iterator[None]:
         if not isinstance(done.code, int | None):
             raise
         exit_process(done.code or 0)
+    except BrokenPipeError:
+        console.forget_output()
+        exit_process(1)
     except Exception as error:
         torch = sys.modules.get("torch")  # importing it takes longer than most commands of data/
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -51,6 +64,9 @@ def one_line_errors() -> Iterator[None]:
             rank = os.environ.pop("RANK", "0")
             exit_process(1, f"error: the GPU of rank {rank} is full: halve --micro_batch (the "
                             "result is the same)")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            console.forget_output()  # perhaps it is what lies on the full disk
+            exit_process(1, f"error: {error}: make room and start again")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         sys.excepthook(*sys.exc_info())
@@ -66,7 +82,10 @@ def exit_process(exit_code: int, line: str = "") -> NoReturn:
     ("terminate called without an active exception", SIGABRT), and a finished run would count as a
     crash and be started again.
     """
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more, or its disk is full
+        console.forget_output()
     if line and int(os.environ.get("RANK", "0")) == 0:
         print(line, file=sys.stderr)
     sys.stderr.flush()

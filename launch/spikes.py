@@ -5,6 +5,8 @@ which are the same on every rank: so all ranks come to the same judgement withou
 that judged its own loss would leave the others waiting. Either is too much where it lies more than
 7 standard deviations above its mean over the last 128 good steps (llm.c's outlier detector). The
 norm alone isn't enough: noise instead of text raised a loss from 2.8 to 10.8 at a usual norm.
+Before there are 128, losses and norms fall by nature: from the 10th good step on, ten times the
+median of those there are is too much of either.
 
     --on_spike skip      the step's gradient is thrown away, and the run goes on
     --on_spike rollback  the run returns to its newest checkpoint, and the batches from there to
@@ -24,6 +26,8 @@ from launch.errors import Failed
 Policy = Literal["skip", "rollback", "stop", "ignore"]
 WINDOW = 128  # steps that make the normal range (llm.c, llmc/outlier_detector.h)
 Z = 7.0  # standard deviations that are too many (llm.c, scripts/run_gpt3_125M.sh: -sl 7 -sg 7)
+EARLY_STEPS = 10  # good steps from which on the first ones are judged, too
+EARLY_TIMES = 10.0  # their median: norms of 99 and 161 were seen after a median near 2
 NARROWEST = 0.01  # of the mean: a smaller deviation is taken for this, or a calm run would spike
 
 
@@ -101,7 +105,7 @@ class SpikeDetector:
             return f"the loss is {loss}"
         if not math.isfinite(norm):
             return f"the gradient's norm is {norm}"
-        if self.policy == "ignore" or len(self.norms) < WINDOW:
+        if self.policy == "ignore":
             return ""
         problem = _outlier("the loss", loss, self.losses)
         return problem or _outlier("the gradient's norm", norm, self.norms)
@@ -109,6 +113,14 @@ class SpikeDetector:
 
 def _outlier(what: str, value: float, window: deque[float]) -> str:
     """Says so where a value lies too far above the others."""
+    if len(window) < EARLY_STEPS:
+        return ""
+    if len(window) < WINDOW:
+        median = statistics.median(window)
+        if value <= EARLY_TIMES * median:
+            return ""
+        return (f"{what} {value:.4g} is {value / median:.0f} times {median:.4g}, the median of "
+                f"the first {len(window)} steps")
     mean, deviation = statistics.fmean(window), statistics.pstdev(window)
     z = (value - mean) / max(deviation, NARROWEST * mean)
     if z <= Z:

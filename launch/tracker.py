@@ -8,6 +8,7 @@ memory_mib val_loss val_set hellaswag_acc hellaswag_acc_norm sample event.
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Tracker:
         except OSError as error:  # a row is not worth a run
             self.world.print0(f"warning: metrics.jsonl misses step {step}: {error.strerror}")
         if self.wandb:
-            self.wandb.log(row, step=step)
+            self.wandb.log(row)  # its own step only ever grows: a rollback's rows would be lost
 
     def log_event(self, step: int, text: str, **values: Any) -> None:
         """Prints what happened, and logs it with these values."""
@@ -177,14 +178,21 @@ def _start_wandb(run: Path, mode: Mode, config: dict) -> Any:
         raise BadInput("--wandb needs the wandb package: pip install wandb") from None
     id_file = run / "wandb_id"
     if not id_file.exists():
-        atomic_write(id_file, f"{run.name}-{time.time_ns():x}")
+        # wandb refuses / \ # ? % : in an id.
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", run.name)
+        atomic_write(id_file, f"{name}-{time.time_ns():x}")
     try:
-        return wandb.init(
+        started = wandb.init(
             project="gpt2", name=run.name, id=id_file.read_text(), resume="allow", mode=mode,
             dir=str(run), config=config,
         )
-    except wandb.errors.Error as error:
+        started.define_metric("step")
+        started.define_metric("*", step_metric="step")
+        return started
+    except wandb.errors.AuthenticationError as error:
         raise Failed(f"wandb: {error}; `wandb login` first, or --wandb offline") from None
+    except (wandb.errors.Error, ValueError) as error:
+        raise Failed(f"wandb: {error}; --wandb disabled goes without") from None
 
 
 def _start_profiler(run: Path, steps: int) -> Any:

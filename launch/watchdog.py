@@ -1,14 +1,19 @@
 """Ends a run that stands still, says where every rank stands, and which one doesn't answer.
 
 A rank that hangs (a dead disk, a dead link, a stopped process) leaves the others waiting for ever,
-at the price of all their GPUs. Where nothing has moved for `seconds`, every rank that still can
-leaves a note in the run folder on where it stands, the lowest of them prints them all, and each
-dumps its stacks and leaves with 1, so that torchrun starts the group again.
+at the price of all their GPUs. Where nothing has moved for `hang_timeout` seconds, every rank that
+still can leaves a note in the run folder on where it stands, the lowest of them prints them all,
+and each dumps its stacks and leaves with 1, so that torchrun starts the group again.
+
+Only time in which the watchdog itself ran counts: a run that was suspended (Ctrl-Z, `docker pause`,
+a laptop's lid) goes on where it was. A thread that hangs with Python's lock held stops the watchdog
+too: a process beside it, launch/lifeline.py, then ends the rank.
 """
 
 import contextlib
 import faulthandler
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +24,11 @@ from launch.world import World
 
 ROOT = str(Path(__file__).parent.parent)
 ANSWER = 5.0  # seconds that the ranks have to say where they stand
-GRACE = 30.0  # seconds after which a process whose Python can't run any more is ended from C
+TICK = 1.0  # seconds between two looks, at most
+GRACE = 30  # seconds after hang_timeout at which a rank whose Python can't run is ended
+# Before the first step ranks wait for one another longer: rank 0 may be hashing a checkpoint of
+# 19 GB or downloading, and torch.distributed itself gives up after 30 minutes (launch/world.py).
+SET_UP_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -39,16 +48,16 @@ class Watchdog:
 
     def __init__(self, world: World, folder: Path, config: WatchdogConfig) -> None:
         self.world, self.folder, self.seconds = world, folder, config.hang_timeout
+        self.left = self.seconds  # until the run counts as hung, while nothing moves
         self.main = threading.get_ident()
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def heartbeat(self) -> None:
+    def heartbeat(self, setting_up: bool = False) -> None:
         """Something has moved on: the waiting begins anew."""
-        self.deadline = time.monotonic() + self.seconds
-        # Also from C, for a thread that hangs with Python's lock held stops this one as well.
-        # (2 is standard error, whatever sys.stderr has become.)
-        faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True, file=2)
+        self.left = self.seconds
+        if setting_up:
+            self.left = max(self.seconds, SET_UP_SECONDS)
         if not self.thread.ident:
             with contextlib.suppress(OSError):
                 self._note(self.world.rank).unlink(missing_ok=True)
@@ -59,12 +68,19 @@ class Watchdog:
         self.closed.set()
         if self.thread.ident:
             self.thread.join()
-        faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self.closed.wait(max(self.deadline - time.monotonic(), 0.01)):
-            if time.monotonic() >= self.deadline:
+        """Counts its own ticks: one that lasted longer, for the process was stopped, is one."""
+        tick = min(TICK, self.seconds / 4)
+        lifeline = start_lifeline(int(self.seconds) + GRACE)
+        while not self.closed.wait(tick):
+            with contextlib.suppress(OSError):
+                os.write(lifeline, b".")
+            self.left -= tick
+            if self.left <= 0:
                 self._end()
+        with contextlib.suppress(OSError):
+            os.close(lifeline)  # which ends the process
 
     def _end(self) -> None:
         with contextlib.suppress(OSError):
@@ -73,7 +89,7 @@ class Watchdog:
         time.sleep(ANSWER)
         notes = {rank: self._read(rank) for rank in range(self.world.size)}
         if self.world.rank == min((r for r, note in notes.items() if note), default=-1):
-            print(f"error: no step was finished in {self.seconds:g} s (--hang_timeout):\n"
+            print(f"error: nothing has moved for {self.seconds:g} s (--hang_timeout):\n"
                   + report(notes), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=2, all_threads=True)
         os._exit(1)
@@ -96,6 +112,24 @@ class Watchdog:
             return self._note(rank).read_text()
         except OSError:
             return ""
+
+
+def start_lifeline(seconds: int) -> int:
+    """Starts launch/lifeline.py; returns the file number that feeds it, -1 if it can't be had."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)  # standard error, whatever sys.stderr has become
+    # -I and -S: nothing is imported but the standard library, so that it starts in 15 ms.
+    script = os.path.join(ROOT, "launch", "lifeline.py")
+    command = [sys.executable, "-I", "-S", script, str(seconds)]
+    reading, writing = os.pipe()
+    try:
+        subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, start_new_session=True)
+    except OSError:  # no more processes: the watchdog alone then
+        os.close(writing)
+        return -1
+    finally:
+        os.close(reading)
+    return writing
 
 
 def report(notes: dict[int, str]) -> str:

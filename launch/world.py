@@ -94,18 +94,35 @@ class World:
             error = Failed(str(found))
         self.raise_on_all_ranks(error)
 
+    def all_gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank. Any value that can be pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def require_same(self, what: str, value: str) -> None:
+        """Raises BadInput on all ranks, naming the odd ones, where they don't agree on a value.
+
+        Ranks that choose for themselves (by their own card, their own view of a disk) would go on
+        with different runs, and nobody would notice.
+        """
+        values = self.all_gather(value)
+        usual = max(values, key=values.count)  # rank 0's where several are as frequent
+        odd = [f"rank {rank} has {v}" for rank, v in enumerate(values) if v != usual]
+        if odd:
+            raise BadInput(f"the ranks don't agree on {what}: {', '.join(odd)}, and the others "
+                           f"have {usual}")
+
     def raise_on_all_ranks(self, error: BadInput | None) -> None:
         """Raises on every rank what any rank found; the message names the rank. None: nothing."""
-        if self.size > 1:
-            errors: list[Any] = [None] * self.size
-            dist.all_gather_object(errors, error)
-            rank = next((r for r, e in enumerate(errors) if e is not None), None)
-            if rank is not None:
-                error = errors[rank]
-                if rank > 0:
-                    error = type(error)(f"rank {rank}: {error}")
-        if error is not None:
-            raise error
+        for rank, found in enumerate(self.all_gather(error)):
+            if found is None:
+                continue
+            if rank > 0:
+                found = type(found)(f"rank {rank}: {found}")
+            raise found
 
     def broadcast_from_rank0(self, function: Callable[..., T], *arguments: Any) -> T:
         """function(*arguments) on rank 0 alone; every rank gets its result, or its bad input."""

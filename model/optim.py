@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from launch.errors import Failed
 from model.parallel import ParamShard
 
 # What the optimizer keeps of each parameter. Checkpoints save and load what stands here and know
 # of no optimizer. ROW_STATE: tensors with the parameter's rows; SCALAR_STATE: one number each.
 ROW_STATE = ("exp_avg", "exp_avg_sq")
 SCALAR_STATE = ("step",)
+MAX_OVERFLOWS = 12  # in a row: a scale 4,096 times too large, where some two are usual
 
 
 @dataclass(frozen=True)
@@ -92,36 +94,45 @@ class LossScaler:
     enabled: bool = False
     scale: float = 1.0
     good_steps: int = 0  # since the scale last changed
+    overflows_in_a_row: int = 0
 
     @classmethod
     def of(cls, dtype: str) -> "LossScaler":
         """Switched on for fp16 alone."""
         return cls(True, 65536.0) if dtype == "fp16" else cls()
 
-    def update(self, loss: float, norm: float) -> bool:
-        """Whether a step has to be left out because its scale was too large; adapts the scale.
+    def update(self, loss: float, norm: float) -> str:
+        """Says so where a step has to be left out because its scale was too large; '' if not.
 
-        Halves it after an overflow, doubles it after 2,000 good steps. A gradient that isn't
-        finite at a scale of 1 either is no overflow of ours.
+        Halves the scale after an overflow, doubles it after 2,000 good steps. A gradient that isn't
+        finite at a scale of 1 either is no overflow of ours. Raises Failed after MAX_OVERFLOWS.
         """
         if not self.enabled:
-            return False
+            return ""
         if math.isfinite(loss) and not math.isfinite(norm) and self.scale > 1:
             self.scale /= 2
             self.good_steps = 0
-            return True
+            self.overflows_in_a_row += 1
+            line = f"fp16 overflow, the loss scale falls to {self.scale:g}"
+            if self.overflows_in_a_row > MAX_OVERFLOWS:
+                raise Failed(f"{line}: {self.overflows_in_a_row} in a row, so the gradients are no "
+                             "numbers at any scale; the run ends")
+            return line
+        self.overflows_in_a_row = 0
         self.good_steps += 1
         if self.good_steps == 2000:
             self.scale *= 2
             self.good_steps = 0
-        return False
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """For state.json."""
-        return {"enabled": self.enabled, "value": self.scale, "good_steps": self.good_steps}
+        return {"enabled": self.enabled, "value": self.scale, "good_steps": self.good_steps,
+                "overflows_in_a_row": self.overflows_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what state_dict() gave."""
-        self.enabled = state["enabled"]
-        self.scale = state["value"]
-        self.good_steps = state["good_steps"]
+        """Puts back what state_dict() gave, from fp16 to fp16: any other dtype has scale 1."""
+        if self.enabled and state["enabled"]:
+            self.scale = state["value"]
+            self.good_steps = state["good_steps"]
+            self.overflows_in_a_row = state.get("overflows_in_a_row", 0)

@@ -108,6 +108,10 @@ class ParallelModel:
             return norm
         square = norm.square()
         dist.all_reduce(square, group=self.mesh.get_group("shard"))
+        if "replicate" in (self.mesh.mesh_dim_names or ()):
+            # Each node has added up its own copy: another order, an ulp apart, and clipped by it
+            # the copies would drift from one another. Rank 0's counts.
+            dist.broadcast(square, src=0)
         return square.sqrt()
 
     @torch.no_grad()
@@ -208,10 +212,15 @@ def rows_of(count: int, rank: int, ranks: int) -> range:
 def _mesh(world: World) -> DeviceMesh:
     """All ranks as one group, or on several nodes: rows inside a node, copies across nodes.
 
-    Weights are put together for every block, and links inside a node are many times as fast.
+    Weights are put together for every block, and links inside a node are many times as fast. Nodes
+    of different sizes can't hold copies of one another, and become one group.
     """
     kind, local = world.device.type, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    if 1 < local < world.size and world.size % local == 0:
+    sizes = sorted(set(world.all_gather(local)))
+    if len(sizes) > 1:
+        world.print0(f"nodes of {' and '.join(map(str, sizes))} ranks: fsdp shares weights out "
+                     "over all of them, also between nodes, which is slower")
+    elif 1 < local < world.size and world.size % local == 0:
         names = ("replicate", "shard")
         return init_device_mesh(kind, (world.size // local, local), mesh_dim_names=names)
     return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))

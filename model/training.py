@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import kernels
 from kernels import Choice, selfcheck
 from launch.errors import BadInput
 from launch.world import Dtype, World
@@ -47,8 +48,10 @@ def build_train_state(
 
     dtype: of the matrix products. Raises BadInput on all ranks where one of these can't be used.
     """
+    weights = torch.float64 if dtype == "fp64" else torch.float32
+    ops = choose_operators(shape, compute.kernels, weights, world)
     with world.fail_together():
-        module = new_model(shape, compute, dtype, seed, world)
+        module = new_model(shape, compute, ops, weights, seed, world)
         if init and not source:
             checkpoint.copy_weights(module, init)
     if compute.compiled(world.device):
@@ -63,17 +66,34 @@ def build_train_state(
     return state, saved
 
 
+def choose_operators(
+    shape: GPTConfig, choice: Choice, weights: torch.dtype, world: World
+) -> kernels.Operators:
+    """Who computes attention, LayerNorm and the loss: the same on every rank.
+
+    Raises BadInput on all ranks where a choice can't be had on one of them.
+    """
+    head_width = shape.n_embd // shape.n_head
+    with world.fail_together():
+        try:
+            ops, line = selfcheck.checked(choice, world.device, head_width, weights)
+        except (ValueError, RuntimeError) as error:  # kernels knows nothing of our errors
+            raise BadInput(str(error)) from None
+    lines = world.all_gather(line)
+    torch_ranks = [rank for rank, line in enumerate(lines) if line.startswith("kernels: torch")]
+    if torch_ranks and ops is not kernels.TORCH:
+        # A rank that has fallen back computes something else, by a rounding, than its peers.
+        rank = torch_ranks[0]
+        ops, line = kernels.TORCH, f"{lines[rank]} on rank {rank}, and so on all"
+    world.print0(line)
+    return ops
+
+
 def new_model(
-    shape: GPTConfig, compute: ComputeConfig, dtype: str, seed: int, world: World
+    shape: GPTConfig, compute: ComputeConfig, ops: kernels.Operators, weights: torch.dtype,
+    seed: int, world: World,
 ) -> GPT:
     """The same on every rank and device: it's drawn on the CPU from the seed."""
-    weights = torch.float64 if dtype == "fp64" else torch.float32
-    head_width = shape.n_embd // shape.n_head
-    try:
-        ops, line = selfcheck.checked(compute.kernels, world.device, head_width, weights)
-    except (ValueError, RuntimeError) as error:  # kernels knows nothing of this project's errors
-        raise BadInput(str(error)) from None
-    world.print0(line)
     torch.manual_seed(seed)
     model = GPT(shape, ops).to(world.device, weights)
     model.checkpoint_activations = compute.activation_checkpointing
