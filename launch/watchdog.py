@@ -19,6 +19,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.world import World
 
@@ -74,13 +75,15 @@ class Watchdog:
         tick = min(TICK, self.seconds / 4)
         lifeline = start_lifeline(int(self.seconds) + GRACE)
         while not self.closed.wait(tick):
-            with contextlib.suppress(OSError):
-                os.write(lifeline, b".")
+            if lifeline:
+                with contextlib.suppress(OSError):
+                    lifeline.stdin.write(b".")
             self.left -= tick
             if self.left <= 0:
                 self._end()
-        with contextlib.suppress(OSError):
-            os.close(lifeline)  # which ends the process
+        if lifeline:
+            lifeline.stdin.close()  # which ends it
+            lifeline.wait()
 
     def _end(self) -> None:
         with contextlib.suppress(OSError):
@@ -89,7 +92,7 @@ class Watchdog:
         time.sleep(ANSWER)
         notes = {rank: self._read(rank) for rank in range(self.world.size)}
         if self.world.rank == min((r for r, note in notes.items() if note), default=-1):
-            print(f"error: nothing has moved for {self.seconds:g} s (--hang_timeout):\n"
+            print(f"error: no step was finished in {self.seconds:g} s (--hang_timeout):\n"
                   + report(notes), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=2, all_threads=True)
         os._exit(1)
@@ -114,22 +117,18 @@ class Watchdog:
             return ""
 
 
-def start_lifeline(seconds: int) -> int:
-    """Starts launch/lifeline.py; returns the file number that feeds it, -1 if it can't be had."""
+def start_lifeline(seconds: int) -> Any:
+    """Starts launch/lifeline.py, a Popen whose stdin feeds it; None where that can't be done."""
     if not faulthandler.is_enabled():
         faulthandler.enable(file=2)  # standard error, whatever sys.stderr has become
     # -I and -S: nothing is imported but the standard library, so that it starts in 15 ms.
     script = os.path.join(ROOT, "launch", "lifeline.py")
     command = [sys.executable, "-I", "-S", script, str(seconds)]
-    reading, writing = os.pipe()
     try:
-        subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, start_new_session=True)
-    except OSError:  # no more processes: the watchdog alone then
-        os.close(writing)
-        return -1
-    finally:
-        os.close(reading)
-    return writing
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                bufsize=0, start_new_session=True)
+    except OSError:  # the watchdog alone then
+        return None
 
 
 def report(notes: dict[int, str]) -> str:
