@@ -50,7 +50,7 @@ restarts=${PET_MAX_RESTARTS:-3}
 [[ $preflight != True ]] || restarts=0 # a check that fails is not to be repeated
 if [[ -n ${PET_LOG_DIR:-} ]]; then
   export PET_TEE=${PET_TEE:-3} PET_LOG_DIR="$PET_LOG_DIR/node$node"
-  mkdir -p "$PET_LOG_DIR"
+  [[ -n ${DRY_RUN:-} ]] || mkdir -p "$PET_LOG_DIR"
 fi
 
 # These reach the ranks, which save. SIGUSR1, Slurm's early warning, kills torchrun and orphans its

@@ -147,10 +147,13 @@ def test_awkward_paths_arrive_as_they_are(commands, tmp_path):
     _, seen = asked(commands, *arguments, PET_LOG_DIR=str(logs))
     assert seen["PET_LOG_DIR"] == str(logs / "node0")
     assert (logs / "node0").is_dir()
+    logs = tmp_path / "not made"
     printed = subprocess.run(
         [SCRIPT, "demo", *arguments], check=True, capture_output=True, text=True,
-        env=environment(PATH=f"{commands}:{os.environ['PATH']}", DRY_RUN="1"),
+        env=environment(PATH=f"{commands}:{os.environ['PATH']}", DRY_RUN="1",
+                        PET_LOG_DIR=str(logs)),
     ).stdout
+    assert not logs.exists()
     assert printed.startswith("torchrun --standalone --nproc-per-node=4 --max-restarts=3 --signals")
     assert shlex.split(printed)[-len(arguments) - 2 :] == ["train_gpt2.py", "demo", *arguments]
 
