@@ -24,14 +24,15 @@ fi
 
 # Flags and data are checked on every node before torchrun starts: a wrong flag would otherwise be
 # reported by the ranks, once for every restart, and a missing folder on a cluster after the queue.
-gpus=$(RANK=$node python -c 'import os, train_gpt2 as run
+checked=$(RANK=$node python -c 'import os, train_gpt2 as run
 with run.one_line_errors():  # node 0 alone speaks of flags, every node of its own data
     config = run.cli.parse(run.TrainConfig, run.PRESETS)
     config.check()
     del os.environ["RANK"]
     run.open_data(config.data)
-    print(run.torch.cuda.device_count(), file=open(3, "w"))' "$@" 3>&1 1>&2)
-[[ -n $gpus ]] || exit 0 # --help
+    print(run.torch.cuda.device_count(), config.planning.preflight, file=open(3, "w"))' "$@" 3>&1 1>&2)
+[[ -n $checked ]] || exit 0 # --help
+read -r gpus preflight <<< "$checked"
 ranks=${PET_NPROC_PER_NODE:-auto}
 [[ $ranks =~ ^[0-9]+$ ]] || ranks=$(( gpus > 0 ? gpus : 1 ))
 
@@ -45,10 +46,24 @@ export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} # after a hang: who wa
 meet=(--standalone)
 (( nodes == 1 )) || meet=(--nnodes="$nodes" --rdzv-backend=c10d --rdzv-endpoint="$head:$port"
   --rdzv-id="$id" --rdzv-conf="is_host=$(( node == 0 ))") # a name may differ from the host's own
-# A check that fails is not to be repeated.
-restarts=${PET_MAX_RESTARTS:-3}; [[ " $* " != *" --preflight True "* ]] || restarts=0
-[[ -z ${PET_LOG_DIR:-} ]] || { export PET_TEE=${PET_TEE:-3} PET_LOG_DIR="$PET_LOG_DIR/node$node"; mkdir -p "$PET_LOG_DIR"; }
-# SIGUSR1, Slurm's early warning, kills torchrun and orphans its ranks unless it's named. The last
-# save gets 120 s: 19 GB, GPT-2 1558M with its optimizer, at 160 MB/s.
-exec ${DRY_RUN:+echo} torchrun "${meet[@]}" --nproc-per-node="$ranks" --max-restarts="$restarts" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=120 train_gpt2.py "$@"
+restarts=${PET_MAX_RESTARTS:-3}
+[[ $preflight != True ]] || restarts=0 # a check that fails is not to be repeated
+if [[ -n ${PET_LOG_DIR:-} ]]; then
+  export PET_TEE=${PET_TEE:-3} PET_LOG_DIR="$PET_LOG_DIR/node$node"
+  [[ -n ${DRY_RUN:-} ]] || mkdir -p "$PET_LOG_DIR"
+fi
+
+# These reach the ranks, which save. SIGUSR1, Slurm's early warning, kills torchrun and orphans its
+# ranks unless it's named. torchrun would handle a named SIGHUP under nohup too, so there it isn't
+# named: a signal that is ignored stays so in every process that is started from here.
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+[[ -n $(trap -p HUP) ]] || signals+=,SIGHUP # this script sets no trap: what is listed is ignored
+# The last save gets 120 s: 19 GB, GPT-2 1558M with its optimizer, at 160 MB/s.
+command=(torchrun "${meet[@]}" --nproc-per-node="$ranks" --max-restarts="$restarts"
+  --signals-to-handle="$signals" --shutdown-timeout=120 train_gpt2.py "$@")
+[[ -n ${DRY_RUN:-} ]] || exec "${command[@]}"
+for word in "${command[@]}"; do # quoted where a shell would read it otherwise
+  [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+  printf '%s ' "$word"
+done
+echo

@@ -183,6 +183,33 @@ def test_skypilot_keys():
     assert skypilot_faults(with_typo(task, ("file_mounts", "/runs", "mode"))) == {"modee"}
 
 
+def test_skypilot_hands_arguments_on_unchanged(tmp_path):
+    """ARGS is one string: quotes group its words, and nothing else in it means anything."""
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    shards = tmp_path / "shards" / "fineweb10B"
+    shards.mkdir(parents=True)
+    (shards / "manifest.json").touch()
+    for name, text in {
+        "gpt2/bin/activate": "",
+        "launch/torchrun.sh": f"#!{sys.executable}\nimport sys; print(sys.argv[1:])\n",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    (tmp_path / "v").touch()  # what the pattern [v1] would become
+    done = subprocess.run(
+        ["bash", "-c", task["run"].replace("/shards", str(tmp_path / "shards"))],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SKYPILOT_NUM_NODES": "1",
+             "ARGS": "demo --name [v1] --sample_prompt 'it is; $HOME'"},
+        capture_output=True, text=True, cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = ["demo", "--name", "[v1]", "--sample_prompt", "it is; $HOME"]
+    expected += ["--data.dir", str(shards), "--out_dir", "/runs"]
+    assert done.stdout == f"{expected}\n"
+
+
 def test_skypilot_reads_its_task(tmp_path, monkeypatch):
     """With SkyPilot's own schema, where it is installed (520 MB)."""
     sky = shutil.which("sky", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -213,7 +240,8 @@ def docker_lines() -> list[str]:
 
 def test_the_image_is_pinned_and_not_roots():
     lines = docker_lines()
-    assert re.fullmatch(r"FROM python:\d+\.\d+\.\d+-slim-\w+", lines[0])
+    assert re.fullmatch(r"FROM python:\d+\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}", lines[0])
+    assert [li for li in lines[1:] if li.startswith("FROM")] == []
     assert "USER 1000" in lines
     assert lines.index("USER 1000") > max(i for i, li in enumerate(lines) if li.startswith("RUN"))
     assert [li for li in lines if "pip install" in li and "-c constraints.txt" not in li] == []

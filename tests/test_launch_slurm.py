@@ -88,6 +88,17 @@ def test_before_the_time_limit_it_saves_goes_back_and_ends_the_same(slurm, tiny,
     same_losses(run, tmp_path / "never stopped")
 
 
+@pytest.mark.parametrize("name", ["HUP", "QUIT"])
+def test_a_signal_to_the_batch_script_reaches_the_ranks(slurm, tiny, tmp_path, name):
+    run = tmp_path / "tiny"
+    job = slurm.submit(arguments=flags(tiny(**SMALL)))
+    hold(run, job, slurm)
+    slurm.run("scancel", "--batch", f"--signal={name}", job)
+    os.kill(rank_0(run), signal.SIGCONT)
+    wait_for((run / "STOPPED").exists, 60, lambda: slurm.log(job))
+    assert (run / "STOPPED").read_text().startswith("stopped by SIGUSR1 at step")
+
+
 def test_a_cancelled_job_stays_cancelled(slurm, tiny, tmp_path):
     run = tmp_path / "tiny"
     job = slurm.submit(arguments=flags(tiny(**SMALL)))

@@ -2,10 +2,10 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -16,6 +16,7 @@ import pytest
 
 from model.gpt2 import GPTConfig
 from tests.running import ROOT, environment, flags, losses
+from tests.scripts import AWKWARD, ENGINES, tool
 from train_gpt2 import train
 
 SCRIPT = ROOT / "launch" / "torchrun.sh"
@@ -23,14 +24,6 @@ SCRIPT = ROOT / "launch" / "torchrun.sh"
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "PET_LOCAL_ADDR": "127.0.0.1"}
 # A step of this model takes 0.1 to 0.3 s on two ranks, most of it in the vocabulary.
 SMALL = GPTConfig(n_layer=1, n_head=1, n_embd=16, n_ctx=16)
-OURS = ("SLURM_", "SKYPILOT_", "PET_", "NCCL_", "OMP_", "TORCH_")
-
-
-def tool(folder: Path, name: str, script: str) -> None:
-    """An executable in `folder`."""
-    path = folder / name
-    path.write_text(script)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 @pytest.fixture
@@ -40,7 +33,7 @@ def commands(tmp_path):
     folder.mkdir()
     tell = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
     tool(folder, "torchrun", f"#!{sys.executable}\n{tell}\n")
-    tool(folder, "python", "#!/bin/sh\necho 4 >&3\n")
+    tool(folder, "python", "#!/bin/sh\necho 4 ${PREFLIGHT:-False} >&3\n")
     tool(folder, "scontrol", '#!/bin/sh\n[ "$3" = "gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
     tool(folder, "nproc", "#!/bin/sh\necho 30\n")
     return folder
@@ -48,7 +41,7 @@ def commands(tmp_path):
 
 def asked(commands: Path, *arguments: str, **variables: str) -> tuple[list[str], dict[str, str]]:
     """(torchrun's flags, its environment) for these variables; train_gpt2.py's part is checked."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(OURS)}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(ENGINES)}
     path = {"PATH": f"{commands}:{os.environ['PATH']}"}
     done = subprocess.run(
         [SCRIPT, "demo", *arguments], env=clean | path | variables,
@@ -57,7 +50,7 @@ def asked(commands: Path, *arguments: str, **variables: str) -> tuple[list[str],
     argv, seen = json.loads(done.stdout)
     at = argv.index("train_gpt2.py")
     assert argv[at + 1 :] == ["demo", *arguments]
-    common = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=120"]
+    common = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGHUP", "--shutdown-timeout=120"]
     assert argv[at - 2 : at] == common
     assert seen["PWD"] == str(ROOT)
     return argv[: at - 2], seen
@@ -141,8 +134,28 @@ def test_logs_of_each_rank_lie_by_node(commands, tmp_path):
 
 
 def test_a_preflight_that_fails_is_not_repeated(commands):
-    argv, _ = asked(commands, "--preflight", "True")
+    argv, _ = asked(commands, "--preflight=True", PREFLIGHT="True")
     assert argv[-1] == "--max-restarts=0"
+    argv, _ = asked(commands, "--name", "a --preflight True of mine")
+    assert argv[-1] == "--max-restarts=3"
+
+
+def test_awkward_paths_arrive_as_they_are(commands, tmp_path):
+    """In every argument (`asked` compares them), in the folder of logs, and on paper."""
+    logs = tmp_path / AWKWARD
+    arguments = ("--data.dir", AWKWARD, f"--out_dir=/{AWKWARD}/%a", "--name", "")
+    _, seen = asked(commands, *arguments, PET_LOG_DIR=str(logs))
+    assert seen["PET_LOG_DIR"] == str(logs / "node0")
+    assert (logs / "node0").is_dir()
+    logs = tmp_path / "not made"
+    printed = subprocess.run(
+        [SCRIPT, "demo", *arguments], check=True, capture_output=True, text=True,
+        env=environment(PATH=f"{commands}:{os.environ['PATH']}", DRY_RUN="1",
+                        PET_LOG_DIR=str(logs)),
+    ).stdout
+    assert not logs.exists()
+    assert printed.startswith("torchrun --standalone --nproc-per-node=4 --max-restarts=3 --signals")
+    assert shlex.split(printed)[-len(arguments) - 2 :] == ["train_gpt2.py", "demo", *arguments]
 
 
 def refused(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -177,18 +190,71 @@ def test_missing_data_is_reported_by_the_node_that_misses_it(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_requeues_are_bounded(tmp_path):
-    """launch/slurm.sbatch inside a job that is stopped for the third time."""
-    tool(tmp_path, "srun", "#!/bin/sh\nexit 143\n")
-    tool(tmp_path, "scontrol", '#!/bin/sh\necho "$1 JobState=RUNNING PreemptTime=None"\n')
-    done = subprocess.run(
-        ["bash", "launch/slurm.sbatch", "demo"], capture_output=True, text=True, cwd=ROOT,
-        timeout=60, env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7",
-                                    SLURM_RESTART_COUNT="2", MAX_REQUEUES="2"),
-    )
+def test_an_awkward_path_reaches_the_check(tmp_path):
+    missing = str(tmp_path / AWKWARD)
+    done = refused("demo", "--data.dir", missing)
     assert done.returncode == 2
-    assert done.stderr == "error: requeued 2 times: MAX_REQUEUES allows no more\n"
-    assert "requeue JobState" not in done.stdout
+    assert done.stderr.startswith(f"error: no data in {missing}")
+
+
+# What stands in for train_gpt2.py: it tells which signals it ignores, and which one ends it.
+RANK = """\
+import signal, sys
+from pathlib import Path
+
+def end(number, frame):
+    Path("ended").write_text(signal.Signals(number).name)
+    sys.exit()
+
+ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1") + (() if ignored else ("SIGHUP",)):
+    signal.signal(getattr(signal, name), end)
+signal.alarm(60)  # nothing outlives its test
+Path(".started").write_text(str(ignored))
+Path(".started").rename("started")
+while True:
+    signal.pause()
+"""
+
+
+@contextmanager
+def launched(folder: Path, *before: str):
+    """torchrun.sh with the real torchrun and one such rank, once that rank waits for a signal."""
+    for name, text in {"launch/torchrun.sh": SCRIPT.read_text(), "train_gpt2.py": RANK}.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tool(path.parent, path.name, text)
+    tool(folder, "python", "#!/bin/sh\necho 0 False >&3\n")
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [*before, folder / "launch" / "torchrun.sh"], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(PATH=path),
+    )
+    try:
+        wait_for((folder / "started").exists, 60, "no rank started")
+        yield process
+        process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+            process.communicate()
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGQUIT"])
+def test_a_closed_terminal_and_quit_reach_the_rank(tmp_path, name):
+    with launched(tmp_path) as process:
+        process.send_signal(getattr(signal, name))
+    assert (tmp_path / "started").read_text() == "False"
+    assert (tmp_path / "ended").read_text() == name
+
+
+def test_under_nohup_a_closed_terminal_reaches_nobody(tmp_path):
+    """SIGTERM follows SIGHUP: had torchrun heard the first one, it would have handed that on."""
+    with launched(tmp_path, "nohup") as process:
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+    assert (tmp_path / "started").read_text() == "True"
+    assert (tmp_path / "ended").read_text() == "SIGTERM"
 
 
 def wait_for(condition, seconds: float, what: str) -> None:
