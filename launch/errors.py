@@ -51,7 +51,7 @@ def one_line_errors() -> Iterator[None]:
             rank = os.environ.pop("RANK", "0")
             leave(1, f"error: the GPU of rank {rank} is full: halve --micro_batch (the result is "
                      "the same)")
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if env_number("WORLD_SIZE", 1) == 1:
             raise
         sys.excepthook(*sys.exc_info())
         leave(1)  # the interpreter's own way out can wait for peers that have died
@@ -67,9 +67,17 @@ def leave(exit_code: int, line: str = "") -> NoReturn:
     crash and be started again.
     """
     sys.stdout.flush()
-    if line and int(os.environ.get("RANK", "0")) == 0:
+    if line and env_number("RANK", 0) == 0:
         print(line, file=sys.stderr)
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if env_number("WORLD_SIZE", 1) > 1:
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def env_number(name: str, default: int) -> int:
+    """A number from the environment; `default` where there is none (launch/ranks.py says so)."""
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        return default

@@ -7,12 +7,11 @@ SIGTERM twice.
 """
 
 import signal
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch import orphan
+from launch import cli, orphan
 from launch.files import atomic_write
 from launch.spikes import Policy, Spikes
 from launch.watchdog import Watchdog
@@ -34,8 +33,9 @@ class GuardConfig:
     """Seconds without any progress after which a rank ends itself, and says where it stood."""
 
     def __post_init__(self) -> None:
-        if self.max_spikes < 0 or not 0 < self.hang_timeout <= threading.TIMEOUT_MAX:
-            raise ValueError("max_spikes is at least 0, hang_timeout above 0 seconds")
+        cli.within("max_spikes", self.max_spikes, 0)
+        # 30 days; far above it the timers' own type overflows.
+        cli.within("hang_timeout", self.hang_timeout, 1, 30 * 86_400, "seconds")
 
 
 class Guard:

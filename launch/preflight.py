@@ -22,9 +22,10 @@ import torch.distributed as dist
 import tyro
 
 from kernels import cards
-from launch import probes
+from launch import cli, probes
 from launch.errors import leave, one_line_errors
 from launch.probes import GB, MIB, SLOW, Line
+from launch.ranks import read_ranks
 from launch.world import choose_device
 
 ANSWER = timedelta(seconds=60)  # torch is imported and GPUs are awake well before that
@@ -50,10 +51,15 @@ class Needs:
     wandb: str = "disabled"
     """online asks for a key."""
 
+    def __post_init__(self) -> None:
+        cli.within("checkpoint_bytes", self.checkpoint_bytes, 0, 10**18)
+        cli.within("keep", self.keep, 1, cli.MOST_STEPS)
+        cli.within("head_width", self.head_width, 1, 100_000)
+
 
 def run(needs: Needs) -> int:
     """Checks every rank that torchrun started; rank 0 prints. Returns the exit code."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = read_ranks()
     if size == 1:
         return report({0: local_lines(needs, choose_device(), first=True)})
     store = open_store(rank)

@@ -11,10 +11,9 @@ and step time, tokens/s, hours and cost as a range with the assumptions beside i
     report.py       what is printed
 """
 
-import math
 from dataclasses import dataclass
 
-from launch.errors import BadInput
+from launch import cli
 from launch.plan.report import show
 
 __all__ = ["PlanConfig", "show"]
@@ -32,6 +31,4 @@ class PlanConfig:
     """Check these machines against what the run will need (launch/preflight.py), and exit."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.plan_price < math.inf:
-            raise BadInput(f"--plan_price {self.plan_price}: expected dollars per GPU-hour, "
-                           "as in 2.5")
+        cli.within("plan_price", self.plan_price, 0, 1e6, "dollars per GPU-hour")
