@@ -40,7 +40,7 @@ class SampleConfig:
         if self.temperature != 0:  # below it logits / temperature leave fp32
             cli.within("temperature", self.temperature, 1e-6, 1e6, "(or 0: the likeliest token)")
         cli.within("top_k", self.top_k, 0, 10**9)
-        cli.within("top_p", self.top_p, 1e-6, 1)
+        cli.within("top_p", self.top_p, 1e-9, 1)
         cli.within("seed", self.seed, 0, 2**63 - 1)
 
 

@@ -134,8 +134,8 @@ def is_number(text: str) -> bool:
     (lambda: SampleConfig(temperature=1e-40), "--temperature 1e-40: expected 1e-06 to"),
     (lambda: SampleConfig(temperature=math.nan), "--temperature nan: expected 1e-06 to"),
     (lambda: SampleConfig(top_k=-1), "--top_k -1: expected 0 to 1,000,000,000"),
-    (lambda: SampleConfig(top_p=0.0), "--top_p 0.0: expected 1e-06 to 1"),
-    (lambda: SampleConfig(top_p=math.nan), "--top_p nan: expected 1e-06 to 1"),
+    (lambda: SampleConfig(top_p=0.0), "--top_p 0.0: expected 1e-09 to 1"),
+    (lambda: SampleConfig(top_p=math.nan), "--top_p nan: expected 1e-09 to 1"),
     (lambda: SampleConfig(seed=2**63), "--seed 9223372036854775808: expected 0 to 9,223"),
     (lambda: sample.main(sample.Arguments(checkpoint="x", num=0)), "--num 0: expected 1 to"),
     (lambda: fineweb.make(FineWebConfig(Path("nowhere"), shard_tokens=0)),
@@ -458,7 +458,7 @@ MARKED = {  # what people write or edit by hand: file, content, what reads it
     "questions": ("a.jsonl", '{"ctx": 1}\n{"ctx": 2}\n', lambda path: read_questions(path, dict)),
     "shards": ("manifest.json", '{"shards": []}', lambda path: read_manifest(path.parent)),
     "checkpoint": ("config.json", '{"config": {}}', lambda path: read_config(path.parent)),
-    "Hugging Face": ("config.json", json.dumps(HF_CONFIG), lambda path: hf.read_config(path.parent)),
+    "of HF": ("config.json", json.dumps(HF_CONFIG), lambda path: hf.read_config(path.parent)),
     "metrics": ("metrics.jsonl", json.dumps(ROW) + "\n", read_rows),
 }
 
