@@ -71,14 +71,14 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises BadInput for numbers that make no run."""
-        cli.at_least_1(self, "steps", "batch_tokens", "micro_batch")
-        if not 0 <= self.seed < 2**32:
-            raise BadInput(f"--seed {self.seed}: expected 0 to 4294967295")
+        cli.within("steps", self.steps, 1, cli.MOST_STEPS)
+        cli.within("batch_tokens", self.batch_tokens, 1, 10**9)
+        cli.within("micro_batch", self.micro_batch, 1)
+        cli.within("seed", self.seed, 0, 2**32 - 1)
         if self.model.n_vocab != VOCAB:
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
         folder.check_name(self.name)
         self.evaluation.check(self.model.n_ctx)
-        self.saving.check()
 
 
 # Hyper-parameters of llm.c's scripts/run_gpt2_{350M,774M,1558M}.sh and run_gpt3_125M.sh; shapes of

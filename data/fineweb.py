@@ -30,6 +30,7 @@ from data.shards import HEADER_BYTES, ShardWriter, read_manifest
 from data.sources import BadFile, File, Piece, hub_files, local_files, pieces, text_share
 from data.tokenise import SAMPLE_EVERY, Encode, Tokens, encoder, tokenise
 from data.tokenizer import RANKS_SHA256
+from launch import cli
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write, folder_lock, free_bytes
 
@@ -81,8 +82,8 @@ class Progress:
 
 def make(config: FineWebConfig) -> None:
     """Makes the folder of shards, or what is missing of it. Raises BadInput or Failed."""
-    if config.shard_tokens < 1 or config.workers < 1:
-        raise BadInput("--shard_tokens and --workers are at least 1")
+    cli.within("shard_tokens", config.shard_tokens, 1, 2**31 - 1)  # an int32 in the header
+    cli.within("workers", config.workers, 1, 1024)
     with folder_lock(config.out, wait=LOCK_WAIT):
         try:
             if config.pretokenised:

@@ -220,7 +220,7 @@ def read_manifest(folder: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
     entries = manifest.get("shards") if isinstance(manifest, dict) else None

@@ -102,7 +102,8 @@ def read_rows(path: Path, read: Callable[[dict], Row], limit: int = 0) -> list[R
     """
     rows: list[Row] = []
     try:
-        with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
+        opened = lzma.open if path.suffix == ".xz" else open
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if limit and len(rows) == limit:
                     break

@@ -35,9 +35,12 @@ class EvalConfig:
     prompt: str = "Hello, I'm a language model,"
     """What the samples continue."""
 
+    def __post_init__(self) -> None:
+        cli.within("eval_every", self.eval_every, 1, cli.MOST_STEPS)
+        cli.within("val_tokens", self.val_tokens, 1, 10**12)
+
     def check(self, n_ctx: int) -> None:
         """Raises BadInput where a model with this context can't be evaluated like this."""
-        cli.at_least_1(self, "eval_every", "val_tokens")
         prompt_tokens(self.prompt, n_ctx)
 
 

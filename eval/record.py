@@ -118,7 +118,7 @@ def read_record(path: Path) -> Record:
     if not rows:
         raise BadInput(f"{metrics} holds no row with a step and tokens: nothing to report yet")
     try:
-        description = json.loads((path / "config.json").read_text())
+        description = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError):  # the metrics speak for themselves
         description = {}
     return Record(path, path.resolve().name, _mapping(description), rows)

@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from data.tokenizer import EOT, decode, encode, encoding
+from launch import cli
 from launch.errors import BadInput, one_line_errors
 from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import load_model
@@ -69,7 +70,7 @@ def prompt_tokens(prompt: str, n_ctx: int) -> list[int]:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that aren't empty. Raises BadInput where there are none."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"can't read prompts from {path}: {error}") from None
     prompts = [line for line in lines if line.strip()]
@@ -165,8 +166,7 @@ def converse(model: GPT, arguments: Arguments, device: torch.device) -> None:
 def main(arguments: Arguments) -> None:
     if not arguments.checkpoint:
         raise BadInput("which checkpoint? python -m eval.sample CHECKPOINT --prompt TEXT")
-    if arguments.num < 1:
-        raise BadInput(f"--num {arguments.num}: expected at least 1")
+    cli.within("num", arguments.num, 1, 1_000_000)
     if arguments.prompt and arguments.prompts:
         raise BadInput("--prompt and --prompts: give one of them")
     prompts = read_prompts(Path(arguments.prompts)) if arguments.prompts else [arguments.prompt]

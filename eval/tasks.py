@@ -102,7 +102,7 @@ def compression(model: GPT, text: str, world: World) -> Compression:
 def read_text(path: Path) -> str:
     """A text file. Raises BadInput where it is none."""
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
     if not text:

@@ -67,7 +67,7 @@ def one_line_errors(output_may_fail: bool = False) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             console.forget_output()  # perhaps it is what lies on the full disk
             exit_process(1, f"error: {error}: make room and start again")
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if env_number("WORLD_SIZE", 1) == 1:
             raise
         sys.excepthook(*sys.exc_info())
         exit_process(1)  # the interpreter's own way out can wait for peers that have died
@@ -86,9 +86,17 @@ def exit_process(exit_code: int, line: str = "") -> NoReturn:
         sys.stdout.flush()
     except OSError:  # nobody reads it any more, or its disk is full
         console.forget_output()
-    if line and int(os.environ.get("RANK", "0")) == 0:
+    if line and env_number("RANK", 0) == 0:
         print(line, file=sys.stderr)
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if env_number("WORLD_SIZE", 1) > 1:
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def env_number(name: str, default: int) -> int:
+    """A number from the environment; `default` where there is none (launch/ranks.py says so)."""
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        return default

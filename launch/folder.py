@@ -115,7 +115,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
     """Raises BadInput that lists what differs between a checkpoint's config.json and this run's."""
     try:
-        saved = json.loads((checkpoint / "config.json").read_text())
+        saved = json.loads((checkpoint / "config.json").read_bytes())
         before = saved["config"]["init"] or "none"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{checkpoint / 'config.json'} is no run's ({error!r}): --init {checkpoint} "

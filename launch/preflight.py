@@ -22,9 +22,10 @@ import torch.distributed as dist
 import tyro
 
 from kernels import cards
-from launch import probes
+from launch import cli, probes
 from launch.errors import exit_process, one_line_errors
 from launch.probes import GB, MIB, SLOW, Line
+from launch.ranks import read_ranks
 from launch.world import choose_device
 
 ANSWER = timedelta(seconds=60)  # torch is imported and GPUs are awake well before that
@@ -50,10 +51,15 @@ class Needs:
     wandb: str = "disabled"
     """online asks for a key."""
 
+    def __post_init__(self) -> None:
+        cli.within("checkpoint_bytes", self.checkpoint_bytes, 0, 10**18)
+        cli.within("keep", self.keep, 1, cli.MOST_STEPS)
+        cli.within("head_width", self.head_width, 1, 100_000)
+
 
 def run(needs: Needs) -> int:
     """Checks every rank that torchrun started; rank 0 prints. Returns the exit code."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = read_ranks()
     if size == 1:
         return report({0: local_lines(needs, choose_device(), first=True)})
     store = open_store(rank)
@@ -62,15 +68,18 @@ def run(needs: Needs) -> int:
         return report({0: [no_answer(silent, size)]}) if rank == 0 else 1
     device = choose_device()
     lines = local_lines(needs, device, first=os.environ.get("LOCAL_RANK", "0") == "0")
-    lines += together(store, rank, size, device)
+    lines += collective_lines(store, rank, size, device)
     mine = json.dumps([asdict(line) for line in lines])
     silent = missing(store, "lines", rank, size, mine, PROBE)
     if rank > 0:
         return 0
-    found = {r: [Line(**row) for row in json.loads(store.get(f"lines/{r}"))]
-             for r in range(size) if r not in silent}
+    found: dict[int, list[Line]] = {}
+    for other in range(size):
+        if other not in silent:
+            rows = json.loads(store.get(f"lines/{other}"))
+            found[other] = [Line(**row) for row in rows]
     if silent:
-        found[0] = [*found.get(0, []), no_answer(silent, size)]
+        found[0].append(no_answer(silent, size))
     return report(found)
 
 
@@ -115,13 +124,7 @@ def no_answer(silent: list[int], size: int) -> Line:
 def local_lines(needs: Needs, device: torch.device, first: bool) -> list[Line]:
     """What one rank can say alone; the disks are looked at by the first rank of each node."""
     lines = probes.gpu(device) + probes.kernel_check(device, needs.head_width)
-    flops = probes.matmul_flops(device)
-    card = cards.by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    share = flops / card.bf16_flops if card else 1.0
-    lines.append(Line(
-        "matrix product", "ok" if share > 0.5 else "warn",  # a bound chosen, not measured
-        f"{flops / 1e12:.2f} TFLOP/s" + f", {share:.0%} of the card's peak" * bool(card),
-        "" if share > 0.5 else "look at clocks, power limit and other processes"))
+    lines.append(matmul_line(probes.matmul_flops(device), known_card(device)))
     if first:
         lines += probes.data_folder(needs.data)
         lines += probes.run_folder(needs.out_dir, needs.checkpoint_bytes, needs.keep)
@@ -129,7 +132,26 @@ def local_lines(needs: Needs, device: torch.device, first: bool) -> list[Line]:
     return lines
 
 
-def together(store: dist.Store, rank: int, size: int, device: torch.device) -> list[Line]:
+def known_card(device: torch.device) -> cards.Card | None:
+    """The GPU's limits, where kernels/cards.py has them."""
+    if device.type != "cuda":
+        return None
+    return cards.by_name(torch.cuda.get_device_name(device))
+
+
+def matmul_line(flops: float, card: cards.Card | None) -> Line:
+    """The speed of a matrix product against the card's own peak."""
+    found = f"{flops / 1e12:.2f} TFLOP/s"
+    if card is None:
+        return Line("matrix product", "ok", found)
+    share = flops / card.bf16_flops
+    found += f", {share:.0%} of the card's peak"
+    if share > 0.5:  # a bound chosen, not measured
+        return Line("matrix product", "ok", found)
+    return Line("matrix product", "warn", found, "look at clocks, power limit and other processes")
+
+
+def collective_lines(store: dist.Store, rank: int, size: int, device: torch.device) -> list[Line]:
     """What takes all ranks: bandwidth, who is slow, clocks. Rank 0 gets the lines."""
     cuda = device.type == "cuda"
     if cuda:
@@ -138,9 +160,9 @@ def together(store: dist.Store, rank: int, size: int, device: torch.device) -> l
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
                                 rank=rank, world_size=size, timeout=ANSWER)
         bandwidth = all_reduce_rate(size, device)
-        before, after = (neighbour_rate(rank, size, device, shift) for shift in (0, 1))
+        links = [neighbour_rate(rank, size, device, shift) for shift in (0, 1)]
         dist.barrier()
-        mine = {"node": os.uname().nodename, "now": time.time(), "links": [before, after],
+        mine = {"node": os.uname().nodename, "now": time.time(), "links": links,
                 "flops": probes.matmul_flops(device), "torch": torch.__version__}
         everyone: list = [None] * size
         dist.all_gather_object(everyone, mine)
@@ -196,12 +218,13 @@ def neighbour_rate(rank: int, size: int, device: torch.device, shift: int) -> tu
 def bandwidth_line(rate: float, everyone: list[dict], device: torch.device) -> Line:
     """All-reduce against the slowest link on its way."""
     found = f"{rate / GB:.2f} GB/s a rank, {len(everyone)} ranks"
-    card = cards.by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    card = known_card(device)
     if card is None:
         return Line("all-reduce", "ok", found + ", no limit known to compare with")
-    many = len({one["node"] for one in everyone}) > 1
-    limit = card.network_bandwidth if many else card.link_bandwidth
-    link = "the network" if many else card.link  # the network's is a default: clusters differ
+    limit, link = card.link_bandwidth, card.link
+    nodes = {one["node"] for one in everyone}
+    if len(nodes) > 1:
+        limit, link = card.network_bandwidth, "the network"  # a default: clusters differ
     found += f", {rate / limit:.0%} of {limit / GB:.0f} GB/s ({link})"
     if rate > limit / 2:  # a bound chosen, not measured
         return Line("all-reduce", "ok", found)
@@ -211,29 +234,62 @@ def bandwidth_line(rate: float, everyone: list[dict], device: torch.device) -> L
 
 def comparisons(everyone: list[dict]) -> list[Line]:
     """Ranks and nodes against one another: speed, links, clocks, versions."""
-    names = [f"rank {r} ({one['node']})" for r, one in enumerate(everyone)]
-    usual = statistics.median(one["flops"] for one in everyone)
-    slow = [name for name, one in zip(names, everyone, strict=True) if one["flops"] < SLOW * usual]
-    inside, between = [], []
-    for r, one in enumerate(everyone):
-        for other, rate in one["links"]:
-            if other > r and everyone[other]["node"] == one["node"]:
-                inside.append((names[r], names[other], rate))
-            elif other > r:
-                between.append((one["node"], everyone[other]["node"], rate))
-    weak = probes.slow_ones(inside) + probes.slow_ones(between)
-    skew = max(one["now"] for one in everyone) - min(one["now"] for one in everyone)
-    torches = sorted({one["torch"] for one in everyone})
+    names = [f"rank {rank} ({one['node']})" for rank, one in enumerate(everyone)]
     return [
-        Line("speed of ranks", "warn", f"slow: {', '.join(slow)}", "leave that node out, or find "
-             "what else it does") if slow else Line("speed of ranks", "ok", "alike"),
-        Line("links", "warn", f"slow: {', '.join(weak)}", "leave it out, or look at its cable and "
-             "network card") if weak else Line("links", "ok", "none stands out"),
-        Line("clock skew", "warn" if skew > SKEW else "ok", f"{skew:.3f} s",
-             "set the clocks by NTP (chrony)" if skew > SKEW else ""),
-        Line("same torch", "ok" if len(torches) == 1 else "fail", ", ".join(torches),
-             "" if len(torches) == 1 else "install one version on every node"),
+        speed_line(everyone, names),
+        links_line(everyone, names),
+        skew_line(everyone),
+        torch_line(everyone),
     ]
+
+
+def speed_line(everyone: list[dict], names: list[str]) -> Line:
+    """Who multiplies matrices more slowly than the rest."""
+    usual = statistics.median(one["flops"] for one in everyone)
+    slow = []
+    for name, one in zip(names, everyone, strict=True):
+        if one["flops"] < SLOW * usual:
+            slow.append(name)
+    if slow:
+        return Line("speed of ranks", "warn", f"slow: {', '.join(slow)}",
+                    "leave that node out, or find what else it does")
+    return Line("speed of ranks", "ok", "alike")
+
+
+def links_line(everyone: list[dict], names: list[str]) -> Line:
+    """Which rank inside a node, and which node, is slow on all its links."""
+    inside, between = [], []
+    for rank, one in enumerate(everyone):
+        for other, rate in one["links"]:
+            if other <= rank:  # the other end has said it
+                continue
+            if everyone[other]["node"] == one["node"]:
+                inside.append((names[rank], names[other], rate))
+            else:
+                between.append((one["node"], everyone[other]["node"], rate))
+    slow = probes.slow_ones(inside) + probes.slow_ones(between)
+    if slow:
+        return Line("links", "warn", f"slow: {', '.join(slow)}",
+                    "leave it out, or look at its cable and network card")
+    return Line("links", "ok", "none stands out")
+
+
+def skew_line(everyone: list[dict]) -> Line:
+    """How far the nodes' clocks are apart, as seen right after a barrier."""
+    now = [one["now"] for one in everyone]
+    skew = max(now) - min(now)
+    if skew > SKEW:
+        return Line("clock skew", "warn", f"{skew:.3f} s", "set the clocks by NTP (chrony)")
+    return Line("clock skew", "ok", f"{skew:.3f} s")
+
+
+def torch_line(everyone: list[dict]) -> Line:
+    """Whether all ranks run the same PyTorch."""
+    versions = sorted({one["torch"] for one in everyone})
+    if len(versions) > 1:
+        return Line("same torch", "fail", ", ".join(versions),
+                    "install one version on every node")
+    return Line("same torch", "ok", versions[0])
 
 
 def report(found: dict[int, list[Line]]) -> int:
@@ -247,9 +303,12 @@ def report(found: dict[int, list[Line]]) -> int:
         trouble = [(rank, line) for rank, line in all_of_it if line.status != "ok"]
         for rank, line in trouble or all_of_it[:1]:
             rows.append({"rank": rank, **asdict(line)})
-            who = f"rank {rank}: " * (len(found) > 1 and bool(trouble))
-            print(f"{line.status:<5} {check:<15} {who}{line.found}"
-                  + f" -> {line.advice}" * bool(line.advice))
+            text = line.found
+            if trouble and len(found) > 1:
+                text = f"rank {rank}: {text}"
+            if line.advice:
+                text += f" -> {line.advice}"
+            print(f"{line.status:<5} {check:<15} {text}")
     failed = any(row["status"] == "fail" for row in rows)
     print(json.dumps({"fit": not failed, "ranks": len(found), "checks": rows}), flush=True)
     return int(failed)

@@ -5,6 +5,7 @@
 A probe that meets a full disk or a missing tool reports that; it doesn't raise.
 """
 
+import itertools
 import os
 import re
 import resource
@@ -59,17 +60,29 @@ def gpu(device: torch.device) -> list[Line]:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
         cores = len(os.sched_getaffinity(0))
         return [Line("device", "ok", f"no GPU: {cores} CPU cores, {memory:.0f} GiB of memory")]
-    name = torch.cuda.get_device_name(device)
-    free, total = torch.cuda.mem_get_info(device)
-    card = cards.by_name(name)
-    lines = [Line("device", "ok" if card else "warn", f"{name}, {total / GIB:.0f} GiB",
-                  "" if card else "not in kernels/cards.py, so nothing to compare its speed with")]
-    used = (total - free) / GIB
-    busy = used > 2  # CUDA's own context takes up to one
-    lines.append(Line("GPU memory", "warn" if busy else "ok", f"{used:.1f} GiB in use",
-                      "end what else runs there, or lower --micro_batch" if busy else ""))
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return lines + driver(uuid, own=os.getpid())
+    return [card_line(device), memory_line(device), *driver(uuid, own=os.getpid())]
+
+
+def card_line(device: torch.device) -> Line:
+    """What the GPU is, and whether its limits are known."""
+    name = torch.cuda.get_device_name(device)
+    total = torch.cuda.mem_get_info(device)[1]
+    found = f"{name}, {total / GIB:.0f} GiB"
+    if cards.by_name(name):
+        return Line("device", "ok", found)
+    return Line("device", "warn", found,
+                "not in kernels/cards.py, so nothing to compare its speed with")
+
+
+def memory_line(device: torch.device) -> Line:
+    """Whether something else lies in the GPU's memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    used = (total - free) / GIB
+    found = f"{used:.1f} GiB in use"
+    if used > 2:  # CUDA's own context takes up to one
+        return Line("GPU memory", "warn", found, "end what else runs there, or lower --micro_batch")
+    return Line("GPU memory", "ok", found)
 
 
 def driver(uuid: str, own: int) -> list[Line]:
@@ -89,17 +102,16 @@ def driver(uuid: str, own: int) -> list[Line]:
         apps = ask("--query-compute-apps=pid").split()
     except (ValueError, OSError, subprocess.TimeoutExpired) as error:
         return [Line("driver", "warn", f"nvidia-smi can't be read: {error}", "try it by hand")]
-    clocks = f"{now} of {most} MHz at {heat} C"
+    clocks = Line("clocks", "ok", f"{now} of {most} MHz at {heat} C")
+    if held:
+        clocks = Line("clocks", "fail", f"{clocks.found}, held down by {', '.join(sorted(held))}",
+                      "cool or power this node properly, or leave it out")
+    processes = Line("GPU processes", "ok", "none but this")
     strangers = [pid for pid in apps if pid != str(own)]
-    return [
-        Line("driver", "ok", version),
-        Line("clocks", "fail", f"{clocks}, held down by {', '.join(sorted(held))}",
-             "cool or power this node properly, or leave it out") if held
-        else Line("clocks", "ok", clocks),
-        Line("GPU processes", "warn", f"others: {', '.join(strangers)}",
-             "end them, or take another GPU") if strangers
-        else Line("GPU processes", "ok", "none but this"),
-    ]
+    if strangers:
+        processes = Line("GPU processes", "warn", f"others: {', '.join(strangers)}",
+                         "end them, or take another GPU")
+    return [Line("driver", "ok", version), clocks, processes]
 
 
 def kernel_check(device: torch.device, head_width: int) -> list[Line]:
@@ -116,8 +128,10 @@ def kernel_check(device: torch.device, head_width: int) -> list[Line]:
 def matmul_flops(device: torch.device) -> float:
     """FLOP/s of a matrix product here, best of five: bf16 on GPUs, fp32 on CPUs."""
     cuda = device.type == "cuda"
-    n = 8192 if cuda else 1024
-    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    n, dtype = 1024, torch.float32
+    if cuda:
+        n, dtype = 8192, torch.bfloat16
+    a = torch.ones(n, n, device=device, dtype=dtype)  # (n, n)
     best = float("inf")
     for _ in range(6):  # the first one warms up
         start = clock()
@@ -133,14 +147,16 @@ def data_folder(folder: Path | None) -> list[Line]:
     if folder is None:
         return []
     try:
-        files = [folder] if folder.is_file() else [p for p in folder.iterdir() if p.is_file()]
-        path = max(files, key=lambda p: p.stat().st_size, default=None)
-        if path is None:
+        files = [folder]
+        if not folder.is_file():
+            files = [path for path in folder.iterdir() if path.is_file()]
+        if not files:
             return [Line("data", "fail", f"{folder} is empty", "python -m data.fineweb fills it")]
-        rate, size = read_rate(path)
+        largest = max(files, key=lambda path: path.stat().st_size)
+        rate, size = read_rate(largest)
     except OSError as error:
         return [Line("data", "fail", f"{folder}: {error.strerror}", "name the folder of shards")]
-    found = f"{rate / MIB:,.0f} MiB/s from {path}"
+    found = f"{rate / MIB:,.0f} MiB/s from {largest}"
     if rate < READ_WANTED and size > MIB:  # less says nothing of the disk
         return [Line("data", "warn", found, "copy the shards to a local disk: training wants "
                      f"{READ_WANTED / MIB:.0f} MiB/s a node")]
@@ -154,7 +170,10 @@ def read_rate(path: Path) -> tuple[float, int]:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         start, size = clock(), 0
-        while size < READ_BYTES and (chunk := os.read(handle, 4 * MIB)):
+        while size < READ_BYTES:
+            chunk = os.read(handle, 4 * MIB)
+            if not chunk:
+                break
             size += len(chunk)
         return size / max(clock() - start, 1e-9), size
     finally:
@@ -166,20 +185,34 @@ def run_folder(folder: Path, checkpoint_bytes: int, keep: int) -> list[Line]:
     lines = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free, needed = free_bytes(folder), checkpoint_bytes * (keep + 1)
-        found = f"{free / GB:,.1f} GB free in {folder}, {needed / GB:,.1f} GB will be written"
-        lines.append(Line("space", "fail", found, "free some, lower --keep, or choose another "
-                          "--out_dir") if free < needed else Line("space", "ok", found))
-        rate = write_rate(folder)
+        lines.append(space_line(folder, needed=checkpoint_bytes * (keep + 1)))
+        lines.append(writing_line(folder, checkpoint_bytes))
     except OSError as error:
         why = error.strerror or str(error)
-        return [*lines, Line("writing", "fail", f"{folder}: {why}", "choose another --out_dir")]
-    seconds = checkpoint_bytes / rate
-    found = f"{rate / MIB:,.0f} MiB/s to {folder}" + f", {seconds:.0f} s a save" * (seconds >= 1)
-    slow = seconds > SAVE_SECONDS
-    lines.append(Line("writing", "warn" if slow else "ok", found, "the last save before a stop has "
-                      f"{SAVE_SECONDS:.0f} s: choose a faster disk" if slow else ""))
+        lines.append(Line("writing", "fail", f"{folder}: {why}", "choose another --out_dir"))
     return lines
+
+
+def space_line(folder: Path, needed: int) -> Line:
+    """Whether so many bytes find room."""
+    free = free_bytes(folder)
+    found = f"{free / GB:,.1f} GB free in {folder}, {needed / GB:,.1f} GB will be written"
+    if free < needed:
+        return Line("space", "fail", found, "free some, lower --keep, or choose another --out_dir")
+    return Line("space", "ok", found)
+
+
+def writing_line(folder: Path, checkpoint_bytes: int) -> Line:
+    """How long a checkpoint takes to be written. Raises OSError where there is no room."""
+    rate = write_rate(folder)
+    seconds = checkpoint_bytes / rate
+    found = f"{rate / MIB:,.0f} MiB/s to {folder}"
+    if seconds >= 1:
+        found += f", {seconds:.0f} s a save"
+    if seconds > SAVE_SECONDS:
+        return Line("writing", "warn", found, f"the last save before a stop has {SAVE_SECONDS:.0f} "
+                    "s: choose a faster disk")
+    return Line("writing", "ok", found)
 
 
 def write_rate(folder: Path) -> float:
@@ -254,5 +287,5 @@ def slow_ones(links: Iterable[tuple[str, str, float]]) -> list[str]:
         rates.setdefault(other, []).append(rate)
     if len(rates) < 3:
         return []
-    usual = statistics.median(rate for all_of_one in rates.values() for rate in all_of_one)
-    return [name for name, all_of_one in rates.items() if max(all_of_one) < SLOW * usual]
+    usual = statistics.median(itertools.chain(*rates.values()))
+    return [name for name, own in rates.items() if max(own) < SLOW * usual]

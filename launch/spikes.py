@@ -21,6 +21,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from launch import cli
 from launch.errors import Failed
 
 Policy = Literal["skip", "rollback", "stop", "ignore"]
@@ -41,8 +42,7 @@ class SpikeConfig:
     """Bad steps in a row that are borne; one more ends the run."""
 
     def __post_init__(self) -> None:
-        if self.max_spikes < 0:
-            raise ValueError(f"max_spikes {self.max_spikes}: expected at least 0")
+        cli.within("max_spikes", self.max_spikes, 0)
 
 
 class SpikeDetector:

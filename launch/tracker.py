@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from launch import cli
 from launch.errors import BadInput, Failed
 from launch.files import atomic_write
 from launch.world import World, peak_flops, peak_memory_mib
@@ -32,8 +33,7 @@ class TrackerConfig:
     """Steps to record with torch.profiler."""
 
     def __post_init__(self) -> None:
-        if self.profile < 0:
-            raise ValueError(f"profile {self.profile}: expected at least 0")
+        cli.within("profile", self.profile, 0, 1000, "steps")  # a trace of them is held in memory
 
 
 class Tracker:
@@ -152,7 +152,7 @@ def clock(seconds: float) -> str:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl; a half-written last line (the power went) is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8-sig").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:

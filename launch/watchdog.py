@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import cli
 from launch.world import World
 
 ROOT = str(Path(__file__).parent.parent)
@@ -40,8 +41,8 @@ class WatchdogConfig:
     """Seconds without any progress after which a rank ends itself, and says where it stood."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.hang_timeout <= threading.TIMEOUT_MAX:
-            raise ValueError(f"hang_timeout {self.hang_timeout}: expected seconds above 0")
+        # 30 days; far above it the timers' own type overflows.
+        cli.within("hang_timeout", self.hang_timeout, 1, 30 * 86_400, "seconds")
 
 
 class Watchdog:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from kernels import cards
 from launch.errors import BadInput, Failed
 from launch.orphan import exit_when_orphaned
+from launch.ranks import read_ranks
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 DTYPES = {
@@ -181,8 +182,7 @@ def init_distributed(deterministic: bool = False) -> World:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    rank = int(os.environ.get("RANK", "0"))
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = read_ranks()
     device = choose_device()
     if device.type == "cpu":
         keep_freed_memory()

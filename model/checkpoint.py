@@ -164,7 +164,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json."""
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
     if not isinstance(content, dict):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launch import cli
 from model.gpt2 import GPT, Cache
 
 
@@ -35,12 +36,12 @@ class SampleConfig:
     """The same seed gives the same text."""
 
     def __post_init__(self) -> None:
-        if not (self.max_tokens >= 0 and 0 <= self.temperature < float("inf") and self.top_k >= 0):
-            raise ValueError("max_tokens, temperature and top_k are finite and not negative")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed}: expected 0 to 2^63 - 1")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is a probability above 0, not {self.top_p}")
+        cli.within("max_tokens", self.max_tokens, 0, 10**9)
+        if self.temperature != 0:  # below it logits / temperature leave fp32
+            cli.within("temperature", self.temperature, 1e-6, 1e6, "(or 0: the likeliest token)")
+        cli.within("top_k", self.top_k, 0, 10**9)
+        cli.within("top_p", self.top_p, 1e-9, 1)
+        cli.within("seed", self.seed, 0, 2**63 - 1)
 
 
 def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:

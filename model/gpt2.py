@@ -24,6 +24,8 @@ from model.packed import Packed
 
 VOCAB_MULTIPLE = 128  # 50,257 is odd; tensor cores want their dimensions in multiples of 64 or 128
 INIT_STD = 0.02  # GPT-2's initializer_range
+# Sizes beyond any published model of this kind: a slip of the keyboard, not a wish.
+LARGEST = dict(n_layer=1000, n_head=1000, n_embd=100_000, n_ctx=1_000_000, n_vocab=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class GPTConfig:
     """Vocabulary: 256 bytes, 50,000 merges, end of text."""
 
     def __post_init__(self) -> None:
-        if min(self.n_layer, self.n_head, self.n_embd, self.n_ctx, self.n_vocab) < 1:
-            raise ValueError("every size of the model must be at least 1")
+        for name, largest in LARGEST.items():
+            size = getattr(self, name)
+            if not 1 <= size <= largest:
+                raise ValueError(f"{name} {size}: expected 1 to {largest:,}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
 

@@ -118,7 +118,7 @@ def without_padding(model: GPT, spec: str) -> GPT:
 def read_config(folder: Path) -> GPTConfig:
     """The shape in a folder's config.json. Raises BadInput where it is no GPT-2."""
     try:
-        content = json.loads((folder / "config.json").read_text())
+        content = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is no Hugging Face folder: config.json: {error}") from None
     if not isinstance(content, dict):

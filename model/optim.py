@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from launch import cli
 from launch.errors import Failed
 from model.parallel import ParamShard
 
@@ -38,11 +39,15 @@ class OptimConfig:
     """Largest norm of the gradient; 0 leaves it as it is (GPT-3, appendix B)."""
 
     def __post_init__(self) -> None:
-        for key in ("lr", "final_lr", "warmup_steps", "weight_decay", "eps", "clip"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"{key} {getattr(self, key)} is negative or no number")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} lie in [0, 1)")
+        cli.within("optim.lr", self.lr, 0, 1e38)  # fp32 ends at 3.4e38
+        cli.within("optim.final_lr", self.final_lr, 0, 1)
+        cli.within("optim.warmup_steps", self.warmup_steps, 0, cli.MOST_STEPS)
+        cli.within("optim.weight_decay", self.weight_decay, 0, 100)
+        cli.within("optim.beta1", self.beta1, 0, 0.999999)
+        cli.within("optim.beta2", self.beta2, 0, 0.999999)
+        # Padding rows have no gradient: their update is 0 / (0 + eps), NaN where fp32 makes eps 0.
+        cli.within("optim.eps", self.eps, 1e-37, 1)
+        cli.within("optim.clip", self.clip, 0, 1e38)
 
 
 def get_lr(step: int, steps: int, config: OptimConfig) -> float:

@@ -47,9 +47,9 @@ class SavingConfig:
     keep: int = 3
     """Newest checkpoints to keep."""
 
-    def check(self) -> None:
-        """Raises BadInput for numbers below 1."""
-        cli.at_least_1(self, "save_every", "keep")
+    def __post_init__(self) -> None:
+        cli.within("save_every", self.save_every, 1, cli.MOST_STEPS)
+        cli.within("keep", self.keep, 1, cli.MOST_STEPS)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import kernels
+from kernels import roofline
 from kernels.cards import CARDS
 from launch import plan
 from launch.errors import BadInput
-from launch.plan import Job
+from launch.plan import memory, report, step_time
+from launch.plan.job import Job, parse_cluster
 from model.gpt2 import GPT, GPTConfig, flops_per_token, parameter_count
 from train_gpt2 import PRESETS
 
@@ -85,9 +87,9 @@ def test_memory_is_what_a_step_allocates(shape):
     """Within 0.1 %: the plan leaves out what has no C in it (tokens, scalars)."""
     model, B = SHAPES[shape]
     job = job_of(model)
-    moments = plan.moments(job, B)
-    moments.pop("loss")  # inside one custom operator, where the tracker sees nothing
-    predicted = 16 * job.stored + plan.activations(job, B) + max(moments.values())
+    peaks = memory.peaks(job, B)
+    peaks.pop("loss")  # inside one custom operator, where the tracker sees nothing
+    predicted = 16 * job.stored + memory.activations(job, B) + max(peaks.values())
     measured = peak_of_a_step(model, B, operators("triton"))
     print(f"{shape}: {predicted / MIB:,.1f} MiB predicted, {measured / MIB:,.1f} allocated")
     assert predicted == pytest.approx(measured, rel=1e-3)
@@ -115,15 +117,15 @@ def test_blocks_keep_what_the_plan_says(ops, dtype):
             saved.pop(parameter.untyped_storage()._cdata, None)
     job, N = job_of(model, kernels=ops, dtype=dtype), B * model.n_ctx
     # last LayerNorm's input and statistics, the loss's dh and dW
-    C, V, dh = job.n_embd, job.padded_vocab, 4 if ops == "triton" else job.width
+    C, V, dh = job.n_embd, job.padded_vocab, 4 if ops == "triton" else job.itemsize
     last = N * ((4 + dh) * C + 8) + 4 * V * C
-    assert sum(saved.values()) == pytest.approx(plan.activations(job, B) + last, rel=1e-3)
+    assert sum(saved.values()) == pytest.approx(memory.activations(job, B) + last, rel=1e-3)
 
 
 def test_the_loss_holds_as_many_logits_as_the_plan_says():
     cross_entropy = pytest.importorskip("kernels.cross_entropy", reason="needs Triton")
-    assert plan.LOGITS == cross_entropy.CHUNK_ELEMENTS
-    assert plan.LOGITS_TORCH == kernels.reference.CHUNK_ELEMENTS
+    assert memory.LOGITS == cross_entropy.CHUNK_ELEMENTS
+    assert memory.LOGITS_TORCH == kernels.reference.CHUNK_ELEMENTS
 
 
 def test_recomputing_keeps_the_inputs_of_blocks_alone():
@@ -131,9 +133,9 @@ def test_recomputing_keeps_the_inputs_of_blocks_alone():
     loss and what is there when a block is computed again."""
     model, B = SHAPES["narrow"][0], 32
     job = job_of(model, checkpointing=True)
-    moments = plan.moments(job, B)
-    moments.pop("loss")
-    predicted = 16 * job.stored + plan.activations(job, B) + max(moments.values())
+    peaks = memory.peaks(job, B)
+    peaks.pop("loss")
+    predicted = 16 * job.stored + memory.activations(job, B) + max(peaks.values())
     assert 1 <= predicted / peak_of_a_step(model, B, operators("triton"), again=True) <= 1.1
 
 
@@ -155,22 +157,54 @@ def test_memory_of_a_plain_gpt2(name, B, ranks, measured):
     """Within 3 %: small tensors of that model; under FSDP it gathered its embeddings in bf16."""
     job = preset(name, parallel="fsdp" if ranks > 1 else "ddp")
     N, C, V = B * job.n_ctx, job.n_embd, job.padded_vocab
-    held = plan.memory(job, ranks, B)
+    held = memory.memory(job, ranks, B)
     states = held["weights (fp32)"] + held["optimizer (two moments)"]
     gathered = held.get("weights gathered", 0)
-    predicted = states + gathered + plan.activations(job, B) + 12 * N * V + 6 * N * C
+    predicted = states + gathered + memory.activations(job, B) + 12 * N * V + 6 * N * C
     print(f"{name} B {B} ranks {ranks}: {predicted / MIB:,.0f} against {measured:,} MiB")
     assert predicted / MIB == pytest.approx(measured, rel=0.03)
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
     job, card = preset("gpt2-350m"), CARDS["4090"]
-    most = plan.largest_micro_batch(job, card, 1)
-    assert sum(plan.memory(job, 1, most).values()) <= card.memory_bytes
-    assert sum(plan.memory(job, 1, 2 * most).values()) > card.memory_bytes
+    most = memory.largest_micro_batch(job, card, 1)
+    assert sum(memory.memory(job, 1, most).values()) <= card.memory_bytes
+    assert sum(memory.memory(job, 1, 2 * most).values()) > card.memory_bytes
 
 
 # ---- time ----
+
+# Kernels that run once a block (LayerNorm: twice, and once at the end), and the card's roofline.
+@pytest.mark.parametrize(("passes", "kernels_of_a_step"), [
+    (step_time.layer_norms, {"layer_norm_forward": 2 * 12 + 1, "layer_norm_backward": 2 * 12 + 1}),
+    (step_time.loss, {"cross_entropy": 1}),
+])
+def test_the_tables_count_what_the_kernels_own_roofline_counts(passes, kernels_of_a_step):
+    shape = roofline.Shape(B=4, T=1024, C=768, H=12, V=50304)
+    expected = sum(count * roofline.work(kernel, shape).bytes
+                   for kernel, count in kernels_of_a_step.items())
+    assert step_time.total_bytes(passes(preset("gpt2-124m"), 4)) == expected
+
+
+@pytest.mark.parametrize(("mode", "gpus", "bytes_a_parameter"), [
+    ("ddp", 1, 28 + 12), ("ddp", 8, 28 + 12),
+    ("zero1", 8, 28 / 8 + 12), ("zero1", 16, 28 / 16 + 12), ("fsdp", 16, 28 / 8 + 12),
+])
+def test_the_optimizer_moves_28_bytes_a_parameter_it_owns_and_12_to_clip(
+        mode, gpus, bytes_a_parameter):
+    """fp32: AdamW reads four numbers and writes three; clipping reads two and writes one."""
+    job = preset("gpt2-124m", parallel=mode)
+    assert step_time.total_bytes(step_time.optimizer(job, gpus)) == bytes_a_parameter * job.stored
+
+
+def test_a_kernel_for_each_operation_moves_more_than_one_for_all():
+    """Without compile: 24 and 36 bytes a number instead of 12 and 16."""
+    fused = preset("gpt2-124m")
+    eager = replace(fused, kernels="torch", compile=False)
+    N, C = 4 * 1024, 768
+    assert step_time.total_bytes(step_time.layer_norms(fused, 4)) == 25 * N * C * (12 + 16)
+    assert step_time.total_bytes(step_time.layer_norms(eager, 4)) == 25 * N * C * (24 + 36)
+
 
 def other(L: int, H: int, C: int, T: int, B: int, tokens: int = 2**19, **changes) -> Job:
     n_vocab = changes.pop("n_vocab", 50257)
@@ -211,18 +245,18 @@ def predict(name: str, monkeypatch) -> tuple[float, float]:
     """(milliseconds at the roofline, and published) of one run."""
     text, job, published, _ = PUBLISHED[name]
     if "nanochat" in name:
-        monkeypatch.setitem(plan.ATTENTION, "sm_90", 1.75 * plan.ATTENTION["sm_90"])
-    gpus, card = plan.cluster(text)
-    return 1e3 * sum(plan.step(job, card, gpus, job.micro_batch).values()), published
+        monkeypatch.setitem(step_time.ATTENTION, "sm_90", 1.75 * step_time.ATTENTION["sm_90"])
+    gpus, card = parse_cluster(text)
+    return 1e3 * sum(step_time.step(job, card, gpus, job.micro_batch).values()), published
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_runs_lie_in_the_range(name, monkeypatch):
     low, published = predict(name, monkeypatch)
     print(f"{name:41} {PUBLISHED[name][0]:12} {published:5.0f} ms published, range {low:5.0f} to "
-          f"{plan.SLOWEST * low:5.0f}, typical {plan.TYPICAL * low:5.0f} "
-          f"({plan.TYPICAL * low / published - 1:+.0%}) {PUBLISHED[name][3]}")
-    assert low <= published <= plan.SLOWEST * low
+          f"{report.SLOWEST * low:5.0f}, typical {report.TYPICAL * low:5.0f} "
+          f"({report.TYPICAL * low / published - 1:+.0%}) {PUBLISHED[name][3]}")
+    assert low <= published <= report.SLOWEST * low
 
 
 def test_tuned_programs_take_the_typical_time(monkeypatch):
@@ -232,7 +266,7 @@ def test_tuned_programs_take_the_typical_time(monkeypatch):
         if kind == "tuned":
             with monkeypatch.context() as patch:
                 low, published = predict(name, patch)
-            errors.append(abs(plan.TYPICAL * low / published - 1))
+            errors.append(abs(report.TYPICAL * low / published - 1))
     assert max(errors) < 0.10 and sum(errors) / len(errors) < 0.05
 
 
@@ -242,7 +276,7 @@ def test_typical_is_the_mean_of_the_fitted_runs(monkeypatch):
         if kind == "fit":
             low, published = predict(name, monkeypatch)
             ratios.append(published / low)
-    assert sum(ratios) / len(ratios) == pytest.approx(plan.TYPICAL, abs=0.01)
+    assert sum(ratios) / len(ratios) == pytest.approx(report.TYPICAL, abs=0.01)
 
 
 @pytest.mark.parametrize("key", CARDS)
@@ -251,9 +285,9 @@ def test_every_card_and_count_has_a_plan(key, parallel):
     """A batch that 1,024 GPUs can share; never faster than the peak, and more GPUs never slower."""
     job, card, before = preset("gpt2-124m", batch_tokens=2**21, parallel=parallel), CARDS[key], None
     for gpus in (1, 2, 4, 8, 16, 128, 1024):
-        assert "tokens/s" in plan.report(job, f"{gpus}x{key}", price=2)
-        B = plan.fit(job, f"{gpus}x{key}")[2]
-        compute = {part: seconds for part, seconds in plan.step(job, card, gpus, B).items()
+        assert "tokens/s" in report.report(job, f"{gpus}x{key}", price=2)
+        B, _ = report.choose_micro_batch(job, gpus, card, key)
+        compute = {part: seconds for part, seconds in step_time.step(job, card, gpus, B).items()
                    if not part.startswith("communication")}
         assert sum(compute.values()) > job.flops_per_token * 2**21 / gpus / card.bf16_flops
         assert before is None or sum(compute.values()) < before
@@ -264,20 +298,20 @@ def test_traffic_is_a_rings():
     """A ring of n moves 2 (n - 1) / n of the buffer per GPU, between nodes an eighth of it."""
     job = preset("gpt2-124m")
     size = 4 * job.stored
-    assert plan.traffic(job, 1, 1) == (0, 0)
-    assert plan.traffic(job, 8, 1) == (2 * 7 / 8 * size, 0)
-    assert plan.traffic(job, 32, 1) == (2 * 7 / 8 * size, 2 * 3 / 4 * size / 8)
-    assert plan.traffic(replace(job, parallel="zero1"), 8, 1)[0] == 3 * 7 / 8 * size
+    assert step_time.traffic(job, 1, 1) == (0, 0)
+    assert step_time.traffic(job, 8, 1) == (2 * 7 / 8 * size, 0)
+    assert step_time.traffic(job, 32, 1) == (2 * 7 / 8 * size, 2 * 3 / 4 * size / 8)
+    assert step_time.traffic(replace(job, parallel="zero1"), 8, 1)[0] == 3 * 7 / 8 * size
     # two micro-steps: blocks twice each in bf16, embeddings once each in fp32; gradients once
     sharded = replace(job, parallel="fsdp")
     head = 4 * (50304 + 1024) * 768
-    assert plan.traffic(sharded, 8, 2)[0] == 7 / 8 * (2 * (size - head) + 2 * head + size)
-    assert plan.traffic(sharded, 32, 2)[1] == plan.traffic(job, 32, 2)[1]
+    assert step_time.traffic(sharded, 8, 2)[0] == 7 / 8 * (2 * (size - head) + 2 * head + size)
+    assert step_time.traffic(sharded, 32, 2)[1] == step_time.traffic(job, 32, 2)[1]
 
 
 def test_sharding_saves_what_it_says():
     """12 or 8 of the 16 bytes of state a parameter, over the ranks that share them."""
-    whole, zero1, fsdp = (plan.memory(preset("gpt2-1558m", parallel=mode), 16, 1)
+    whole, zero1, fsdp = (memory.memory(preset("gpt2-1558m", parallel=mode), 16, 1)
                           for mode in ("ddp", "zero1", "fsdp"))
     states = list(whole)[:3]
     assert [zero1[key] / whole[key] for key in states] == [1, 1, 1 / 16]
@@ -286,13 +320,13 @@ def test_sharding_saves_what_it_says():
 
 
 def test_the_report_says_it_all():
-    text = plan.report(preset("gpt2-124m"), "8xH100", price=2.5)
+    text = report.report(preset("gpt2-124m"), "8xH100", price=2.5)
     for part in ("124,439,808 parameters", "854 MFLOP a token", "optimizer", "tokens/s", "hours",
                  "the largest that fits:", "over NVLink 4", "at $2.5 per GPU-hour", "assumed"):
         assert part in text
     low, high = map(float, re.search(r"cost +\$([\d.]+) to \$([\d.]+)", text).groups())
-    assert high == pytest.approx(plan.SLOWEST * low, rel=0.01)
-    assert "none of them was on a b200; none was on several nodes" in plan.report(
+    assert high == pytest.approx(report.SLOWEST * low, rel=0.01)
+    assert "none of them was on a b200; none was on several nodes" in report.report(
         preset("gpt2-124m"), "16xb200")
 
 
@@ -303,22 +337,21 @@ def test_the_plan_is_printed_from_settings(capsys):
     assert "at $0.5 per GPU-hour" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "text", "price", "line"), [
-    ("gpt2-124m", "8xh10", 0, "no GPU is called 'h10': did you mean h100"),
-    ("gpt2-124m", "8 cards", 0, "expected COUNTxGPU as in 8xh100"),
-    ("gpt2-124m", "0xh100", 0, "1 to 1,024 GPUs, not 0"),
-    ("gpt2-124m", "-8xh100", 0, "1 to 1,024 GPUs, not -8"),
-    ("gpt2-124m", "2048xh100", 0, "1 to 1,024 GPUs, not 2,048"),
-    ("gpt2-124m", "12xh100", 0, "nodes of 8: 8 or 16"),
-    ("gpt2-124m", "1024xh100", 0, "--batch_tokens 1048576, or 256 or 512 GPUs"),
-    ("gpt2-124m", "3xh100", 0, "or 2 or 4 GPUs"),
-    ("gpt2-124m", "8xh100", -1, "--plan_price -1: expected dollars per GPU-hour"),
-    ("gpt2-1558m", "1x4090", 0, "more than a 4090 has; what fits: 1xa100-40gb or 1xl40s"),
-    ("gpt2-1558m", "8x4090", 0, "what fits: --parallel zero1 or --parallel fsdp"),
+@pytest.mark.parametrize(("name", "text", "line"), [
+    ("gpt2-124m", "8xh10", "no GPU is called 'h10': did you mean h100"),
+    ("gpt2-124m", "8 cards", "expected COUNTxGPU as in 8xh100"),
+    ("gpt2-124m", "0xh100", "1 to 1,024 GPUs, not 0"),
+    ("gpt2-124m", "-8xh100", "1 to 1,024 GPUs, not -8"),
+    ("gpt2-124m", "2048xh100", "1 to 1,024 GPUs, not 2,048"),
+    ("gpt2-124m", "12xh100", "nodes of 8: 8 or 16"),
+    ("gpt2-124m", "1024xh100", "--batch_tokens 1048576, or 256 or 512 GPUs"),
+    ("gpt2-124m", "3xh100", "or 2 or 4 GPUs"),
+    ("gpt2-1558m", "1x4090", "more than a 4090 has; what fits: 1xa100-40gb or 1xl40s"),
+    ("gpt2-1558m", "8x4090", "what fits: --parallel zero1 or --parallel fsdp"),
 ])
-def test_nonsense_is_refused_in_one_line(name, text, price, line):
+def test_nonsense_is_refused_in_one_line(name, text, line):
     with pytest.raises(BadInput) as caught:
-        plan.report(preset(name), text, price)
+        report.report(preset(name), text)
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -1,0 +1,34 @@
+"""What a run will need and cost on GPUs, before anyone pays for them: arithmetic alone.
+
+    python train_gpt2.py gpt2-124m --plan 8xh100 --plan_price 2.5
+
+It prints the memory of a GPU by part and the largest micro-batch that fits, the bytes on each link,
+and step time, tokens/s, hours and cost as a range with the assumptions beside it.
+
+    job.py          the numbers of a run, and how many of which GPU it gets
+    memory.py       bytes of one GPU, tensor by tensor
+    step_time.py    seconds of a step: what is computed, read, written and sent
+    report.py       what is printed
+"""
+
+from dataclasses import dataclass
+
+from launch import cli
+from launch.plan.report import show
+
+__all__ = ["PlanConfig", "show"]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What to find out before a run is paid for; the run itself then doesn't start."""
+
+    plan: str = ""
+    """COUNTxGPU, as in 8xh100: print what the run needs and costs there, and exit."""
+    plan_price: float = 0.0
+    """Dollars per GPU-hour, for --plan; 0: not known."""
+    preflight: bool = False
+    """Check these machines against what the run will need (launch/preflight.py), and exit."""
+
+    def __post_init__(self) -> None:
+        cli.within("plan_price", self.plan_price, 0, 1e6, "dollars per GPU-hour")

@@ -1,0 +1,150 @@
+"""What is planned: the numbers of a run (Job), and how many of which GPU it gets."""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from kernels.cards import CARDS, Card
+from launch.errors import BadInput
+
+NODE = 8  # GPUs joined by the card's own link; DGX and HGX nodes, and the usual rented machine
+MOST_GPUS = 1024
+FP32 = 4  # bytes of a number in fp32
+
+
+@dataclass(frozen=True)
+class Job:
+    """The numbers of a run that its cost depends on. BadInput for a dtype that no GPU trains in."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_ctx: int
+    n_vocab: int  # true, without padding rows
+    parameters: int  # without padding rows
+    flops_per_token: int  # as the MFU counts them
+    batch_tokens: int
+    micro_batch: int  # at most
+    steps: int
+    dtype: str = "bf16"  # bf16, fp16 or fp32
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    checkpointing: bool = False  # blocks computed again in the backward pass
+    compile: bool = True
+    kernels: str = "auto"  # auto, triton or torch
+
+    @classmethod
+    def of(cls, settings: Mapping, parameters: int, flops_per_token: int) -> "Job":
+        """From a run's settings, as config.json has them."""
+        model, compute = settings["model"], settings["compute"]
+        dtype = compute["dtype"]
+        if dtype == "auto":
+            dtype = "bf16"
+        return cls(
+            n_layer=model["n_layer"],
+            n_head=model["n_head"],
+            n_embd=model["n_embd"],
+            n_ctx=model["n_ctx"],
+            n_vocab=model["n_vocab"],
+            parameters=parameters,
+            flops_per_token=flops_per_token,
+            batch_tokens=settings["batch_tokens"],
+            micro_batch=settings["micro_batch"],
+            steps=settings["steps"],
+            dtype=dtype,
+            parallel=compute["parallel"],
+            checkpointing=compute["activation_checkpointing"],
+            compile=compute["compile"] is not False,
+            kernels=compute["kernels"],
+        )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bf16", "fp16", "fp32"):
+            raise BadInput(f"--plan knows bf16, fp16 and fp32, not {self.dtype}")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in what the matrix products take: `e` in every formula of the plan."""
+        if self.dtype == "fp32":
+            return FP32
+        return 2
+
+    @property
+    def fused(self) -> bool:
+        """Whether the Triton kernels compute it: all cards listed can run them."""
+        return self.kernels != "torch" and self.n_embd // self.n_head in (64, 128)
+
+    @property
+    def padded_vocab(self) -> int:
+        """V: rows of the embedding matrix in memory."""
+        return math.ceil(self.n_vocab / 128) * 128
+
+    @property
+    def embeddings(self) -> int:
+        """Numbers in both embeddings, padding rows included."""
+        return (self.padded_vocab + self.n_ctx) * self.n_embd
+
+    @property
+    def stored(self) -> int:
+        """Parameters with padding rows."""
+        padding = self.padded_vocab - self.n_vocab
+        return self.parameters + padding * self.n_embd
+
+    def peak_flops(self, card: Card) -> float:
+        """FLOP/s of this dtype that the card's maker promises."""
+        if self.dtype == "fp32":
+            return card.fp32_flops
+        return card.bf16_flops
+
+
+def parse_cluster(text: str) -> tuple[int, Card]:
+    """How many of which GPU: "8xh100". Raises BadInput with the nearest that there is."""
+    known = f"there are {', '.join(CARDS)}"
+    match = re.fullmatch(r"(?:(-?\d+)\s*x\s*)?([a-z0-9-]+)", text.strip().lower())
+    if not match:
+        raise BadInput(f"--plan {text}: expected COUNTxGPU as in 8xh100; {known}")
+    digits, key = match.groups(default="1")
+    if key not in CARDS:
+        hint = ""
+        if close := difflib.get_close_matches(key, CARDS, n=3, cutoff=0.4):
+            hint = f"did you mean {' or '.join(close)}? "
+        raise BadInput(f"--plan {text}: no GPU is called {key!r}: {hint}{known}")
+    gpus = int(digits)
+    if not 1 <= gpus <= MOST_GPUS:
+        raise BadInput(f"--plan {text}: 1 to {MOST_GPUS:,} GPUs, not {gpus:,}")
+    left_over = gpus % NODE
+    if gpus > NODE and left_over:
+        near = f"{gpus - left_over} or {gpus - left_over + NODE}"
+        raise BadInput(f"--plan {text}: beyond one node GPUs come in nodes of {NODE}: {near}")
+    return gpus, CARDS[key]
+
+
+def sequences_per_gpu(job: Job, gpus: int) -> int:
+    """Sequences of a step for each GPU. Raises BadInput where they can't be shared out."""
+    sequences, rest = divmod(job.batch_tokens, job.n_ctx)
+    if rest == 0 and sequences % gpus == 0:
+        return sequences // gpus
+    counts = [*range(1, NODE), *range(NODE, MOST_GPUS + 1, NODE)]
+    possible = [n for n in counts if sequences % n == 0]
+    possible.sort(key=lambda n: abs(math.log(n / gpus)))
+    near = " or ".join(str(n) for n in sorted(possible[:2]))
+    tokens = max(1, round(sequences / gpus)) * gpus * job.n_ctx
+    raise BadInput(
+        f"{job.batch_tokens:,} tokens a step are {sequences:,} sequences of {job.n_ctx:,}, which "
+        f"{gpus} GPUs can't share equally: --batch_tokens {tokens}, or {near} GPUs")
+
+
+def gpus_of_shard(job: Job, gpus: int) -> int:
+    """Over how many GPUs FSDP shares out weights and gradients: those of a node; others don't."""
+    if job.parallel == "fsdp":
+        return min(gpus, NODE)
+    return 1
+
+
+def gpus_of_moments(job: Job, gpus: int) -> int:
+    """Over how many GPUs AdamW's moments are shared out, and with them the update."""
+    if job.parallel == "zero1":
+        return gpus
+    return gpus_of_shard(job, gpus)

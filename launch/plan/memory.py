@@ -1,0 +1,192 @@
+"""The memory of one GPU at the worst moment of a step, added up from tables of tensors.
+
+tests/test_launch_plan.py holds the sums to what this program allocates.
+
+Shapes: B micro-batch, T time, N = B * T tokens, C width, H heads, L blocks, V vocabulary padded;
+e: bytes of a number in the matrix products (Job.itemsize).
+"""
+
+from typing import NamedTuple
+
+from kernels.cards import MIB, Card
+from launch.plan.job import FP32, Job, gpus_of_moments, gpus_of_shard, sequences_per_gpu
+
+# Peak reserved over peak allocated by PyTorch's caching allocator in nine runs of GPT-2 (124M to
+# 1558M, eager, compiled, FSDP2) on a stand-in for an H100, which allocates and computes nothing:
+# 1.02 to 1.19, median 1.07.
+FRAGMENTATION = 0.07
+CONTEXT = 600 * MIB  # assumed: CUDA context and loaded kernels, cuBLAS's workspace (32 MiB, Hopper)
+NCCL = 400 * MIB  # assumed: its buffers, where there is more than one GPU
+LOGITS = 2**28  # held at once by the Triton loss: kernels/cross_entropy.py, CHUNK_ELEMENTS
+LOGITS_TORCH = 2**25  # by the reference: kernels/reference.py, CHUNK_ELEMENTS
+TILE_ROWS = 128  # the Triton loss holds its logits in whole tiles of so many tokens
+
+
+class Held(NamedTuple):
+    """Tensors that are in memory at the same time."""
+
+    what: str
+    numbers: int
+    itemsize: int  # bytes of one
+
+
+def total(tensors: list[Held]) -> int:
+    """Bytes."""
+    return sum(tensor.numbers * tensor.itemsize for tensor in tensors)
+
+
+# ---- what the blocks keep for their backward pass ----
+
+def kept_by_block(job: Job, B: int) -> list[Held]:
+    """One block, eager or compiled."""
+    N, C, H, e = B * job.n_ctx, job.n_embd, job.n_head, job.itemsize
+    return [
+        Held("residual stream, as either LayerNorm takes it", N * 2 * C, FP32),
+        Held("outputs of two LayerNorms", N * 2 * C, e),
+        Held("q, k, v", N * 3 * C, e),
+        Held("attention's output", N * C, e),
+        Held("the MLP's 4C before and after GELU", N * 2 * 4 * C, e),
+        Held("attention's log-sum-exp", N * H, FP32),
+        Held("means and deviations of two LayerNorms", N * 2 * 2, FP32),
+    ]
+
+
+def kept_when_checkpointing(job: Job, B: int) -> list[Held]:
+    """One block that will be computed again: its inputs alone."""
+    N, C, e = B * job.n_ctx, job.n_embd, job.itemsize
+    return [
+        Held("residual stream", N * C, FP32),
+        Held("the branch that is added to it next", N * C, e),
+    ]
+
+
+def cast_weights(job: Job) -> list[Held]:
+    """One block's weights as the products take them, beside the fp32 ones; FSDP has them anyway."""
+    C, e = job.n_embd, job.itemsize
+    if job.dtype == "fp32" or job.parallel == "fsdp":
+        return []
+    return [Held("weights as cast: q, k, v; projection; the MLP's two", (3 + 1 + 4 + 4) * C * C, e)]
+
+
+def activations(job: Job, B: int) -> int:
+    """Bytes that all blocks keep for their backward pass.
+
+    With checkpointing an upper bound: what one block computes again isn't there during the loss.
+    """
+    block = total(kept_by_block(job, B))
+    casts = total(cast_weights(job))
+    if job.checkpointing:
+        return job.n_layer * (total(kept_when_checkpointing(job, B)) + casts) + block
+    return job.n_layer * (block + casts)
+
+
+# ---- what is there beside it, at each moment that may be the peak ----
+
+def head_gradient(job: Job) -> Held:
+    """The tied embedding's gradient, which the loss makes in its forward pass."""
+    return Held("the embedding's gradient", job.padded_vocab * job.n_embd, FP32)
+
+
+def kept_by_loss(job: Job, B: int) -> list[Held]:
+    """From the loss's forward pass to its backward pass."""
+    N, C = B * job.n_ctx, job.n_embd
+    return [
+        Held("last LayerNorm's input", N * C, FP32),
+        Held("its mean and deviation", N * 2, FP32),
+        Held("gradient of its output", N * C, FP32 if job.fused else job.itemsize),
+        head_gradient(job),
+    ]
+
+
+def loss_workspace(job: Job, B: int) -> int:
+    """Bytes of one chunk of logits and what is computed with it."""
+    N, C, V, e = B * job.n_ctx, job.n_embd, job.padded_vocab, job.itemsize
+    embedding = Held("the embedding as cast", V * C, e)
+    if job.fused:
+        whole_tiles = LOGITS + (TILE_ROWS - 1) * V
+        return total([embedding, Held("logits", min(whole_tiles, N * V), e)])
+    chunk = min(LOGITS_TORCH, N * V)
+    logits = Held("logits", chunk, e)
+    softmax = [
+        embedding,
+        logits,
+        Held("their fp32 copy", chunk, FP32),
+        Held("its softmax", chunk, FP32),
+    ]
+    gradient = [embedding, logits, Held("this chunk's share of the embedding's gradient", V * C, e)]
+    return max(total(softmax), total(gradient))
+
+
+def peaks(job: Job, B: int) -> dict[str, int]:
+    """Bytes beside `activations`, at each moment of a step that may be its peak."""
+    N, C, e = B * job.n_ctx, job.n_embd, job.itemsize
+    last = total(kept_by_loss(job, B))
+    head = head_gradient(job)
+    output = Held("last LayerNorm's output", N * C, e)
+    # dh and dW are multiplied by the gradient that comes in: first one has a copy, then the other.
+    scaled = [
+        total([output, Held("gradient of that, scaled", N * C, FP32)]),
+        total([output, head._replace(what="the embedding's gradient, scaled")]),
+    ]
+    block = [
+        head,
+        Held("gradient of the residual stream", N * C, FP32),
+        Held("gradient of the branch", N * C, e),
+        # before and after GELU; its output, which the block kept, is let go of in between
+        Held("gradients of the MLP's 4C, less what is let go of", N * (2 - 1) * 4 * C, e),
+        Held("gradient of one of the MLP's weights", 4 * C * C, e),
+    ]
+    embedding = [
+        head,
+        head._replace(what="the same from the tokens"),
+        head._replace(what="their sum"),
+    ]
+    return {
+        "loss": last + loss_workspace(job, B) + total([output]),
+        "loss backward": last + max(scaled),
+        "block backward": total(block),
+        "embedding backward": total(embedding) - activations(job, B),  # the blocks' are gone
+    }
+
+
+# ---- one GPU ----
+
+def memory(job: Job, gpus: int, B: int) -> dict[str, float]:
+    """Bytes of one GPU at the worst moment of a step, by part."""
+    shard = gpus_of_shard(job, gpus)
+    parts = {
+        "weights (fp32)": FP32 * job.stored / shard,
+        "gradients (fp32; DDP's buckets are the same)": FP32 * job.stored / shard,
+        "optimizer (two moments)": 2 * FP32 * job.stored / gpus_of_moments(job, gpus),
+        "activations": activations(job, B),
+        "loss and workspace": max(peaks(job, B).values()),
+    }
+    if job.parallel == "fsdp":
+        parts["weights gathered"] = total(gathered(job))
+        if sequences_per_gpu(job, gpus) > B:  # gradients wait for the last micro-step, and whole
+            parts["gradients not scattered yet"] = FP32 * job.stored
+    parts["fragmentation (7 %)"] = FRAGMENTATION * sum(parts.values())
+    parts["CUDA, cuBLAS, NCCL"] = CONTEXT
+    if gpus > 1:
+        parts["CUDA, cuBLAS, NCCL"] += NCCL
+    return parts
+
+
+def gathered(job: Job) -> list[Held]:
+    """What FSDP has whole for a while: the embeddings, and two blocks, one of them on its way."""
+    two_blocks = 2 * 12 * job.n_embd**2
+    return [
+        Held("embeddings", job.embeddings, FP32),
+        Held("two blocks", two_blocks, job.itemsize),
+        Held("gradients of two blocks, to be scattered", two_blocks, FP32),
+    ]
+
+
+def largest_micro_batch(job: Job, card: Card, gpus: int) -> int:
+    """The largest divisor of a GPU's share whose memory fits; 0: not even one sequence does."""
+    largest = 0
+    sequences = sequences_per_gpu(job, gpus)
+    for B in range(1, sequences + 1):
+        if sequences % B == 0 and sum(memory(job, gpus, B).values()) <= card.memory_bytes:
+            largest = B
+    return largest
