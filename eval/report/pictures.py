@@ -57,9 +57,15 @@ def plot_losses(run: Path) -> Path | None:
         reason = " ".join(str(error).split())
         if not isinstance(error, BadInput):
             reason = f"{type(error).__name__}: {reason}"
-        with contextlib.suppress(OSError, ValueError):  # standard error may be full, or closed
-            print(f"no picture of the losses: {reason}", file=sys.stderr, flush=True)
+        _complain(f"no picture of the losses: {reason}")
         return None
+
+
+def _complain(line: str) -> None:
+    """A line on standard error, which may be closed, or a file on a full disk."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _plot_losses(run: Path) -> Path:
