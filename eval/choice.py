@@ -76,7 +76,8 @@ def answer(
 
     Raises Failed where a loss is no number.
     """
-    losses, _greedy = likelihoods(model, [f for q in questions for f in q.forks], world, stop)
+    forks = [fork for question in questions for fork in question.forks]
+    losses, _greedy = likelihoods(model, forks, world, stop)
     require_numbers(losses)
     answers, start = [], 0
     for question in questions:

@@ -39,7 +39,7 @@ MAX_NEW_TOKENS = 256  # where a task sets no limit, as in lm-eval's own Hugging 
 
 
 class Adapter(TemplateLM):
-    """A GPT as the harness wants a language model: texts in, likelihoods and texts out."""
+    """A GPT as the harness wants a language model: texts in, losses and texts out."""
 
     def __init__(self, model: GPT, world: World) -> None:
         super().__init__()
@@ -59,19 +59,19 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, greedy?) of each request: texts, context, continuation."""
-        forks: list[Fork] = []  # one for each context
-        places: list[list[int]] = []  # of each fork's endings among the requests
-        fork_of: dict[tuple[int, ...], int] = {}  # context -> its fork
+        """(log-likelihood, is it greedy?) of each request: texts, context, continuation."""
+        grouped: list[Fork] = []  # one for each context, with all its continuations
+        places: list[list[int]] = []  # of each one's continuations among the requests
+        group_of: dict[tuple[int, ...], int] = {}  # context -> its place in `grouped`
         for i, (_texts, context, continuation) in enumerate(requests):
             key = tuple(context)
-            if key not in fork_of:
-                fork_of[key] = len(forks)
-                forks.append(Fork(context, []))
+            if key not in group_of:
+                group_of[key] = len(grouped)
+                grouped.append(Fork(context, []))
                 places.append([])
-            forks[fork_of[key]].endings.append(continuation)
-            places[fork_of[key]].append(i)
-        losses, greedy = likelihoods(self.model, forks, self.world)
+            grouped[group_of[key]].endings.append(continuation)
+            places[group_of[key]].append(i)
+        losses, greedy = likelihoods(self.model, grouped, self.world)
         require_numbers(losses)
         answers = [(0.0, False)] * len(requests)
         order = [i for place in places for i in place]
@@ -83,12 +83,13 @@ class Adapter(TemplateLM):
         """The log-likelihood of whole texts, each token predicted once."""
         n_ctx = self.model.config.n_ctx
         texts = [windows(encode(request.args[0]), n_ctx) for request in requests]
-        losses, _greedy = likelihoods(self.model, [f for forks in texts for f in forks], self.world)
+        pieces = [piece for text in texts for piece in text]
+        losses, _greedy = likelihoods(self.model, pieces, self.world)
         require_numbers(losses)
         sums, start = [], 0
-        for forks in texts:  # a fork is a window, with one ending
-            sums.append(-sum(losses[start : start + len(forks)]))
-            start += len(forks)
+        for text in texts:
+            sums.append(-sum(losses[start : start + len(text)]))
+            start += len(text)
         return sums
 
     def generate_until(self, requests: list[Any], **_: Any) -> list[str]:

@@ -62,7 +62,8 @@ def query(row: dict) -> Question:
     bare = text.removeprefix("Question: ").removesuffix("Answer:")
     if bare != text:  # some files hold the prompt
         text = bare.strip()
-    fork = Fork(encode(f"Question: {text}\nAnswer:"), [encode(" " + option) for option in choices])
+    prompt = encode(f"Question: {text}\nAnswer:")
+    fork = Fork(prompt, [encode(" " + option) for option in choices])
     return Question(
         [fork],
         norm_lengths=[len(option) for option in choices],
@@ -113,7 +114,8 @@ def cloze(model: GPT, forks: list[Fork], world: World) -> Cloze:
 def compression(model: GPT, text: str, world: World) -> Compression:
     """Bits a byte of UTF-8, each token predicted once from up to n_ctx tokens before it."""
     tokens, size = encode(text), len(text.encode())
-    losses, _greedy = likelihoods(model, windows(tokens, model.config.n_ctx), world)
+    forks = windows(tokens, model.config.n_ctx)
+    losses, _greedy = likelihoods(model, forks, world)
     require_numbers(losses)
     return Compression(len(tokens), size, sum(losses) / math.log(2) / size)
 
