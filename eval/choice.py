@@ -1,26 +1,29 @@
-"""Multiple choice: which option does the model find likeliest? Shared by all such tests.
+"""Multiple choice: which one does the model find likeliest? Shared by all such tests.
 
     questions = read_rows(path, hellaswag.question)         # a JSONL file, one question a line
-    answers = answer(model, questions, world)               # the losses of every option
+    answers = answer(model, questions, world)               # the losses of every choice
     print(score(questions, answers))
 
-Three ways of comparing options: by the sum of the token losses (`acc`), by their mean a token
-(`acc_norm`, as build-nanogpt and llm.c), by the sum per byte of the option's text (`acc_bytes`, as
-lm-evaluation-harness, which counts characters in its acc_norm and bytes in its acc_bytes).
+Three ways of comparing choices, each by the sum of the losses of a choice's tokens:
+    acc        as it is
+    acc_norm   divided by the choice's length: in tokens for HellaSwag, as build-nanogpt and llm.c
+               do; in characters everywhere else, as lm-evaluation-harness does
+    acc_bytes  divided by its length in bytes (of an ASCII text: its characters), as the harness
 """
 
 import json
 import lzma
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import torch
 
 from eval.likelihood import Fork, likelihoods
+from eval.loss import require_numbers
 from launch.errors import BadInput
 from launch.files import atomic_write
 from launch.world import DTYPES, Dtype, World, autocast, choose_dtype
@@ -33,22 +36,23 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Question:
-    """One question, tokenised. Options are the forks' endings, one after the other."""
+    """One question, tokenised. Its choices are the forks' endings, one after the other."""
 
-    forks: list[Fork]  # one for all options, or one for each where contexts differ
-    sizes: list[int]  # bytes of each option's text
-    label: int  # the right option
+    forks: list[Fork]  # one for all choices, or one for each where contexts differ
+    norm_lengths: list[int]  # what acc_norm divides each choice's loss by: tokens, or characters
+    byte_lengths: list[int]
+    label: int  # the right choice
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each option."""
+    def token_lengths(self) -> list[int]:
+        """Tokens of each choice."""
         return [len(ending) for fork in self.forks for ending in fork.endings]
 
 
 class Answer(NamedTuple):
-    """What the model makes of a question: the option chosen by each way of comparing."""
+    """What the model makes of a question: the choice taken by each way of comparing."""
 
-    losses: list[float]  # nats, summed over the option's tokens
+    losses: list[float]  # nats, summed over the choice's tokens
     acc: int
     acc_norm: int
     acc_bytes: int
@@ -56,7 +60,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of questions answered rightly, by three ways of comparing options."""
+    """Shares of questions answered rightly, by three ways of comparing choices."""
 
     n: int
     acc: float
@@ -68,27 +72,42 @@ class Score:
 def answer(
     model: GPT, questions: list[Question], world: World, stop: Callable[[], bool] = lambda: False
 ) -> list[Answer]:
-    """The model's answers, on every rank the same. Stopped where `stop` says so between passes."""
-    losses, _ = likelihoods(model, [fork for q in questions for fork in q.forks], world, stop)
+    """The model's answers, on every rank the same. Stopped where `stop` says so between passes.
+
+    Raises Failed where a loss is no number.
+    """
+    forks = [fork for question in questions for fork in question.forks]
+    losses, _greedy = likelihoods(model, forks, world, stop)
+    require_numbers(losses)
     answers, start = [], 0
     for question in questions:
-        own = losses[start : start + len(question.sizes)]
-        start += len(own)
-        mean = [loss / n for loss, n in zip(own, question.lengths, strict=True)]
-        per_byte = [loss / n for loss, n in zip(own, question.sizes, strict=True)]
-        best = [values.index(min(values)) for values in (own, mean, per_byte)]
-        answers.append(Answer(own, *best))
+        sums = losses[start : start + len(question.byte_lengths)]
+        start += len(sums)
+        answers.append(Answer(
+            sums,
+            acc=sums.index(min(sums)),
+            acc_norm=_likeliest(sums, question.norm_lengths),
+            acc_bytes=_likeliest(sums, question.byte_lengths),
+        ))
     return answers
+
+
+def _likeliest(losses: list[float], lengths: list[int]) -> int:
+    """The choice of the smallest loss for its length; of equals the first."""
+    values = [loss / length for loss, length in zip(losses, lengths, strict=True)]
+    return values.index(min(values))
 
 
 def score(questions: list[Question], answers: list[Answer]) -> Score:
     """Shares of right answers; acc_stderr is the standard error of acc."""
     n = len(questions)
-    pairs = list(zip(questions, answers, strict=True))
-    acc, acc_norm, acc_bytes = (
-        sum(getattr(a, way) == q.label for q, a in pairs) / n for way in WAYS
-    )
-    return Score(n, acc, acc_norm, math.sqrt(acc * (1 - acc) / max(1, n - 1)), acc_bytes)
+    right = dict.fromkeys(WAYS, 0)
+    for question, given in zip(questions, answers, strict=True):
+        for way in WAYS:
+            right[way] += getattr(given, way) == question.label
+    acc = right["acc"] / n
+    stderr = math.sqrt(acc * (1 - acc) / max(1, n - 1))
+    return Score(n, acc, right["acc_norm"] / n, stderr, right["acc_bytes"] / n)
 
 
 WAYS = ("acc", "acc_norm", "acc_bytes")
@@ -102,8 +121,7 @@ def read_rows(path: Path, read: Callable[[dict], Row], limit: int = 0) -> list[R
     """
     rows: list[Row] = []
     try:
-        opened = lzma.open if path.suffix == ".xz" else open
-        with opened(path, "rt", encoding="utf-8-sig") as file:
+        with _open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if limit and len(rows) == limit:
                     break
@@ -114,6 +132,13 @@ def read_rows(path: Path, read: Callable[[dict], Row], limit: int = 0) -> list[R
     if not rows:
         raise BadInput(f"{path} is empty: expected a JSON object a line")
     return rows
+
+
+def _open_text(path: Path) -> TextIO:
+    """A text file, packed by xz or not, with a byte order mark or without."""
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
 
 
 def _row(line: str, read: Callable[[dict], Row], where: str) -> Row:
@@ -149,7 +174,7 @@ def text(value: Any, name: str) -> str:
 
 
 def label(value: Any, options: int) -> int:
-    """The number of the right option, as a number or its digits. Raises ValueError."""
+    """The number of the right choice, as a number or its digits. Raises ValueError."""
     if isinstance(value, bool) or str(value) not in map(str, range(options)):
         raise ValueError(f"label {value!r}: expected 0 to {options - 1}")
     return int(value)
@@ -157,7 +182,7 @@ def label(value: Any, options: int) -> int:
 
 @contextmanager
 def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
-    """The model of a checkpoint, ready to be asked inside this context.
+    """The model of a checkpoint, ready for evaluation inside this context.
 
     bf16 and fp16 are what training computes with: matrices in that format, the rest in fp32.
     """
@@ -173,12 +198,13 @@ def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
 
 def write_details(path: Path, questions: list[Question], answers: list[Answer]) -> None:
     """Every question's answer, a JSON object a line."""
-    rows = [
-        {"row": row, "label": q.label, "tokens": q.lengths, "bytes": q.sizes, **a._asdict()}
-        for row, (q, a) in enumerate(zip(questions, answers, strict=True))
-    ]
+    lines = []
+    for row, (question, given) in enumerate(zip(questions, answers, strict=True)):
+        details = {"row": row, "label": question.label, "tokens": question.token_lengths,
+                   "bytes": question.byte_lengths}
+        lines.append(json.dumps(details | given._asdict(), allow_nan=False) + "\n")
     try:
-        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_write(path, "".join(lines))
     except OSError as error:
         raise BadInput(f"can't write {path}: {error.strerror}") from None
 
@@ -193,24 +219,32 @@ def compare(first: Path, second: Path) -> str:
     def read(row: dict) -> dict:
         return {key: row[key] for key in (*fields, *WAYS)}
 
-    a, b = read_rows(first, read), read_rows(second, read)
-    if [[x[f] for f in fields] for x in a] != [[y[f] for f in fields] for y in b]:
+    rows_a, rows_b = read_rows(first, read), read_rows(second, read)
+    if [_pick(row, fields) for row in rows_a] != [_pick(row, fields) for row in rows_b]:
         raise BadInput(f"{first} and {second} are not of the same questions: rows, labels, tokens "
                        "and bytes have to agree")
+    pairs = list(zip(rows_a, rows_b, strict=True))
     lines = []
-    for x, y in zip(a, b, strict=True):
-        changes = [f"{way} {x[way]} -> {y[way]}" for way in WAYS if x[way] != y[way]]
+    for a, b in pairs:
+        changes = [f"{way} {a[way]} -> {b[way]}" for way in WAYS if a[way] != b[way]]
         if changes:
-            lines.append(f"row {x['row']}, label {x['label']}: {', '.join(changes)}")
+            lines.append(f"row {a['row']}, label {a['label']}: {', '.join(changes)}")
     for way in WAYS:
-        differ = [(x, y) for x, y in zip(a, b, strict=True) if x[way] != y[way]]
-        lost = sum(x[way] == x["label"] for x, _ in differ)
-        won = sum(y[way] == y["label"] for _, y in differ)
-        lines.append(f"{way}: {len(differ)} of {len(a)} answers differ; right in {first} alone "
-                     f"{lost}, in {second} alone {won}")
+        differ = [(a, b) for a, b in pairs if a[way] != b[way]]
+        right_a = sum(a[way] == a["label"] for a, _ in differ)
+        right_b = sum(b[way] == b["label"] for _, b in differ)
+        lines.append(f"{way}: {len(differ)} of {len(pairs)} answers differ; right in {first} alone "
+                     f"{right_a}, in {second} alone {right_b}")
     return "\n".join(lines)
+
+
+def _pick(row: dict, fields: Iterable[str]) -> list:
+    return [row[field] for field in fields]
 
 
 def as_json(result: Any) -> str:
     """The last line of an evaluation: a dataclass as JSON, shares to six digits."""
-    return json.dumps({key: round(value, 6) for key, value in asdict(result).items()})
+    rounded = {}
+    for key, value in asdict(result).items():
+        rounded[key] = round(value, 6) if isinstance(value, float) else value
+    return json.dumps(rounded, allow_nan=False)

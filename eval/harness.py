@@ -2,14 +2,15 @@
 
     pip install -c constraints.txt -e '.[eval]'
     python -m eval.harness runs/gpt2-124m --tasks hellaswag,lambada_openai,wikitext
-    python -m eval.harness hf:gpt2 --tasks mine --include_path my_tasks/      # own task YAMLs
+    python -m eval.harness hf:gpt2 --tasks my_task --include_path my_tasks/    # YAMLs of one's own
 
 The harness fetches its tasks' data from the Hub; with a task that reads local files it needs no
 network. Its HellaSwag asks another text than eval.hellaswag (see there). The last line is JSON: for
-each task its metrics.
+each task its metrics, null where one is no number.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ import tyro
 from data.tokenizer import EOT, decode, encode
 from eval import choice
 from eval.likelihood import Fork, likelihoods, windows
+from eval.loss import require_numbers
 from launch.errors import BadInput, one_line_errors
 from launch.world import Dtype, World, init_distributed
 from model.generate import SampleConfig, generate
@@ -37,7 +39,7 @@ MAX_NEW_TOKENS = 256  # where a task sets no limit, as in lm-eval's own Hugging 
 
 
 class Adapter(TemplateLM):
-    """A GPT as the harness wants a language model: texts in, likelihoods and texts out."""
+    """A GPT as the harness wants a language model: texts in, losses and texts out."""
 
     def __init__(self, model: GPT, world: World) -> None:
         super().__init__()
@@ -57,30 +59,38 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, greedy?) of each request: texts, context, continuation."""
-        forks: list[Fork] = []
-        places: list[list[int]] = []  # of each fork's endings among the requests
-        of_context: dict[tuple[int, ...], int] = {}
+        """(log-likelihood, is it greedy?) of each request: texts, context, continuation."""
+        grouped: list[Fork] = []  # one for each context, with all its continuations
+        places: list[list[int]] = []  # of each one's continuations among the requests
+        group_of: dict[tuple[int, ...], int] = {}  # context -> its place in `grouped`
         for i, (_texts, context, continuation) in enumerate(requests):
-            fork = of_context.setdefault(tuple(context), len(forks))
-            if fork == len(forks):
-                forks.append(Fork(context, []))
+            key = tuple(context)
+            if key not in group_of:
+                group_of[key] = len(grouped)
+                grouped.append(Fork(context, []))
                 places.append([])
-            forks[fork].endings.append(continuation)
-            places[fork].append(i)
-        losses, greedy = likelihoods(self.model, forks, self.world)
+            grouped[group_of[key]].endings.append(continuation)
+            places[group_of[key]].append(i)
+        losses, greedy = likelihoods(self.model, grouped, self.world)
+        require_numbers(losses)
         answers = [(0.0, False)] * len(requests)
-        order = (i for place in places for i in place)
-        for i, loss, right in zip(order, losses, greedy, strict=True):
-            answers[i] = (-loss, bool(right))
+        order = [i for place in places for i in place]
+        for i, loss, is_greedy in zip(order, losses, greedy, strict=True):
+            answers[i] = (-loss, bool(is_greedy))
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
         """The log-likelihood of whole texts, each token predicted once."""
-        texts = [windows(encode(r.args[0]), self.model.config.n_ctx) for r in requests]
-        losses, _greedy = likelihoods(self.model, [f for forks in texts for f in forks], self.world)
-        rest = iter(losses)
-        return [-sum(next(rest) for _ in forks) for forks in texts]
+        n_ctx = self.model.config.n_ctx
+        texts = [windows(encode(request.args[0]), n_ctx) for request in requests]
+        pieces = [piece for text in texts for piece in text]
+        losses, _greedy = likelihoods(self.model, pieces, self.world)
+        require_numbers(losses)
+        sums, start = [], 0
+        for text in texts:
+            sums.append(-sum(losses[start : start + len(text)]))
+            start += len(text)
+        return sums
 
     def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
         """Continuations up to the first of the texts that the task stops at."""
@@ -88,20 +98,26 @@ class Adapter(TemplateLM):
 
     def _continue(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []
-        stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        if isinstance(until, str):
+            until = [until]
+        stops = [stop for stop in until if stop]
         n_ctx = self.model.config.n_ctx
-        most = min(int(settings.get("max_gen_toks", MAX_NEW_TOKENS)), n_ctx - 1)
-        sampled = settings.get("do_sample", settings.get("temperature", 0) > 0)
+        max_tokens = min(int(settings.get("max_gen_toks", MAX_NEW_TOKENS)), n_ctx - 1)
+        temperature = settings.get("temperature", 0.0)
+        if not settings.get("do_sample", temperature > 0):
+            temperature = 0.0  # greedy
+        elif "temperature" not in settings:
+            temperature = 1.0
         config = SampleConfig(
-            max_tokens=most,
-            temperature=settings.get("temperature", 1.0) if sampled else 0.0,
+            max_tokens=max_tokens,
+            temperature=temperature,
             top_k=settings.get("top_k", 0),
             top_p=settings.get("top_p", 1.0),
         )
-        tokens = (encode(context) or [EOT])[-(n_ctx - most) :]
+        tokens = (encode(context) or [EOT])[-(n_ctx - max_tokens) :]
         drawn: list[int] = []
         text = ""
-        idx = torch.tensor([tokens], device=self.world.device)
+        idx = torch.tensor([tokens], device=self.world.device)  # (1, T)
         for step in generate(self.model, idx, config, eot=EOT):
             if int(step) == EOT:
                 break
@@ -157,7 +173,18 @@ def main(
         for metric, value in metrics.items():
             if isinstance(value, float):
                 world.print0(f"{task:24} {metric:24} {value:.4f}")
-    world.print0(json.dumps(results, default=str))
+    world.print0(json.dumps(_without_nan(results), default=str, allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON doesn't have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 if __name__ == "__main__":

@@ -2,12 +2,20 @@
 
     python -m eval.hellaswag runs/gpt2-124m                        # the last line is JSON
     python -m eval.hellaswag hf:gpt2 --details gpt2.jsonl          # every question's answer
-    python -m eval.hellaswag --compare gpt2.jsonl mine.jsonl       # the questions that differ
+    python -m eval.hellaswag --compare gpt2.jsonl ours.jsonl       # the questions that differ
     torchrun --nproc_per_node=8 -m eval.hellaswag runs/gpt2-124m   # the same figures, on 8 GPUs
 
-Completion style, as build-nanogpt and llm.c score it: context + " " + ending; eval/choice.py says
-what `acc`, `acc_norm` and `acc_bytes` compare. lm-evaluation-harness asks another text (with the
-activity's label, and cleaned), so its figures for the same model are 0.5 to 2 points higher.
+Completion style, as build-nanogpt and llm.c score it: context + " " + ending. The JSON holds
+    n           questions
+    acc         share right where the sum of an ending's token losses decides
+    acc_norm    where their mean a token decides: build-nanogpt's and llm.c's acc_norm, the figure
+                that GPT-2 runs are compared by. lm-evaluation-harness (and eval.tasks) mean another
+                thing by this name: the sum divided by the ending's characters
+    acc_stderr  standard error of acc
+    acc_bytes   where the sum divided by the ending's bytes decides: the harness's acc_bytes, and
+                for endings in ASCII its acc_norm
+The harness's own HellaSwag asks another text (with the activity's label, and cleaned), so its
+figures for the same model are 0.5 to 2 points higher.
 """
 
 from collections.abc import Callable
@@ -50,8 +58,12 @@ def _question(row: dict) -> Question:
     if len(endings) != 4:
         raise ValueError(f"{len(endings)} endings, expected 4")
     fork = Fork(encode(context), [encode(" " + ending) for ending in endings])
-    sizes = [len(ending.encode()) for ending in endings]
-    return Question([fork], sizes, choice.label(row["label"], 4))
+    return Question(
+        [fork],
+        norm_lengths=[len(tokens) for tokens in fork.endings],
+        byte_lengths=[len(ending.encode()) for ending in endings],
+        label=choice.label(row["label"], 4),
+    )
 
 
 def evaluate(
@@ -59,7 +71,7 @@ def evaluate(
 ) -> Score:
     """The score over all questions, the same on any number of ranks.
 
-    Raises Stopped where `stop`, asked between passes, says so.
+    Raises Stopped where `stop`, called between passes, says so, Failed where a loss is no number.
     """
     return choice.score(questions, choice.answer(model, questions, world, stop))
 

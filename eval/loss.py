@@ -1,5 +1,6 @@
 """The validation loss: the same tokens at every evaluation, on any number of ranks."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 
 from data.loader import Stream, validation_batch
 from kernels.reference import IGNORE
+from launch.errors import Failed
 from launch.world import World
 from model.gpt2 import GPT
 
@@ -18,19 +20,22 @@ def validation_loss(
 ) -> float | None:
     """Mean loss in nats a token over the first `sequences` sequences of T = n_ctx tokens.
 
-    `stop` is asked between batches on all ranks; where it says so the answer is None.
+    `stop` is asked between batches on all ranks; where it says so the answer is None. Raises Failed
+    on all ranks where the loss is no number.
 
     Rank r takes every size-th of them; the last batch is filled up with targets that count for
     nothing, so every batch has one shape and a compiled model is compiled once. Losses are summed,
     not averaged by batch, so the batch size and the number of ranks don't matter.
     """
     T = model.config.n_ctx
-    mine = range(world.rank, sequences, world.size)
+    local = range(world.rank, sequences, world.size)
     longest = -(-sequences // world.size)  # of any rank: all take as many batches
     total, count = 0.0, 0.0
     for start in range(0, longest, micro_batch):
-        numbers = list(mine[start : start + micro_batch])
-        rows = validation_batch(stream, T, numbers) if numbers else torch.zeros(0, T + 1).long()
+        numbers = list(local[start : start + micro_batch])
+        rows = torch.zeros(0, T + 1).long()
+        if numbers:
+            rows = validation_batch(stream, T, numbers)  # (B or fewer, T + 1)
         fill = (0, 0, 0, micro_batch - len(numbers))
         idx = F.pad(rows[:, :-1], fill).to(world.device)  # (B, T)
         targets = F.pad(rows[:, 1:], fill, value=IGNORE).to(world.device)  # (B, T)
@@ -39,4 +44,16 @@ def validation_loss(
         if stop():
             return None
     total, count = world.all_reduce_sum(total, count)
+    require_numbers([total])
     return total / count
+
+
+def require_numbers(losses: list[float]) -> None:
+    """Raises Failed where a loss is NaN or infinite.
+
+    Every comparison with NaN is false, so a model of broken weights would get a score like any
+    other: a quarter of HellaSwag's questions right.
+    """
+    if not all(math.isfinite(loss) for loss in losses):
+        raise Failed("the model's losses are no numbers: its weights hold NaN or infinity, or "
+                     "overflow in this number format (does --dtype fp32 give numbers?)")

@@ -7,12 +7,15 @@
     python -m eval.tasks bits_per_byte CHECKPOINT --data any.txt     # tokens bytes bits_per_byte
 
 A row of JSONL is
-    lambada      {"text": ...}, whose last word is asked, or {"context": ..., "continuation": ...}
+    lambada      {"text": ...}, with its last word; or {"context": ..., "continuation": ...}
     piqa         {"query": ..., "choices": [...], "gold": 0}
     arc_easy     {"query": ..., "choices": [...], "gold": 0}
     winogrande   {"context_options": [...], "continuation": ..., "gold": 0}
 Prompts are those of lm-evaluation-harness without examples: "Question: QUERY\\nAnswer:", a space, a
-choice (piqa, arc_easy); OPTION, a space, the continuation (winogrande, partial scoring).
+choice (piqa, arc_easy); OPTION, a space, the continuation (winogrande, partial scoring). So are the
+figures: acc_norm divides a choice's loss by its characters, acc_bytes by its bytes, which for ASCII
+are as many (in winogrande both are acc, for the choices end alike); ppl is the harness's perplexity
+of a last word, null where it is beyond what a float holds.
 """
 
 import math
@@ -26,6 +29,7 @@ from data.tokenizer import encode
 from eval import choice
 from eval.choice import Question
 from eval.likelihood import Fork, likelihoods, windows
+from eval.loss import require_numbers
 from launch.errors import BadInput, one_line_errors
 from launch.world import Dtype, World, init_distributed
 from model.gpt2 import GPT
@@ -40,7 +44,7 @@ class Cloze:
     n: int
     acc: float
     acc_stderr: float
-    ppl: float
+    ppl: float | None
 
 
 @dataclass(frozen=True)
@@ -54,21 +58,31 @@ class Compression:
 
 def query(row: dict) -> Question:
     """A row of PIQA or ARC: a question and its possible answers."""
-    asked, choices = choice.text(row["query"], "query"), choice.texts(row["choices"], "choices")
-    bare = asked.removeprefix("Question: ").removesuffix("Answer:").strip()
-    answers = [option.strip() for option in choices]
-    fork = Fork(encode(f"Question: {bare}\nAnswer:"), [encode(" " + answer) for answer in answers])
-    sizes = [len(answer.encode()) for answer in answers]
-    return Question([fork], sizes, choice.label(row["gold"], len(choices)))
+    text, choices = choice.text(row["query"], "query"), choice.texts(row["choices"], "choices")
+    bare = text.removeprefix("Question: ").removesuffix("Answer:")
+    if bare != text:  # some files hold the prompt
+        text = bare.strip()
+    prompt = encode(f"Question: {text}\nAnswer:")
+    fork = Fork(prompt, [encode(" " + option) for option in choices])
+    return Question(
+        [fork],
+        norm_lengths=[len(option) for option in choices],
+        byte_lengths=[len(option.encode()) for option in choices],
+        label=choice.label(row["gold"], len(choices)),
+    )
 
 
 def schema(row: dict) -> Question:
     """A row of Winogrande: the same continuation after two contexts (arXiv 1806.02847)."""
     contexts = choice.texts(row["context_options"], "context_options")
-    rest = choice.text(row["continuation"], "continuation").strip()
-    forks = [Fork(encode(context.strip()), [encode(" " + rest)]) for context in contexts]
-    sizes = [len(rest.encode())] * len(contexts)
-    return Question(forks, sizes, choice.label(row["gold"], len(contexts)))
+    continuation = choice.text(row["continuation"], "continuation").strip()
+    forks = [Fork(encode(text.strip()), [encode(" " + continuation)]) for text in contexts]
+    return Question(
+        forks,
+        norm_lengths=[len(continuation)] * len(contexts),
+        byte_lengths=[len(continuation.encode())] * len(contexts),
+        label=choice.label(row["gold"], len(contexts)),
+    )
 
 
 def last_word(row: dict) -> Fork:
@@ -86,21 +100,28 @@ def last_word(row: dict) -> Fork:
 def cloze(model: GPT, forks: list[Fork], world: World) -> Cloze:
     """How often greedy decoding gives the ending, and exp of the mean loss of an ending."""
     losses, greedy = likelihoods(model, forks, world)
+    require_numbers(losses)
     n = len(forks)
     acc = sum(greedy) / n
     stderr = math.sqrt(acc * (1 - acc) / max(1, n - 1))
-    return Cloze(n, acc, stderr, math.exp(min(700.0, sum(losses) / n)))
+    try:
+        ppl = math.exp(sum(losses) / n)
+    except OverflowError:  # more than 709 nats an ending: long ones, and a model that knows nothing
+        ppl = None
+    return Cloze(n, acc, stderr, ppl)
 
 
 def compression(model: GPT, text: str, world: World) -> Compression:
     """Bits a byte of UTF-8, each token predicted once from up to n_ctx tokens before it."""
     tokens, size = encode(text), len(text.encode())
-    losses, _ = likelihoods(model, windows(tokens, model.config.n_ctx), world)
+    forks = windows(tokens, model.config.n_ctx)
+    losses, _greedy = likelihoods(model, forks, world)
+    require_numbers(losses)
     return Compression(len(tokens), size, sum(losses) / math.log(2) / size)
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises BadInput where it is none."""
+    """A text file, without its byte order mark. Raises BadInput where it is none."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,21 +131,21 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read(task: Task, path: Path, limit: int) -> Any:
-    """What a task asks: a text, forks, or questions. Raises BadInput."""
+def read_docs(task: Task, path: Path, limit: int) -> Any:
+    """A task's documents: a text, forks, or questions. Raises BadInput."""
     if task == "bits_per_byte":
         return read_text(path)
-    rows = {"lambada": last_word, "piqa": query, "arc_easy": query, "winogrande": schema}
-    return choice.read_rows(path, rows[task], limit)
+    read = {"lambada": last_word, "piqa": query, "arc_easy": query, "winogrande": schema}
+    return choice.read_rows(path, read[task], limit)
 
 
-def judge(task: Task, model: GPT, asked: Any, world: World) -> Cloze | Compression | choice.Score:
-    """The model's result; `asked` is what read() gave."""
+def evaluate(task: Task, model: GPT, docs: Any, world: World) -> Cloze | Compression | choice.Score:
+    """The model's result on what read_docs gave. Raises Failed where a loss is no number."""
     if task == "bits_per_byte":
-        return compression(model, asked, world)
+        return compression(model, docs, world)
     if task == "lambada":
-        return cloze(model, asked, world)
-    return choice.score(asked, choice.answer(model, asked, world))
+        return cloze(model, docs, world)
+    return choice.score(docs, choice.answer(model, docs, world))
 
 
 def main(
@@ -147,9 +168,9 @@ def main(
         raise BadInput(f"--limit {limit}: expected 0 (all) or more")
     world = init_distributed()
     with world.fail_together():
-        asked = read(task, data, limit)
+        docs = read_docs(task, data, limit)
     with choice.open_model(checkpoint, dtype, world) as model:
-        world.print0(choice.as_json(judge(task, model, asked, world)))
+        world.print0(choice.as_json(evaluate(task, model, docs, world)))
     world.destroy()
 
 

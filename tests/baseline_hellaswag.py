@@ -91,7 +91,7 @@ def compare(path: str, n: int = 100, rounds: int = 4) -> None:
                 work[name].append((time.process_time() - begun) / len(part))
                 losses[name] = losses[name] + found if way is loop else found
     in_loop_order = [q for turn in range(rounds) for q in questions[turn::rounds]]
-    tokens = torch.tensor([n for q in in_loop_order for n in q.lengths])
+    tokens = torch.tensor([n for q in in_loop_order for n in q.token_lengths])
     first = torch.tensor(losses["loop, fp32"])
     for name in ways:
         by_clock, by_work = (statistics.mean(t["loop, fp32"]) / statistics.median(t[name])

@@ -1,7 +1,10 @@
 """HellaSwag and its like: right scores, from any file, on any number of ranks, one line if not."""
 
 import json
+import lzma
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,11 +12,11 @@ import torch.nn.functional as F
 
 from data.tokenizer import encode
 from eval import choice, hellaswag
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, Failed, one_line_errors
 from launch.world import World
 from model.gpt2 import GPT, GPTConfig
 from model.hf import to_hf
-from tests.running import ALONE
+from tests.running import ALONE, CONFIG, ROOT, environment
 
 ROWS = [
     {"ctx": "A man is sitting on a roof. He", "label": 3, "endings": [
@@ -59,30 +62,35 @@ def test_hellaswag_scores_are_those_of_the_plain_loop(model, questions_file):
     # fp64 in another order: a relative 1e-12 is thousands of roundings.
     assert [a.losses for a in answers] == [pytest.approx(r, rel=1e-12) for r in expected.tolist()]
     score = hellaswag.evaluate(model, questions, ALONE)
-    lengths = torch.tensor([[len(encode(" " + e)) for e in row["endings"]] for row in ROWS])
+    tokens = torch.tensor([[len(encode(" " + e)) for e in row["endings"]] for row in ROWS])
     sizes = torch.tensor([[len(e.encode()) for e in row["endings"]] for row in ROWS])
     labels = torch.tensor([int(row["label"]) for row in ROWS])
-    for got, losses in ((score.acc, expected), (score.acc_norm, expected / lengths),
+    for got, losses in ((score.acc, expected), (score.acc_norm, expected / tokens),
                         (score.acc_bytes, expected / sizes)):
         assert got == (losses.argmin(1) == labels).double().mean().item()
     assert score.n == 3
     assert score.acc_stderr == math.sqrt(score.acc * (1 - score.acc) / 2)
 
 
+def known_losses(*losses: float) -> World:
+    """A world whose sums are these losses, none of them of a greedy ending."""
+
+    class Known(World):
+        def all_reduce_sum(self, *values):
+            return [*losses, *[0.0] * len(losses)]
+
+    return Known(0, 1, torch.device("cpu"))
+
+
 def test_the_three_ways_of_comparing_differ_where_they_should():
     """By hand: the sum favours B, the mean a token A, the mean a byte C."""
     fork = choice.Fork([1], [[2, 3, 4, 5], [2], [2, 3]])
-    question = choice.Question([fork], sizes=[8, 4, 12], label=2)
+    question = choice.Question([fork], norm_lengths=[4, 1, 2], byte_lengths=[8, 4, 12], label=2)
     losses = [8.0, 5.0, 6.0]  # a token: 2, 5, 3; a byte: 1, 1.25, 0.5
-    mine = choice.Answer(losses, 1, 0, 2)
-
-    class Known(World):
-        def sum(self, *values):
-            return [*losses, 0.0, 0.0, 0.0]
-
+    expected = choice.Answer(losses, 1, 0, 2)
     tiny = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8))
-    assert choice.answer(tiny, [question], Known(0, 1, torch.device("cpu"))) == [mine]
-    score = choice.score([question] * 4, [mine] * 3 + [choice.Answer(losses, 2, 2, 0)])
+    assert choice.answer(tiny, [question], known_losses(*losses)) == [expected]
+    score = choice.score([question] * 4, [expected] * 3 + [choice.Answer(losses, 2, 2, 0)])
     assert vars(score) == {
         "n": 4, "acc": 0.25, "acc_norm": 0.25, "acc_stderr": 0.25, "acc_bytes": 0.75}
 
@@ -94,7 +102,7 @@ def test_hellaswag_is_the_same_on_any_number_of_ranks(model, questions_file, mon
     partial = []
 
     class Deaf(World):
-        def sum(self, *values):
+        def all_reduce_sum(self, *values):
             partial.append(values)
             return list(values)
 
@@ -143,6 +151,37 @@ def test_no_rows_and_no_file_are_refused(tmp_path):
         (tmp_path / name).write_bytes(b"\xff\xfe\x00 no")
         with pytest.raises(BadInput, match="can't read"):
             hellaswag.read_questions(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.xz"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name):
+    content = b"\xef\xbb\xbf" + json.dumps(ROWS[2], ensure_ascii=False).encode()
+    path = tmp_path / name
+    path.write_bytes(lzma.compress(content) if name.endswith(".xz") else content)
+    assert hellaswag.read_questions(path)[0].label == 0
+
+
+def test_rows_are_utf8_in_any_locale(tmp_path):
+    """Text files are ASCII in the locale C without Python's ways round it (PEP 538, PEP 540)."""
+    for name, pack in (("rows.jsonl", bytes), ("rows.jsonl.xz", lzma.compress)):
+        (tmp_path / name).write_bytes(pack(json.dumps(ROWS[1], ensure_ascii=False).encode()))
+    code = ("import sys; from pathlib import Path; from eval.hellaswag import read_questions;"
+            "print(*[read_questions(Path(p))[0].byte_lengths for p in sys.argv[1:]])")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, tmp_path.iterdir())], cwd=ROOT, timeout=120,
+        capture_output=True, text=True,
+        env=environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
+    )
+    assert done.stdout == "[7, 30, 12, 20] [7, 30, 12, 20]\n", done.stderr
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_losses_that_are_no_numbers_get_no_score(loss):
+    fork = choice.Fork([1], [[2], [3]])
+    question = choice.Question([fork], norm_lengths=[1, 1], byte_lengths=[1, 1], label=0)
+    tiny = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8))
+    with pytest.raises(Failed, match="the model's losses are no numbers"):
+        choice.answer(tiny, [question], known_losses(1.0, loss))
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +253,22 @@ def test_a_wrong_command_gets_one_line(arguments, words, capsys):
     printed = capsys.readouterr().err
     assert words in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("weight", ["wte.weight", "h.1.attn.c_proj.bias"])
+def test_broken_weights_are_refused_by_the_command(questions_file, tmp_path, capsys, weight):
+    """Every comparison with NaN is false: they would be right wherever the first ending is."""
+    broken = GPT(CONFIG)
+    with torch.no_grad():
+        broken.get_parameter(weight).flatten()[:8] = math.nan
+    to_hf(broken, tmp_path / "hf")
+    with pytest.raises(SystemExit) as leaving, one_line_errors():
+        hellaswag.main(f"hf:{tmp_path / 'hf'}", str(questions_file), dtype="fp32")
+    assert leaving.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: the model's losses are no numbers")
+    assert printed.err.count("\n") == 1
 
 
 def test_real_rows(model, real_data):

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.published import (
+from eval.report import plot_losses, write_report
+from eval.report.__main__ import Arguments, main
+from eval.report.curves import (
     BAND,
     BATCH_TOKENS,
     CURVES,
@@ -21,9 +23,9 @@ from eval.published import (
     interpolate,
     named_curve,
 )
-from eval.record import read_record, read_records
-from eval.report import main, page, plot_losses, write_report
-from eval.verdict import Verdict, judge
+from eval.report.page import page
+from eval.report.record import read_record, read_records
+from eval.report.verdict import Verdict, judge
 from launch.errors import BadInput
 from tests.running import ROOT, environment
 
@@ -359,8 +361,6 @@ def test_the_command_line(tmp_path, capsys):
                           capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment())
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: no published curve is called 'llmc-125m'")
-    from eval.report import Arguments
-
     main(Arguments(runs=(run,)))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("run: on track (validation loss ")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data.tokenizer import encode
-from eval import tasks
-from launch.errors import BadInput
+from eval import choice, tasks
+from launch.errors import BadInput, Failed
 from launch.world import World
 from model.gpt2 import GPT, GPTConfig
 from model.hf import to_hf
@@ -58,10 +58,10 @@ def test_lambada(bigram, table, tmp_path):
             {"context": passages[1].rpartition(" ")[0], "continuation": passages[1].split()[-1]}]
     # A third passage whose last word is what the table says after " the".
     the = encode(" the")[-1]
-    asked = tasks.read("lambada", write(tmp_path, rows), 0)
+    docs = tasks.read_docs("lambada", write(tmp_path, rows), 0)
     likeliest = int(bigram(torch.tensor([[the]]))[0, -1].argmax())
-    asked.append(tasks.Fork(encode("This is the"), [[likeliest]]))
-    got = tasks.judge("lambada", bigram, asked, ALONE)
+    docs.append(tasks.Fork(encode("This is the"), [[likeliest]]))
+    got = tasks.evaluate("lambada", bigram, docs, ALONE)
     losses = [text_loss(table, p.rpartition(" ")[0], " " + p.split()[-1]) for p in passages]
     losses.append(table(the, likeliest))
     assert (got.n, got.acc) == (3, pytest.approx(1 / 3))
@@ -75,11 +75,11 @@ def test_choices_after_a_query(bigram, table, tmp_path, task):
     rows = [{"query": "What puts out a fire?", "choices": choices[0], "gold": 1},
             {"query": "Question: Is it so?\nAnswer:", "choices": choices[1], "gold": "0"}]
     contexts = ["Question: What puts out a fire?\nAnswer:", "Question: Is it so?\nAnswer:"]
-    got = tasks.judge(task, bigram, tasks.read(task, write(tmp_path, rows), 0), ALONE)
+    got = tasks.evaluate(task, bigram, tasks.read_docs(task, write(tmp_path, rows), 0), ALONE)
     right = {"acc": 0, "acc_norm": 0, "acc_bytes": 0}
     for row, context, options in zip(rows, contexts, choices, strict=True):
         losses = [text_loss(table, context, " " + option) for option in options]
-        for way, units in (("acc", [1] * 3), ("acc_norm", [len(encode(" " + o)) for o in options]),
+        for way, units in (("acc", [1] * 3), ("acc_norm", [len(o) for o in options]),
                            ("acc_bytes", [len(o.encode()) for o in options])):
             values = [loss / unit for loss, unit in zip(losses, units, strict=False)]
             right[way] += values.index(min(values)) == int(row["gold"])
@@ -94,8 +94,8 @@ def test_winogrande_compares_the_same_ending_after_two_contexts(bigram, table, t
     best = losses.index(min(losses))
     rows = [{"context_options": contexts, "continuation": ending, "gold": gold}
             for gold in (best, 1 - best, best)]
-    asked = tasks.read("winogrande", write(tmp_path, rows), 0)
-    got = tasks.judge("winogrande", bigram, asked, ALONE)
+    docs = tasks.read_docs("winogrande", write(tmp_path, rows), 0)
+    got = tasks.evaluate("winogrande", bigram, docs, ALONE)
     assert got.acc == got.acc_norm == got.acc_bytes == pytest.approx(2 / 3)
 
 
@@ -104,7 +104,7 @@ def test_bits_per_byte_of_any_text(bigram, table, tmp_path):
     text = "In the beginning God created the heavens and the earth. é☃ " * 4
     path = tmp_path / "any.txt"
     path.write_text(text)
-    got = tasks.judge("bits_per_byte", bigram, tasks.read("bits_per_byte", path, 0), ALONE)
+    got = tasks.evaluate("bits_per_byte", bigram, tasks.read_docs("bits_per_byte", path, 0), ALONE)
     tokens = [50256, *encode(text)]
     nats = sum(table(a, b) for a, b in zip(tokens, tokens[1:], strict=False))
     assert (got.tokens, got.bytes) == (len(tokens) - 1, len(text.encode()))
@@ -121,6 +121,31 @@ def test_the_command_ends_with_its_json(bigram, tmp_path, capsys):
     assert last["n"] == 2
 
 
+@pytest.mark.parametrize("task", ["lambada", "piqa", "winogrande", "bits_per_byte"])
+def test_losses_that_are_no_numbers_get_no_figure(tmp_path, task):
+    broken = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, n_ctx=16))
+    torch.nn.init.constant_(broken.ln_f.weight, math.nan)
+    rows = {"lambada": {"text": "a passage"},
+            "piqa": {"query": "a", "choices": ["b", "c"], "gold": 0},
+            "winogrande": {"context_options": ["a", "b"], "continuation": "c", "gold": 0}}
+    path = write(tmp_path, [rows.get(task, {})])
+    docs = tasks.read_docs(task, path, 0)
+    with pytest.raises(Failed, match="the model's losses are no numbers"):
+        tasks.evaluate(task, broken, docs, ALONE)
+
+
+def test_a_perplexity_beyond_floats_is_null(bigram, monkeypatch):
+    """exp(709) is about the largest float; 100 tokens of an untrained model are 1,000 nats."""
+    monkeypatch.setattr(tasks, "likelihoods", lambda *_: ([1000.0], [0.0]))
+    result = tasks.evaluate("lambada", bigram, [tasks.Fork([1], [[2] * 100])], ALONE)
+    assert json.loads(choice.as_json(result)) == {"n": 1, "acc": 0, "acc_stderr": 0, "ppl": None}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "x").write_bytes(b"\xef\xbb\xbfabc")
+    assert tasks.read_docs("bits_per_byte", tmp_path / "x", 0) == "abc"
+
+
 @pytest.mark.parametrize(
     ("task", "row", "words"),
     [("lambada", {"text": "word"}, "a single word"),
@@ -134,11 +159,11 @@ def test_the_command_ends_with_its_json(bigram, tmp_path, capsys):
 )
 def test_a_wrong_row_is_named(tmp_path, task, row, words):
     with pytest.raises(BadInput, match=f"line 1: .*{words}"):
-        tasks.read(task, write(tmp_path, [row]), 0)
+        tasks.read_docs(task, write(tmp_path, [row]), 0)
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"", "is empty"), (b"\xff\xfe", "can't read")])
 def test_a_text_that_is_none(tmp_path, content, words):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(BadInput, match=words):
-        tasks.read("bits_per_byte", tmp_path / "x", 0)
+        tasks.read_docs("bits_per_byte", tmp_path / "x", 0)

@@ -6,7 +6,8 @@ left out.
 
 import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -69,28 +70,33 @@ class Record:
         """A column. Validation losses of another set than val_set are left out."""
         rows = [row for row in self.rows if _is_number(row.get(key))]
         if key == "val_loss":
-            rows = [row for row in rows if row.get("val_set", self.val_set) == self.val_set]
-        table = np.array([[r["step"], r["tokens"], r[key]] for r in rows], dtype=float)
-        steps, tokens, values = table.reshape(-1, 3).T
-        return Series(steps, tokens, values)
+            val_set = self.val_set
+            rows = [row for row in rows if row.get("val_set", val_set) == val_set]
+        table = [(row["step"], row["tokens"], row[key]) for row in rows]
+        columns = np.array(table, dtype=float).reshape(-1, 3)  # (rows, 3), also where none is left
+        return Series(*columns.T)
 
     def samples(self) -> list[tuple[int, int, str]]:
         """(step, tokens, text) of every sample."""
-        return [(row["step"], row["tokens"], row["sample"]) for row in self.rows
-                if isinstance(row.get("sample"), str)]
+        rows = [row for row in self.rows if isinstance(row.get("sample"), str)]
+        return [(row["step"], row["tokens"], row["sample"]) for row in rows]
 
     def events(self) -> list[Event]:
         """What the run says has happened, and spikes that are found in its figures."""
-        events = [Event(row["step"], row["tokens"], _kind(row["event"]), row["event"])
-                  for row in self.rows if isinstance(row.get("event"), str)]
-        told = {event.step for event in events if event.kind == "spike"}
-        for key, what in (("train_loss", "loss"), ("grad_norm", "gradient norm")):
-            for step, tokens, value, z in spikes(self.series(key)):
-                if not told & {step - 1, step, step + 1}:
-                    told.add(step)
-                    text = (f"spike: {what} {value:.4g}, {z:.0f} standard deviations above the "
-                            "steps before")
-                    events.append(Event(step, tokens, "spike", text))
+        events = []
+        for row in self.rows:
+            text = row.get("event")
+            if isinstance(text, str):
+                events.append(Event(row["step"], row["tokens"], _kind(text), text))
+        reported = {event.step for event in events if event.kind == "spike"}
+        for key, name in (("train_loss", "loss"), ("grad_norm", "gradient norm")):
+            for step, tokens, value, z in find_spikes(self.series(key)):
+                if reported & {step - 1, step, step + 1}:
+                    continue
+                reported.add(step)
+                text = (f"spike: {name} {value:.4g}, {z:.0f} standard deviations above the "
+                        "steps before")
+                events.append(Event(step, tokens, "spike", text))
         return sorted(events, key=lambda event: event.step)
 
     def state(self) -> str:
@@ -98,8 +104,9 @@ class Record:
         if not self.rows:
             return "nothing recorded yet"
         last, planned = self.rows[-1]["step"], self.config.get("steps")
-        if _kind(str(self.rows[-1].get("event", ""))) == "stop":
-            return str(self.rows[-1]["event"])
+        event = str(self.rows[-1].get("event", ""))
+        if _kind(event) == "stop":
+            return event
         if last == planned:
             return "finished"
         of = f" of {planned:,}" if isinstance(planned, int) else ""
@@ -118,10 +125,10 @@ def read_record(path: Path) -> Record:
     if not rows:
         raise BadInput(f"{metrics} holds no row with a step and tokens: nothing to report yet")
     try:
-        description = json.loads((path / "config.json").read_bytes())
+        description = json.loads((path / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):  # the metrics speak for themselves
         description = {}
-    return Record(path, path.resolve().name, _mapping(description), rows)
+    return Record(path, readable(path.resolve().name), _mapping(description), rows)
 
 
 def read_records(paths: list[Path]) -> list[Record]:
@@ -142,26 +149,37 @@ def read_records(paths: list[Path]) -> list[Record]:
                 f"{record.val_set or 'nothing that it names'}"
             )
     names = [record.name for record in records]
-    return [Record(r.path, r.name if names.count(r.name) == 1 else str(r.path), r.description,
-                   r.rows) for r in records]
+    for i, record in enumerate(records):
+        if names.count(record.name) > 1:
+            records[i] = replace(record, name=readable(record.path))
+    return records
 
 
-def spikes(series: Series) -> list[tuple[int, int, float, float]]:
+def readable(path: Path | str) -> str:
+    """A path for titles: the UTF-8 that the disk holds, also where the locale is ASCII."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def find_spikes(series: Series) -> list[tuple[int, int, float, float]]:
     """(step, tokens, value, z): values SPIKE_Z standard deviations above the window before them."""
     values = series.values
     if len(values) <= SPIKE_BEGIN:
         return []
-    end = np.arange(SPIKE_BEGIN, len(values))  # the window is [start, end)
+    end = np.arange(SPIKE_BEGIN, len(values))  # the window before value `end` is [start, end)
     start = np.maximum(0, end - SPIKE_WINDOW)
-    middle = np.median(values)  # taken off, so that the sums keep their digits
-    sums, squares = (np.concatenate([[0.0], np.cumsum((values - middle) ** power)])
-                     for power in (1, 2))
-    mean, square = ((total[end] - total[start]) / (end - start) for total in (sums, squares))
+    median = np.median(values)  # taken off, so that the sums keep their digits
+    sums = np.concatenate([[0.0], np.cumsum(values - median)])
+    squares = np.concatenate([[0.0], np.cumsum((values - median) ** 2)])
+    mean = (sums[end] - sums[start]) / (end - start)
+    variance = (squares[end] - squares[start]) / (end - start) - mean**2
     # Never below 1 %: a window of equal values would call any change a spike.
-    deviation = np.sqrt(np.maximum(square - mean**2, (0.01 * (mean + middle)) ** 2)) + 1e-9
-    z = (values[end] - middle - mean) / deviation
-    return [(int(series.steps[i]), int(series.tokens[i]), float(values[i]), float(z_i))
-            for i, z_i in zip(end[z > SPIKE_Z], z[z > SPIKE_Z], strict=True)]
+    floor = (0.01 * (mean + median)) ** 2
+    deviation = np.sqrt(np.maximum(variance, floor)) + 1e-9
+    z = (values[end] - median - mean) / deviation
+    found = []
+    for i, z_i in zip(end[z > SPIKE_Z], z[z > SPIKE_Z], strict=True):
+        found.append((int(series.steps[i]), int(series.tokens[i]), float(values[i]), float(z_i)))
+    return found
 
 
 def _kind(event: str) -> Kind:
@@ -176,8 +194,11 @@ def _kind(event: str) -> Kind:
 
 
 def _is_row(row: dict) -> bool:
-    return all(isinstance(row.get(key), int) and 0 <= row[key] < 2**63
-               for key in ("step", "tokens"))
+    return all(_is_count(row.get(key)) for key in ("step", "tokens"))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:

@@ -5,8 +5,8 @@ The cases are those of the threads that are named: build-nanogpt's, nanoGPT's an
 
 from typing import Any
 
-from eval.published import EARLY_UNTIL, Curve
-from eval.record import Record
+from eval.report.curves import EARLY_UNTIL, Curve
+from eval.report.record import Record
 
 EVENTS_SHOWN = 5
 
@@ -17,21 +17,21 @@ def different_settings(record: Record, curve: Curve) -> list[str]:
     if not config:
         return ["There is no config.json: whether the settings are the published run's is unknown."]
     model, optim = record.settings("model"), record.settings("optim")
-    pairs: list[tuple[str, Any, Any]] = [
-        (key, model.get(key), value) for key, value in curve.model.items()
-    ]
-    pairs += [
-        ("batch_tokens", config.get("batch_tokens"), curve.batch_tokens),
-        ("lr", optim.get("lr"), curve.lr),
-        ("warmup_steps", optim.get("warmup_steps"), curve.warmup_steps),
-        ("weight_decay", optim.get("weight_decay"), curve.weight_decay),
-    ]
-    found = [f"{key} {mine} ({theirs})" for key, mine, theirs in pairs if mine != theirs]
-    steps, batch = config.get("steps"), config.get("batch_tokens")
-    if isinstance(steps, int) and isinstance(batch, int):
-        planned, theirs = steps * batch, curve.steps * curve.batch_tokens
-        if abs(planned / theirs - 1) > 0.05:  # 18,865 steps instead of the log's 19,560 are alike
-            found.append(f"{planned / 1e9:.3g} B tokens planned ({theirs / 1e9:.3g} B), so the "
+    pairs: list[tuple[str, Any, Any]] = []  # setting, this run's value, the published run's
+    for key, value in curve.model.items():
+        pairs.append((key, model.get(key), value))
+    pairs.append(("batch_tokens", config.get("batch_tokens"), curve.batch_tokens))
+    for key in ("lr", "warmup_steps", "weight_decay"):
+        pairs.append((key, optim.get(key), getattr(curve, key)))
+    found = []
+    for key, value, published in pairs:
+        if value != published:
+            found.append(f"{key} {value} ({published})")
+    steps, batch_tokens = config.get("steps"), config.get("batch_tokens")
+    if isinstance(steps, int) and isinstance(batch_tokens, int):
+        planned, published = steps * batch_tokens, curve.steps * curve.batch_tokens
+        if abs(planned / published - 1) > 0.05:  # 18,865 steps and the log's 19,560 are alike
+            found.append(f"{planned / 1e9:.3g} B tokens planned ({published / 1e9:.3g} B), so the "
                          "learning rate falls at another pace")
     if config.get("init"):
         found.append(f"weights of {config['init']} at the start (none)")
@@ -51,15 +51,18 @@ def usual_causes(
     causes = []
     events = [event for event in record.events() if before < event.step <= first]
     if events:
-        told = "; ".join(f"step {event.step:,}: {event.text}" for event in events[:EVENTS_SHOWN])
-        more = f"; and {len(events) - EVENTS_SHOWN} more" if len(events) > EVENTS_SHOWN else ""
+        lines = [f"step {event.step:,}: {event.text}" for event in events[:EVENTS_SHOWN]]
+        if len(events) > EVENTS_SHOWN:
+            lines.append(f"and {len(events) - EVENTS_SHOWN} more")
         causes.append(f"What happened between the last good evaluation and step {first:,}: "
-                      f"{told}{more}.")
+                      f"{'; '.join(lines)}.")
     if difference < 0:
-        return [*causes, *BETTER]
+        return causes + BETTER
     if sudden and before:
         causes += SUDDEN
-    return [*causes, *(EARLY if tokens <= EARLY_UNTIL else LATE)]
+    if tokens <= EARLY_UNTIL:
+        return causes + EARLY
+    return causes + LATE
 
 
 BETTER = [

@@ -2,7 +2,7 @@
 
 A validation loss is judged where the curve has one: from its first point after 0 tokens (step 250)
 to its end. It is off where it differs by more than the expected noise: that of seeds
-(eval/published.py) and what the interpolation between published points may be wrong by.
+(curves.py) and what the interpolation between published points may be wrong by.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from eval.causes import different_settings, usual_causes
-from eval.published import (
+from eval.report.causes import different_settings, usual_causes
+from eval.report.curves import (
     CURVES,
     LOCAL_FILES,
     SAME_DATA,
@@ -27,7 +27,7 @@ from eval.published import (
     same_val_set,
     seed_noise,
 )
-from eval.record import Record
+from eval.report.record import Record
 from launch.errors import BadInput
 
 Status = Literal["on track", "off", "too early", "not compared"]
@@ -79,17 +79,17 @@ def judge(record: Record, against: str = "") -> Verdict:
     if reason and against:
         raise BadInput(f"{record.path} can't be compared with {against}: {reason}; what counts is "
                        f"{', '.join((*SAME_DATA, LOCAL_FILES))}, {VAL_TOKENS:,} tokens")
-    if same_train_data(record.val_set, bool(against)) and curve.train:
-        train_curve, compared = curve, train_comparison(record, curve)
-    else:
-        train_curve, compared = None, []
+    train_curve, comparisons = None, []
+    if curve.train and same_train_data(record.val_set, bool(against)):
+        train_curve = curve
+        comparisons = compare_training(record, curve)
     notes = different_settings(record, curve)
     if data_name(record.val_set) == LOCAL_FILES and not reason:
         notes.insert(0, "The data set is taken at its word: nothing tells which files they were.")
     if reason:
-        return Verdict("not compared", f"not compared: {reason}", None, train_curve, compared,
-                       notes, [])
-    return _judge_validation(record, curve, train_curve, compared, notes)
+        headline = f"not compared: {reason}"
+        return Verdict("not compared", headline, None, train_curve, comparisons, notes, [])
+    return _judge_validation(record, curve, train_curve, comparisons, notes)
 
 
 def other_data(record: Record, curve: Curve, named: bool) -> str:
@@ -97,9 +97,10 @@ def other_data(record: Record, curve: Curve, named: bool) -> str:
     val_set = record.val_set
     if same_val_set(val_set, trust_local_files=named):
         return ""
-    mine = f"this run is validated on {val_set}" if val_set else "this run names no validation set"
-    reason = (f"{mine}, and {curve.key} on the first {VAL_TOKENS:,} tokens of FineWeb's "
-              "sample-10BT")
+    reason = "this run names no validation set"
+    if val_set:
+        reason = f"this run is validated on {val_set}"
+    reason += f", and {curve.key} on the first {VAL_TOKENS:,} tokens of FineWeb's sample-10BT"
     if same_val_set(val_set, trust_local_files=True):
         reason += f" (if that is what the local files hold: --against {curve.key})"
     return reason
@@ -107,65 +108,80 @@ def other_data(record: Record, curve: Curve, named: bool) -> str:
 
 def expected(curve: Curve, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the published validation loss, the expected noise) at any tokens, NaN where unknown."""
-    published, wrong = interpolate(curve.val, tokens)
-    return published, seed_noise(tokens) + wrong
+    published, error = interpolate(curve.val, tokens)
+    return published, seed_noise(tokens) + error
 
 
-def train_comparison(record: Record, curve: Curve) -> list[Comparison]:
+def compare_training(record: Record, curve: Curve) -> list[Comparison]:
     """The mean of the newest TRAIN_WINDOW of training losses, where there are enough of them."""
-    series, batch = record.series("train_loss"), record.config.get("batch_tokens")
-    if curve.train is None or not isinstance(batch, int):
+    series, batch_tokens = record.series("train_loss"), record.config.get("batch_tokens")
+    if curve.train is None or not isinstance(batch_tokens, int):
         return []
     inside = series.tokens <= curve.train.tokens[-1]
     end = series.tokens[inside].max(initial=0)
     window = inside & (series.tokens > end - TRAIN_WINDOW)
-    published, wrong = interpolate(curve.train, end)
-    if window.sum() * batch < TRAIN_WINDOW or not np.isfinite(published):
+    published, error = interpolate(curve.train, end)
+    if window.sum() * batch_tokens < TRAIN_WINDOW or not np.isfinite(published):
         return []
-    return [Comparison("training loss, mean of 50 steps",
-                       int(series.steps[inside].max()), int(end),
-                       float(series.values[window].mean()), float(published),
-                       float(seed_noise(end) + wrong + TRAIN_NOISE))]
+    return [Comparison(
+        what="training loss, mean of 50 steps",
+        step=int(series.steps[inside].max()),
+        tokens=int(end),
+        loss=float(series.values[window].mean()),
+        published=float(published),
+        noise=float(seed_noise(end) + error + TRAIN_NOISE),
+    )]
 
 
 def _judge_validation(
-    record: Record, curve: Curve, train_curve: Curve | None, compared: list[Comparison],
+    record: Record, curve: Curve, train_curve: Curve | None, comparisons: list[Comparison],
     notes: list[str],
 ) -> Verdict:
     """The verdict on a run whose validation set is the curve's."""
     series = record.series("val_loss")
     published, noise = expected(curve, series.tokens)
-    judged = np.isfinite(published)
-    if not judged.any():
-        first, last = curve.val.tokens[curve.val.tokens > 0][[0, -1]]
-        headline = (f"too early to say: no validation loss between {int(first):,} and "
-                    f"{int(last):,} tokens, where {curve.title}'s are known")
-        return Verdict("too early", headline, curve, train_curve, compared, notes, [])
-    if not judged[-1]:
+    known = np.isfinite(published)
+    if not known.any():
+        start, end = curve.val.tokens[curve.val.tokens > 0][[0, -1]]
+        headline = (f"too early to say: no validation loss between {int(start):,} and "
+                    f"{int(end):,} tokens, where {curve.title}'s are known")
+        return Verdict("too early", headline, curve, train_curve, comparisons, notes, [])
+    if not known[-1]:
         notes.append(f"The curve ends at {int(curve.val.tokens[-1]):,} tokens; what came later is "
                      "not judged.")
-    steps, tokens, losses = (column[judged] for column in series)
-    published, noise = published[judged], noise[judged]
+    steps, tokens, losses = series.steps[known], series.tokens[known], series.values[known]
+    published, noise = published[known], noise[known]
     difference = losses - published
     off = np.abs(difference) > noise
     newest = Comparison("validation loss", int(steps[-1]), int(tokens[-1]), float(losses[-1]),
                         float(published[-1]), float(noise[-1]))
-    first = len(off) - int(np.argmin(off[::-1])) if not off.all() else 0  # of the last stretch
+    comparisons = [newest, *comparisons]
+    first = _start_of_last_stretch(off)
     if off[:first].any():
         blips = [f"{int(step):,}" for step in steps[:first][off[:first]]]
-        notes.append(f"It was off before, and came back: at step {', '.join(blips[:5])}"
-                     f"{' and more' if len(blips) > 5 else ''}.")
-    status: Status = "on track"
-    headline, causes = "on track", []
-    if off[-1]:
-        status = "off"
-        better = ", lower than the published run" if newest.difference < 0 else ""
-        headline = f"off by {newest.difference:+.4f}{better}, first at step {int(steps[first]):,}"
-        before = int(steps[first - 1]) if first else 0
-        jump = difference[first] - (difference[first - 1] if first else 0)
-        causes = usual_causes(record, before, int(steps[first]), tokens=float(tokens[first]),
-                              difference=newest.difference, sudden=abs(jump) > 2 * noise[first])
-    return Verdict(status, headline, curve, train_curve, [newest, *compared], notes, causes)
+        more = " and more" if len(blips) > 5 else ""
+        notes.append(f"It was off before, and came back: at step {', '.join(blips[:5])}{more}.")
+    if not off[-1]:
+        return Verdict("on track", "on track", curve, train_curve, comparisons, notes, [])
+    better = ", lower than the published run" if newest.difference < 0 else ""
+    headline = f"off by {newest.difference:+.4f}{better}, first at step {int(steps[first]):,}"
+    step_before, difference_before = 0, 0.0
+    if first > 0:
+        step_before, difference_before = int(steps[first - 1]), difference[first - 1]
+    jump = abs(difference[first] - difference_before)
+    causes = usual_causes(
+        record, step_before, int(steps[first]), tokens=float(tokens[first]),
+        difference=newest.difference, sudden=bool(jump > 2 * noise[first]),
+    )
+    return Verdict("off", headline, curve, train_curve, comparisons, notes, causes)
+
+
+def _start_of_last_stretch(off: np.ndarray) -> int:
+    """Where the run left the curve for good: [0, 1, 0, 1, 1] -> 3; its length if it came back."""
+    first = len(off)
+    while first > 0 and off[first - 1]:
+        first -= 1
+    return first
 
 
 def _names() -> str:
