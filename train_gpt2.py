@@ -307,7 +307,8 @@ def finish(run: Run, step: int) -> int:
         reason = f"stopped by {run.signals.name} at step {step}"
         world.broadcast_from_rank0(write_stopped_file, run.path, reason)
         run.tracker.log_event(step, f"{reason}; the same command goes on from there")
-    world.print0("plot:", world.broadcast_from_rank0(plot_losses, run.path))
+    if picture := world.broadcast_from_rank0(plot_losses, run.path):
+        world.print0("plot:", picture)
     if not completed:
         return run.signals.exit_code
     prompt = shlex.quote(run.config.evaluation.prompt)

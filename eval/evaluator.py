@@ -70,8 +70,13 @@ class Evaluator:
         """
         if step in tracker.evaluated_steps:  # before this process began
             return True
-        with model.summon_full_params(), model.autocast():
-            row = self.results(model.module, stop, with_hellaswag=step > 0)
+        try:
+            with model.summon_full_params(), model.autocast():
+                row = self.results(model.module, stop, with_hellaswag=step > 0)
+        except Failed as error:  # broken weights, before the spike detector has come to its verdict
+            tracker.log_event(step, f"no evaluation of step {step}: {error}")
+            tracker.evaluated_steps.add(step)
+            return True
         if row is None:
             return False
         tracker.log(step, **row)

@@ -3,7 +3,7 @@
     OUT_DIR/NAME/config.json      everything resolved; `train_gpt2.py config.json` starts it again
                  metrics.jsonl    launch/tracker.py
                  checkpoints/     model/checkpoint.py
-                 report/          pictures, and eval/report.py's page
+                 report/          pictures, and the page of eval/report
 """
 
 import json
