@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from eval.likelihood import Fork, likelihoods
+from eval.likelihood import Request, negative_loglikelihoods
 from launch.errors import BadInput
 from launch.files import atomic_write
 from launch.world import DTYPES, Dtype, World, autocast, choose_dtype
@@ -33,16 +33,16 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Question:
-    """One question, tokenised. Options are the forks' endings, one after the other."""
+    """One question, tokenised. Options are the requests' continuations, in their order."""
 
-    forks: list[Fork]  # one for all options, or one for each where contexts differ
+    requests: list[Request]  # one for all options, or one for each where contexts differ
     sizes: list[int]  # bytes of each option's text
     label: int  # the right option
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each option."""
-        return [len(ending) for fork in self.forks for ending in fork.endings]
+        return [len(tokens) for request in self.requests for tokens in request.continuations]
 
 
 class Answer(NamedTuple):
@@ -69,7 +69,8 @@ def answer(
     model: GPT, questions: list[Question], world: World, stop: Callable[[], bool] = lambda: False
 ) -> list[Answer]:
     """The model's answers, on every rank the same. Stopped where `stop` says so between passes."""
-    losses, _ = likelihoods(model, [fork for q in questions for fork in q.forks], world, stop)
+    requests = [request for question in questions for request in question.requests]
+    losses, _ = negative_loglikelihoods(model, requests, world, stop)
     answers, start = [], 0
     for question in questions:
         own = losses[start : start + len(question.sizes)]

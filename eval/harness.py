@@ -18,7 +18,7 @@ import tyro
 
 from data.tokenizer import EOT, decode, encode
 from eval import choice
-from eval.likelihood import Fork, likelihoods, windows
+from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from launch.errors import BadInput, one_line_errors
 from launch.world import Dtype, World, start_world
 from model.generate import SampleConfig, generate
@@ -57,30 +57,32 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, greedy?) of each request: texts, context, continuation."""
-        forks: list[Fork] = []
-        places: list[list[int]] = []  # of each fork's endings among the requests
+        """(log-likelihood, is it greedy?) of each request: texts, context, continuation."""
+        ours: list[Request] = []  # one for each context, with all its continuations
+        theirs: list[list[int]] = []  # the numbers, among `requests`, of each one's continuations
         of_context: dict[tuple[int, ...], int] = {}
         for i, (_texts, context, continuation) in enumerate(requests):
-            fork = of_context.setdefault(tuple(context), len(forks))
-            if fork == len(forks):
-                forks.append(Fork(context, []))
-                places.append([])
-            forks[fork].endings.append(continuation)
-            places[fork].append(i)
-        losses, greedy = likelihoods(self.model, forks, self.world)
+            number = of_context.setdefault(tuple(context), len(ours))
+            if number == len(ours):
+                ours.append(Request(context, []))
+                theirs.append([])
+            ours[number].continuations.append(continuation)
+            theirs[number].append(i)
+        losses, is_greedy = negative_loglikelihoods(self.model, ours, self.world)
         answers = [(0.0, False)] * len(requests)
-        order = (i for place in places for i in place)
-        for i, loss, right in zip(order, losses, greedy, strict=True):
-            answers[i] = (-loss, bool(right))
+        order = [i for numbers in theirs for i in numbers]
+        for i, loss, greedy in zip(order, losses, is_greedy, strict=True):
+            answers[i] = (-loss, bool(greedy))
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
         """The log-likelihood of whole texts, each token predicted once."""
-        texts = [windows(encode(r.args[0]), self.model.config.n_ctx) for r in requests]
-        losses, _greedy = likelihoods(self.model, [f for forks in texts for f in forks], self.world)
+        n_ctx = self.model.config.n_ctx
+        texts = [rolling_requests(encode(request.args[0]), n_ctx) for request in requests]
+        every = [window for windows in texts for window in windows]
+        losses, _is_greedy = negative_loglikelihoods(self.model, every, self.world)
         rest = iter(losses)
-        return [-sum(next(rest) for _ in forks) for forks in texts]
+        return [-sum(next(rest) for _ in windows) for windows in texts]
 
     def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
         """Continuations up to the first of the texts that the task stops at."""

@@ -19,7 +19,7 @@ import tyro
 from data.tokenizer import encode
 from eval import choice
 from eval.choice import Question, Score
-from eval.likelihood import Fork
+from eval.likelihood import Request
 from eval.published import SIZES
 from launch.errors import BadInput, one_line_errors
 from launch.files import download
@@ -49,9 +49,9 @@ def _question(row: dict) -> Question:
     context, endings = choice.text(row["ctx"], "ctx"), choice.texts(row["endings"], "endings")
     if len(endings) != 4:
         raise ValueError(f"{len(endings)} endings, expected 4")
-    fork = Fork(encode(context), [encode(" " + ending) for ending in endings])
+    request = Request(encode(context), [encode(" " + ending) for ending in endings])
     sizes = [len(ending.encode()) for ending in endings]
-    return Question([fork], sizes, choice.label(row["label"], 4))
+    return Question([request], sizes, choice.label(row["label"], 4))
 
 
 def evaluate(

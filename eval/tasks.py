@@ -25,7 +25,7 @@ import tyro
 from data.tokenizer import encode
 from eval import choice
 from eval.choice import Question
-from eval.likelihood import Fork, likelihoods, windows
+from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from launch.errors import BadInput, one_line_errors
 from launch.world import Dtype, World, start_world
 from model.gpt2 import GPT
@@ -57,21 +57,24 @@ def query(row: dict) -> Question:
     asked, choices = choice.text(row["query"], "query"), choice.texts(row["choices"], "choices")
     bare = asked.removeprefix("Question: ").removesuffix("Answer:").strip()
     answers = [option.strip() for option in choices]
-    fork = Fork(encode(f"Question: {bare}\nAnswer:"), [encode(" " + answer) for answer in answers])
+    context = encode(f"Question: {bare}\nAnswer:")
+    request = Request(context, [encode(" " + answer) for answer in answers])
     sizes = [len(answer.encode()) for answer in answers]
-    return Question([fork], sizes, choice.label(row["gold"], len(choices)))
+    return Question([request], sizes, choice.label(row["gold"], len(choices)))
 
 
 def schema(row: dict) -> Question:
     """A row of Winogrande: the same continuation after two contexts (arXiv 1806.02847)."""
     contexts = choice.texts(row["context_options"], "context_options")
     rest = choice.text(row["continuation"], "continuation").strip()
-    forks = [Fork(encode(context.strip()), [encode(" " + rest)]) for context in contexts]
+    requests = [
+        Request(encode(context.strip()), [encode(" " + rest)]) for context in contexts
+    ]
     sizes = [len(rest.encode())] * len(contexts)
-    return Question(forks, sizes, choice.label(row["gold"], len(contexts)))
+    return Question(requests, sizes, choice.label(row["gold"], len(contexts)))
 
 
-def last_word(row: dict) -> Fork:
+def last_word(row: dict) -> Request:
     """A row of LAMBADA (arXiv 1606.06031), in OpenAI's version: a passage and its last word."""
     if "text" in row:
         context, space, word = choice.text(row["text"], "text").strip().rpartition(" ")
@@ -80,14 +83,14 @@ def last_word(row: dict) -> Fork:
     else:
         context = choice.text(row["context"], "context").strip()
         word = choice.text(row["continuation"], "continuation").strip()
-    return Fork(encode(context), [encode(" " + word)])
+    return Request(encode(context), [encode(" " + word)])
 
 
-def cloze(model: GPT, forks: list[Fork], world: World) -> Cloze:
-    """How often greedy decoding gives the ending, and exp of the mean loss of an ending."""
-    losses, greedy = likelihoods(model, forks, world)
-    n = len(forks)
-    acc = sum(greedy) / n
+def cloze(model: GPT, requests: list[Request], world: World) -> Cloze:
+    """How often greedy decoding gives the continuation, and exp of its mean loss."""
+    losses, is_greedy = negative_loglikelihoods(model, requests, world)
+    n = len(requests)
+    acc = sum(is_greedy) / n
     stderr = math.sqrt(acc * (1 - acc) / max(1, n - 1))
     return Cloze(n, acc, stderr, math.exp(min(700.0, sum(losses) / n)))
 
@@ -95,7 +98,8 @@ def cloze(model: GPT, forks: list[Fork], world: World) -> Cloze:
 def compression(model: GPT, text: str, world: World) -> Compression:
     """Bits a byte of UTF-8, each token predicted once from up to n_ctx tokens before it."""
     tokens, size = encode(text), len(text.encode())
-    losses, _ = likelihoods(model, windows(tokens, model.config.n_ctx), world)
+    requests = rolling_requests(tokens, model.config.n_ctx)
+    losses, _ = negative_loglikelihoods(model, requests, world)
     return Compression(len(tokens), size, sum(losses) / math.log(2) / size)
 
 
@@ -111,7 +115,7 @@ def read_text(path: Path) -> str:
 
 
 def read(task: Task, path: Path, limit: int) -> Any:
-    """What a task asks: a text, forks, or questions. Raises BadInput."""
+    """What a task asks: a text, requests, or questions. Raises BadInput."""
     if task == "bits_per_byte":
         return read_text(path)
     rows = {"lambada": last_word, "piqa": query, "arc_easy": query, "winogrande": schema}

@@ -71,8 +71,8 @@ def test_hellaswag_scores_are_those_of_the_plain_loop(model, questions_file):
 
 def test_the_three_ways_of_comparing_differ_where_they_should():
     """By hand: the sum favours B, the mean a token A, the mean a byte C."""
-    fork = choice.Fork([1], [[2, 3, 4, 5], [2], [2, 3]])
-    question = choice.Question([fork], sizes=[8, 4, 12], label=2)
+    request = choice.Request([1], [[2, 3, 4, 5], [2], [2, 3]])
+    question = choice.Question([request], sizes=[8, 4, 12], label=2)
     losses = [8.0, 5.0, 6.0]  # a token: 2, 5, 3; a byte: 1, 1.25, 0.5
     mine = choice.Answer(losses, 1, 0, 2)
 

@@ -60,7 +60,7 @@ def test_lambada(bigram, table, tmp_path):
     the = encode(" the")[-1]
     asked = tasks.read("lambada", write(tmp_path, rows), 0)
     likeliest = int(bigram(torch.tensor([[the]]))[0, -1].argmax())
-    asked.append(tasks.Fork(encode("This is the"), [[likeliest]]))
+    asked.append(tasks.Request(encode("This is the"), [[likeliest]]))
     got = tasks.judge("lambada", bigram, asked, ALONE)
     losses = [text_loss(table, p.rpartition(" ")[0], " " + p.split()[-1]) for p in passages]
     losses.append(table(the, likeliest))
