@@ -52,9 +52,10 @@ class GPTConfig:
     """GPT-2's is the tanh approximation; exact is what nanoGPT trains with."""
 
     def __post_init__(self) -> None:
-        for size in (self.n_layer, self.n_head, self.n_embd, self.n_ctx, self.n_vocab):
+        for name in ("n_layer", "n_head", "n_embd", "n_ctx", "n_vocab"):
+            size = getattr(self, name)
             if type(size) is not int or size < 1:
-                raise ValueError(f"every size of the model must be at least 1, not {size!r}")
+                raise ValueError(f"{name} {size!r}: expected a whole number, at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.gelu not in ("tanh", "exact"):

@@ -11,8 +11,8 @@ from data.tokenizer import encode
 from eval import choice, hellaswag
 from launch.errors import BadInput, one_line_errors
 from launch.world import World
+from model.formats.hf import to_hf
 from model.gpt2 import GPT, GPTConfig
-from model.hf import to_hf
 from tests.running import ALONE
 
 ROWS = [

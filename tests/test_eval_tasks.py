@@ -10,8 +10,8 @@ from data.tokenizer import encode
 from eval import tasks
 from launch.errors import BadInput
 from launch.world import World
+from model.formats.hf import to_hf
 from model.gpt2 import GPT, GPTConfig
-from model.hf import to_hf
 
 ALONE = World(0, 1, torch.device("cpu"))
 

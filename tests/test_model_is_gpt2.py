@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from model.formats.hf import from_hf, to_hf
 from model.gpt2 import GPT, Block, GPTConfig, flops_per_token, parameter_count
-from model.hf import from_hf, to_hf
 from model.optim import OptimConfig, learning_rate, make_optimizer
 from model.parallel import Parallel
 from tests.test_model_checkpoint import ALONE
