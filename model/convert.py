@@ -26,7 +26,8 @@ from data.tokenizer import EOT, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
 from model.checkpoint import load_model, seal
-from model.formats.hf import from_hf, locate, to_hf
+from model.formats.hf import from_hf, to_hf
+from model.formats.hub import locate
 from model.formats.llmc import Precision, from_llmc, to_llmc
 from model.formats.nanogpt import from_nanogpt
 from model.formats.pickles import is_pickle

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +161,13 @@ def test_every_pair_has_the_same_logits(sources, tmp_path, name, to):
 
 
 @torch.no_grad()
+def their_loss(model: GPT2LMHeadModel) -> float:
+    """In fp64 (transformers' own loss rounds to fp32), of each token of IDX but the first."""
+    logits = model.double()(IDX[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), IDX[:, 1:].flatten()).item()
+
+
+@torch.no_grad()
 def loss_of(spec: str) -> float:
     """In fp64, of each token of IDX but the first."""
     return convert.read_source(spec).double()(IDX[:, :-1], IDX[:, 1:]).item()
@@ -169,10 +176,7 @@ def loss_of(spec: str) -> float:
 def test_nanogpts_checkpoints_keep_their_exact_gelu(sources, tmp_path):
     """The loss that nanoGPT's formula gives, in fp64: 1e-12 is thousands of roundings, and the
     other GELU is 9e-7 away. It stays through both formats that can say so."""
-    logits = theirs(gelu="gelu").double()(IDX[:, :-1]).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), IDX[:, 1:].flatten()).item()
-    logits = theirs(gelu="gelu_new").double()(IDX[:, :-1]).logits
-    other = F.cross_entropy(logits.flatten(0, 1), IDX[:, 1:].flatten()).item()
+    loss, other = their_loss(theirs(gelu="gelu")), their_loss(theirs(gelu="gelu_new"))
     assert abs(loss - other) > 5e-7
 
     nanogpt = sources["nanogpt"].spec
@@ -183,8 +187,17 @@ def test_nanogpts_checkpoints_keep_their_exact_gelu(sources, tmp_path):
     assert loss_of(f"hf:{tmp_path / 'hf'}") == pytest.approx(loss, rel=1e-12)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["activation_function"] == "gelu"
-    exported = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").double()
-    assert exported(IDX, labels=IDX).loss.item() == pytest.approx(loss, rel=1e-12)
+    exported = GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    assert their_loss(exported) == pytest.approx(loss, rel=1e-12)
+
+
+def test_nanogpts_weights_are_trained_on_with_their_gelu(sources, tiny, tmp_path):
+    convert.main(sources["nanogpt"].spec, str(tmp_path / "ours"), "ours")
+    init = str(tmp_path / "ours")
+    assert train(tiny(steps=1, init=init, model=replace(SHAPE, gelu="exact"))) == 0
+    assert load_model(str(tmp_path / "tiny")).config.gelu == "exact"
+    with pytest.raises(BadInput, match="gelu='exact'.* and the run asks for .*gelu='tanh'"):
+        train(tiny(name="other", steps=1, init=init))
 
 
 def test_llmc_can_not_take_an_exact_gelu(sources, tmp_path):

@@ -9,10 +9,7 @@ are transposed on the way.
 """
 
 import json
-import os
-import sys
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,9 @@ from torch import Tensor
 
 import kernels
 from kernels import Operators
-from launch.errors import BadInput, Failed
+from launch.errors import BadInput
 from launch.files import atomic_write
+from model.formats.hub import PICKLE, SAFETENSORS, locate, only_a_pickle
 from model.formats.pickles import load_pickle, weights_in
 from model.formats.tensors import (
     check_shapes,
@@ -38,11 +36,6 @@ from model.formats.tensors import (
 from model.gpt2 import GPT, GPTConfig
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
-SHARDS = {SAFETENSORS: "model-*-of-*.safetensors", PICKLE: "pytorch_model-*-of-*.bin"}
-# GPT-2 1558M is 6.2 GB in fp32; what is much larger is something else.
-LARGEST_DOWNLOAD = 16e9  # bytes
-
 # What model/gpt2.py computes; a folder that wants anything else is another network. A key that a
 # config.json leaves out has this value in transformers too.
 FIXED = {
@@ -74,7 +67,7 @@ def from_hf(source: str, ops: Operators = kernels.TORCH, allow_pickle: bool = Fa
     elif allow_pickle and _files(folder, PICKLE):
         tensors = _read_pickles(folder, config)
     elif _files(folder, PICKLE):
-        raise _only_a_pickle(source)
+        raise only_a_pickle(source)
     else:
         raise BadInput(f"{folder} holds no {SAFETENSORS}")
     check_tied_head(tensors, folder)
@@ -181,12 +174,6 @@ def _files(folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _only_a_pickle(source: str) -> BadInput:
-    return BadInput(f"{source} holds no {SAFETENSORS}, only {PICKLE}, a pickle, which may run code "
-                    f"when it's read. `python -m model.convert hf:{source} NEW --to ours "
-                    "--allow_pickle True` reads its tensors and runs nothing")
-
-
 def _read_safetensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     """The tensors of a folder, under its own names, once their headers say GPT-2."""
     shapes: dict[str, list[int]] = {}
@@ -235,73 +222,3 @@ def _read_json(path: Path, problem: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadInput(f"{problem}: {path.name} is no object of settings")
     return content
-
-
-# ---- the Hub ----
-
-
-def locate(source: str, allow_pickle: bool = False) -> tuple[Path, str]:
-    """The folder that `source` names, and its commit if it's one of the Hub's.
-
-    source: a folder here, a name on the Hub, or NAME@REVISION. What comes from the Hub may change
-    there any day, so the commit is printed.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder, ""
-    name, _, revision = source.partition("@")
-    folder = _fetch(name, revision or None, allow_pickle)
-    commit = folder.name  # of .../snapshots/COMMIT
-    if os.environ.get("RANK", "0") == "0":
-        print(f"hf:{name} is hf:{name}@{commit}", file=sys.stderr)
-    return folder, commit
-
-
-def _fetch(name: str, revision: str | None, allow_pickle: bool) -> Path:
-    """The folder in huggingface_hub's cache, downloaded if it isn't there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        DryRunError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    wanted, other = _patterns(SAFETENSORS), _patterns(PICKLE)
-    try:
-        try:
-            there = snapshot_download(
-                name, revision=revision, allow_patterns=["config.json", *wanted, *other],
-                dry_run=True,
-            )
-        except DryRunError:  # no network: what the cache holds will do; what it lacks is said below
-            there = []
-        sizes = {file.filename: file.file_size or 0 for file in there}
-        if not _matching(sizes, wanted) and _matching(sizes, other):
-            if not allow_pickle:
-                raise _only_a_pickle(name)
-            wanted = other
-        wanted = ["config.json", *wanted]
-        size = sum(sizes[file] for file in _matching(sizes, wanted))
-        if size > LARGEST_DOWNLOAD:
-            raise BadInput(f"{name!r} is {size / 1e9:,.0f} GB on the Hub, and no GPT-2 is more "
-                           f"than {LARGEST_DOWNLOAD / 1e9:.0f}: nothing was downloaded")
-        if there:
-            revision = there[0].commit_hash  # what was measured is what is fetched
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except RevisionNotFoundError:
-        raise BadInput(f"{name!r} has no revision {revision!r} on the Hub") from None
-    except (HFValidationError, RepositoryNotFoundError):
-        raise BadInput(f"{name!r} is neither a folder here nor a model on the Hub") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise Failed(f"could not fetch {name!r} from the Hub: {type(error).__name__}") from None
-
-
-def _patterns(name: str) -> list[str]:
-    """What to download: the file of this name, or its shards and their index."""
-    return [name, f"{name}.index.json", SHARDS[name]]
-
-
-def _matching(names: Iterable[str], patterns: list[str]) -> list[str]:
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
