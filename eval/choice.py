@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 
 import torch
 
-from eval.likelihood import Fork, likelihoods
+from eval.likelihood import Request, negative_loglikelihoods
 from eval.loss import require_numbers
 from launch.errors import BadInput
 from launch.files import atomic_write
@@ -36,9 +36,9 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Question:
-    """One question, tokenised. Its choices are the forks' endings, one after the other."""
+    """One question, tokenised. Its choices are the requests' continuations, in their order."""
 
-    forks: list[Fork]  # one for all choices, or one for each where contexts differ
+    requests: list[Request]  # one for all choices, or one for each where contexts differ
     norm_lengths: list[int]  # what acc_norm divides each choice's loss by: tokens, or characters
     byte_lengths: list[int]
     label: int  # the right choice
@@ -46,7 +46,7 @@ class Question:
     @property
     def token_lengths(self) -> list[int]:
         """Tokens of each choice."""
-        return [len(ending) for fork in self.forks for ending in fork.endings]
+        return [len(tokens) for request in self.requests for tokens in request.continuations]
 
 
 class Answer(NamedTuple):
@@ -76,8 +76,8 @@ def answer(
 
     Raises Failed where a loss is no number.
     """
-    forks = [fork for question in questions for fork in question.forks]
-    losses, _greedy = likelihoods(model, forks, world, stop)
+    requests = [request for question in questions for request in question.requests]
+    losses, _greedy = negative_loglikelihoods(model, requests, world, stop)
     require_numbers(losses)
     answers, start = [], 0
     for question in questions:

@@ -19,7 +19,7 @@ import tyro
 
 from data.tokenizer import EOT, decode, encode
 from eval import choice
-from eval.likelihood import Fork, likelihoods, windows
+from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
 from launch.errors import BadInput, one_line_errors
 from launch.world import Dtype, World, init_distributed
@@ -60,18 +60,18 @@ class Adapter(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, is it greedy?) of each request: texts, context, continuation."""
-        grouped: list[Fork] = []  # one for each context, with all its continuations
+        grouped: list[Request] = []  # one for each context, with all its continuations
         places: list[list[int]] = []  # of each one's continuations among the requests
         group_of: dict[tuple[int, ...], int] = {}  # context -> its place in `grouped`
         for i, (_texts, context, continuation) in enumerate(requests):
             key = tuple(context)
             if key not in group_of:
                 group_of[key] = len(grouped)
-                grouped.append(Fork(context, []))
+                grouped.append(Request(context, []))
                 places.append([])
-            grouped[group_of[key]].endings.append(continuation)
+            grouped[group_of[key]].continuations.append(continuation)
             places[group_of[key]].append(i)
-        losses, greedy = likelihoods(self.model, grouped, self.world)
+        losses, greedy = negative_loglikelihoods(self.model, grouped, self.world)
         require_numbers(losses)
         answers = [(0.0, False)] * len(requests)
         order = [i for place in places for i in place]
@@ -82,9 +82,9 @@ class Adapter(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
         """The log-likelihood of whole texts, each token predicted once."""
         n_ctx = self.model.config.n_ctx
-        texts = [windows(encode(request.args[0]), n_ctx) for request in requests]
+        texts = [rolling_requests(encode(request.args[0]), n_ctx) for request in requests]
         pieces = [piece for text in texts for piece in text]
-        losses, _greedy = likelihoods(self.model, pieces, self.world)
+        losses, _greedy = negative_loglikelihoods(self.model, pieces, self.world)
         require_numbers(losses)
         sums, start = [], 0
         for text in texts:

@@ -27,7 +27,7 @@ import tyro
 from data.tokenizer import encode
 from eval import choice
 from eval.choice import Question, Score
-from eval.likelihood import Fork
+from eval.likelihood import Request
 from eval.published import SIZES
 from launch.errors import BadInput, one_line_errors
 from launch.files import download
@@ -57,10 +57,10 @@ def _question(row: dict) -> Question:
     context, endings = choice.text(row["ctx"], "ctx"), choice.texts(row["endings"], "endings")
     if len(endings) != 4:
         raise ValueError(f"{len(endings)} endings, expected 4")
-    fork = Fork(encode(context), [encode(" " + ending) for ending in endings])
+    request = Request(encode(context), [encode(" " + ending) for ending in endings])
     return Question(
-        [fork],
-        norm_lengths=[len(tokens) for tokens in fork.endings],
+        [request],
+        norm_lengths=[len(tokens) for tokens in request.continuations],
         byte_lengths=[len(ending.encode()) for ending in endings],
         label=choice.label(row["label"], 4),
     )

@@ -1,11 +1,15 @@
-"""How likely is each of several endings after a context? The core of every multiple choice.
+"""How likely is each of several continuations of a context? The core of every multiple choice.
 
-    forks = [Fork(encode("The sky is"), [encode(" blue"), encode(" square")])]
-    losses, greedy = likelihoods(model, forks, world)     # two of each: one per ending
+    requests = [Request(encode("The sky is"), [encode(" blue"), encode(" square")])]
+    losses, is_greedy = negative_loglikelihoods(model, requests, world)   # one per continuation
 
-The endings of a context are branches of one tree (model/packed.py), so that the context is computed
-once; trees of like length share a pass without padding; the head, most of the work of a small
-model, runs on the positions alone that predict an ending's token.
+lm-evaluation-harness's words, with one difference: it asks a context and one continuation at a
+time, and gets log-likelihoods; a Request here has all continuations of its context, and what comes
+back are losses, negative log-likelihoods in nats.
+
+A context is computed once for all its continuations (model/packed.py); requests of like length
+share a pass without padding; the head, most of the work of a small model, runs on the positions
+alone that predict a continuation's token.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +22,7 @@ from data.tokenizer import EOT
 from kernels.reference import CACHED_ROWS, CHUNK_ELEMENTS
 from launch.world import World
 from model.gpt2 import GPT
-from model.packed import Packed
+from model.packed import PackedRequests
 
 # Tokens in one pass. More gain nothing on a CPU (measured: 2,048 is 5 to 10 % faster than 1,024
 # and than 4,096); a GPU wants more, and was not measured.
@@ -26,148 +30,160 @@ TOKENS_AT_ONCE_CPU = 2048
 TOKENS_AT_ONCE_GPU = 16384
 
 
-class Fork(NamedTuple):
-    """A context of at least one token, and endings of at least one token that may follow it."""
+class Request(NamedTuple):
+    """A context of at least one token, and continuations of at least one token."""
 
     context: list[int]
-    endings: list[list[int]]
+    continuations: list[list[int]]
 
 
-class _Tree(NamedTuple):
-    """What a pass computes at once of a fork; `first` numbers its first ending among all."""
+class _Row(NamedTuple):
+    """A request that fits into a model's context, or as much of one as does."""
 
-    fork: Fork
-    first: int
+    request: Request
+    first: int  # number of its first continuation among those of all requests
 
     @property
     def tokens(self) -> int:
-        """What the model reads: an ending's last token only has to be predicted."""
-        return len(self.fork.context) + sum(len(ending) - 1 for ending in self.fork.endings)
+        """What the model reads: a continuation's last token only has to be predicted."""
+        context, continuations = self.request
+        return len(context) + sum(len(tokens) - 1 for tokens in continuations)
 
 
 class Stopped(Exception):
     """Somebody asked the run to stop while it was being judged."""
 
 
-def likelihoods(
-    model: GPT, forks: list[Fork], world: World, stop: Callable[[], bool] = lambda: False
+def negative_loglikelihoods(
+    model: GPT, requests: list[Request], world: World, stop: Callable[[], bool] = lambda: False
 ) -> tuple[list[float], list[float]]:
-    """The loss of every ending of every fork, and whether it is the greedy continuation.
+    """The loss of every continuation of every request, and whether it is the greedy one.
 
-    Losses are sums over the ending's tokens, in nats; greedy is 1.0 where each token is the
-    likeliest in its place, else 0.0. Where context and ending exceed the model's context, as much
-    of their end as fits is read. The same on any number of ranks: the passes don't depend on it.
-    `stop` is asked by all ranks after each pass; Stopped is raised where it says so.
+    Losses are sums over the continuation's tokens, in nats; is_greedy is 1.0 where each token is
+    the likeliest in its place, else 0.0. Where context and continuation exceed the model's context,
+    as much of their end as fits is read. The same on any number of ranks: the passes don't depend
+    on it. `stop` is asked by all ranks after each pass; Stopped is raised where it says so.
     """
-    count = sum(len(fork.endings) for fork in forks)
-    losses, greedy = torch.zeros(2, count, dtype=torch.float64)
+    count = sum(len(request.continuations) for request in requests)
+    losses, is_greedy = torch.zeros(2, count, dtype=torch.float64)
     cpu = world.device.type == "cpu"
-    passes = list(_passes(forks, model.config.n_ctx,
-                          TOKENS_AT_ONCE_CPU if cpu else TOKENS_AT_ONCE_GPU))
+    tokens_at_once = TOKENS_AT_ONCE_CPU if cpu else TOKENS_AT_ONCE_GPU
+    passes = list(_passes(requests, model.config.n_ctx, tokens_at_once))
     for start in range(0, len(passes), world.size):
         # Under fsdp a pass needs all ranks, so those that are left without one repeat another.
-        mine = start + world.rank
-        indices, loss, right = _score(model, passes[min(mine, len(passes) - 1)], world.device)
-        if mine < len(passes):
-            losses[indices], greedy[indices] = loss, right
+        own = start + world.rank
+        numbers, loss, greedy = _score(model, passes[min(own, len(passes) - 1)], world.device)
+        if own < len(passes):
+            losses[numbers] = loss
+            is_greedy[numbers] = greedy
         if stop():
             raise Stopped
     # Each is 0 on all ranks but one.
-    total = world.all_reduce_sum(*losses.tolist(), *greedy.tolist())
+    total = world.all_reduce_sum(*losses.tolist(), *is_greedy.tolist())
     return total[:count], total[count:]
 
 
-def windows(tokens: list[int], n_ctx: int) -> list[Fork]:
-    """A text as forks that predict each of its tokens once, the first after an EOT.
+def rolling_requests(tokens: list[int], n_ctx: int) -> list[Request]:
+    """A text as requests that predict each of its tokens once, the first after an EOT.
 
     Every window reads n_ctx tokens; the last begins earlier and predicts the rest only, so that no
-    token is predicted from a short context but the first ones (lm-eval's rolling likelihood).
+    token is predicted from a short context but the first ones (lm-eval's loglikelihood_rolling).
     """
-    forks = []
+    requests = []
     stream = [EOT, *tokens]
     for start in range(1, len(stream), n_ctx):
         end = min(start + n_ctx, len(stream))
         context = stream[max(0, end - n_ctx - 1) : start]
-        forks.append(Fork(context, [stream[start:end]]))
-    return forks
+        requests.append(Request(context, [stream[start:end]]))
+    return requests
 
 
-def _passes(forks: list[Fork], n_ctx: int, tokens_at_once: int) -> Iterator[list[_Tree]]:
-    """Trees of like length side by side, about tokens_at_once tokens a pass."""
-    trees, first = [], 0
-    for fork in forks:
-        trees += _fit(fork, first, n_ctx)
-        first += len(fork.endings)
-    trees.sort(key=lambda tree: tree.tokens)
-    batch: list[_Tree] = []
+def _passes(requests: list[Request], n_ctx: int, tokens_at_once: int) -> Iterator[list[_Row]]:
+    """Rows of like length side by side, about tokens_at_once tokens a pass."""
+    rows: list[_Row] = []
+    first = 0
+    for request in requests:
+        rows += _fit(request, first, n_ctx)
+        first += len(request.continuations)
+    rows.sort(key=lambda row: row.tokens)
+    batch: list[_Row] = []
     total = 0
-    for tree in trees:
-        if batch and total + tree.tokens > tokens_at_once:
+    for row in rows:
+        if batch and total + row.tokens > tokens_at_once:
             yield batch
             batch, total = [], 0
-        batch.append(tree)
-        total += tree.tokens
+        batch.append(row)
+        total += row.tokens
     if batch:
         yield batch
 
 
-def _fit(fork: Fork, first: int, n_ctx: int) -> list[_Tree]:
-    """The fork as trees of at most n_ctx tokens (attention takes their square): often one.
+def _fit(request: Request, first: int, n_ctx: int) -> list[_Row]:
+    """The request as rows of at most n_ctx tokens (attention takes their square): often one.
 
-    Context and ending are cut at their beginning where both together exceed what a model reads.
+    Context and continuation are cut at their beginning where both together exceed what a model
+    reads.
     """
-    trees: list[_Tree] = []
-    for number, ending in enumerate(fork.endings, first):
-        tokens = (fork.context + ending)[-(n_ctx + 1) :]
-        predicted = min(len(ending), len(tokens) - 1)
-        context, ending = tokens[:-predicted], tokens[-predicted:]
-        last = trees[-1] if trees else None
-        if last and last.fork.context == context and last.tokens + predicted - 1 <= n_ctx:
-            last.fork.endings.append(ending)
+    rows: list[_Row] = []
+    for number, continuation in enumerate(request.continuations, first):
+        tokens = (request.context + continuation)[-(n_ctx + 1) :]
+        predicted = min(len(continuation), len(tokens) - 1)
+        context, continuation = tokens[:-predicted], tokens[-predicted:]
+        last = rows[-1] if rows else None
+        if last and last.request.context == context and last.tokens + predicted - 1 <= n_ctx:
+            last.request.continuations.append(continuation)
         else:
-            trees.append(_Tree(Fork(context, [ending]), number))
-    return trees
+            rows.append(_Row(Request(context, [continuation]), number))
+    return rows
 
 
 @torch.no_grad()
-def _score(
-    model: GPT, trees: list[_Tree], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass: the numbers of these trees' endings, their losses and whether they're greedy."""
+def _score(model: GPT, rows: list[_Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass: the numbers of these rows' continuations, their losses, whether they're greedy."""
     read: list[int] = []  # what the model sees
-    rows: list[int] = []  # places in `read` whose logits are wanted
-    row_of: list[int] = []  # for each token of an ending: the row that predicts it
+    predicting: list[int] = []  # places in `read` whose logits are wanted
+    # For each token of a continuation: the token, the continuation's number, and which of
+    # `predicting` predicts it.
     targets: list[int] = []
-    ending_of: list[int] = []
-    for (context, endings), first in trees:
+    number_of: list[int] = []
+    predicted_by: list[int] = []
+    lengths: list[tuple[int, list[int]]] = []
+    for (context, continuations), first in rows:
         read += context
-        stem = len(rows)  # the context's last token predicts the first of each ending
-        rows.append(len(read) - 1)
-        for number, ending in enumerate(endings, first):
-            row_of += [stem, *range(len(rows), len(rows) + len(ending) - 1)]
-            rows += range(len(read), len(read) + len(ending) - 1)
-            read += ending[:-1]
-            targets += ending
-            ending_of += [number] * len(ending)
-    shape = [(len(fork.context), [len(e) - 1 for e in fork.endings]) for fork, _ in trees]
-    x = model.hidden(torch.tensor([read], device=device), Packed(shape, device))[0]  # (N, C)
-    x = x[torch.tensor(rows, device=device)]  # (rows, C)
+        end_of_context = len(predicting)  # it predicts the first token of each continuation
+        predicting.append(len(read) - 1)
+        for number, continuation in enumerate(continuations, first):
+            rest = len(continuation) - 1  # the last token is predicted and not read
+            predicted_by.append(end_of_context)
+            predicted_by += range(len(predicting), len(predicting) + rest)
+            predicting += range(len(read), len(read) + rest)
+            read += continuation[:-1]
+            targets += continuation
+            number_of += [number] * len(continuation)
+        lengths.append((len(context), [len(tokens) - 1 for tokens in continuations]))
+
+    packed = PackedRequests(lengths, device)
+    idx = torch.tensor([read], device=device)  # (1, N)
+    x = model.hidden(idx, packed.positions, packed.attend)[0]  # (N, C)
+    x = x[torch.tensor(predicting, device=device)]  # (rows, C)
     loss, right = _token_losses(
-        model, x, torch.tensor(row_of, device=device), torch.tensor(targets, device=device)
+        model, x, torch.tensor(predicted_by, device=device), torch.tensor(targets, device=device)
     )
-    numbers, ending = torch.tensor(ending_of).unique(return_inverse=True)
-    empty = torch.zeros(len(numbers), dtype=torch.float64)
-    wrong = empty.index_add(0, ending, (~right).cpu().double())
-    return numbers, empty.index_add(0, ending, loss.cpu().double()), (wrong == 0).double()
+    # Sums over each continuation's tokens.
+    numbers, place = torch.tensor(number_of).unique(return_inverse=True)
+    zeros = torch.zeros(len(numbers), dtype=torch.float64)
+    losses = zeros.index_add(0, place, loss.cpu().double())
+    wrong = zeros.index_add(0, place, (~right).cpu().double())
+    return numbers, losses, (wrong == 0).double()
 
 
 def _token_losses(
-    model: GPT, x: Tensor, row_of: Tensor, targets: Tensor
+    model: GPT, x: Tensor, predicted_by: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss of each target, and whether it's the likeliest token: two of shape (n,).
 
-    x: (rows, C); row_of, targets: (n,), the row that predicts each target. The logits are made in
-    chunks of bounded size, and widened on a CPU by as many rows as its cache holds.
+    x: (rows, C); predicted_by, targets: (n,), the row that predicts each target. The logits are
+    made in chunks of bounded size, and widened on a CPU by as many rows as its cache holds.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     losses = torch.empty(len(targets), device=x.device, dtype=exact)
@@ -175,19 +191,29 @@ def _token_losses(
     chunk = CHUNK_ELEMENTS // model.config.n_vocab
     for start in range(0, len(x), chunk):
         logits = model.logits(x[start : start + chunk])  # (chunk, V)
-        top, lse = [], []
-        for part in logits.split(CACHED_ROWS if x.device.type == "cpu" else len(logits)):
-            wide = part.to(exact)
-            top.append(wide.amax(-1))
-            # The largest p is 1 / sum(exp(logit - largest logit)), and at least 1 / V: safe to log.
-            lse.append(top[-1] - wide.softmax(-1).amax(-1).log())
-        here = ((row_of >= start) & (row_of < start + chunk)).nonzero()[:, 0]
-        row, target = row_of[here] - start, targets[here]
+        largest, lse = _largest_and_lse(logits, exact)  # each (chunk,)
+        in_chunk = (predicted_by >= start) & (predicted_by < start + chunk)
+        here = in_chunk.nonzero()[:, 0]  # (m,): targets that these rows predict
+        row, target = predicted_by[here] - start, targets[here]
         at_target = logits[row, target].to(exact)
-        losses[here] = torch.cat(lse)[row] - at_target
+        losses[here] = lse[row] - at_target
         # bf16 logits tie often, and argmax, which decides, is slow: asked where it may say yes.
-        likeliest = at_target == torch.cat(top)[row]
+        likeliest = at_target == largest[row]
         maybe = likeliest.nonzero()[:, 0]
         likeliest[maybe] = logits[row[maybe]].argmax(-1) == target[maybe]
         greedy[here] = likeliest
     return losses, greedy
+
+
+def _largest_and_lse(logits: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The largest logit and the log-sum-exp of each row, in `exact`. (rows, V) -> two (rows,)."""
+    largest, lse = [], []
+    rows_at_once = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
+    for rows in logits.split(rows_at_once):
+        wide = rows.to(exact)
+        top = wide.amax(-1)
+        # The largest p is 1 / sum(exp(logit - largest logit)), and at least 1 / V: safe to log.
+        p = wide.softmax(-1).amax(-1)
+        largest.append(top)
+        lse.append(top - p.log())
+    return torch.cat(largest), torch.cat(lse)

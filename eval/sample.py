@@ -26,7 +26,7 @@ from launch import cli
 from launch.errors import BadInput, one_line_errors
 from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import load_model
-from model.generate import SampleConfig, generate, store_in
+from model.generate import CannotSample, SampleConfig, generate, store_in
 from model.gpt2 import GPT
 
 ROWS_AT_ONCE = 32  # texts drawn side by side
@@ -84,15 +84,21 @@ def continue_prompts(
 ) -> list[Continuation]:
     """A continuation of each prompt, drawn side by side. Prompts may differ in length."""
     rows = [prompt_tokens(prompt, model.config.n_ctx) for prompt in prompts]
-    lengths = torch.tensor([len(row) for row in rows])
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    idx = torch.tensor([row + [EOT] * (longest - len(row)) for row in rows], device=device)
-    steps = [step.tolist() for step in
-             generate(model, idx, config, eot=EOT, lengths=lengths.to(device))]
+    lengths = [len(row) for row in rows]
+    shortest, longest = min(lengths), max(lengths)
+    filled = [row + [EOT] * (longest - len(row)) for row in rows]
+    idx = torch.tensor(filled, device=device)  # (B, T)
+    steps = []  # the token of each row, step by step
+    for tokens in generate(
+        model, idx, config, eot=EOT, lengths=torch.tensor(lengths, device=device)
+    ):
+        steps.append(tokens.tolist())
     texts = []
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        drawn = [step[i] for step in steps[len(row) - shortest :][: config.max_tokens]]
-        drawn = drawn[: drawn.index(EOT)] if EOT in drawn else drawn
+    for i, prompt in enumerate(prompts):
+        first = lengths[i] - shortest  # a longer prompt's own tokens come before it
+        drawn = [step[i] for step in steps[first : first + config.max_tokens]]
+        if EOT in drawn:
+            drawn = drawn[: drawn.index(EOT)]
         texts.append(Continuation(prompt, decode(drawn), len(drawn)))
     return texts
 
@@ -117,9 +123,11 @@ def stream(model: GPT, prompt: str, config: SampleConfig, device: torch.device) 
                 yield drawn[-1]
 
     print(prompt, end="", flush=True)
-    for piece in stream_text(tokens()):
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for piece in stream_text(tokens()):
+            print(piece, end="", flush=True)
+    finally:
+        print()  # an error or the next prompt begins on a line of its own
     return len(drawn)
 
 
@@ -138,7 +146,9 @@ def answer(model: GPT, prompts: list[str], arguments: Arguments, device: torch.d
                 if arguments.json:
                     print(json.dumps(made._asdict()), flush=True)
                 else:
-                    print("---\n" * (i > 0) + made.prompt + made.text, flush=True)
+                    if i > 0:
+                        print("---")
+                    print(made.prompt + made.text, flush=True)
                 count += made.tokens
     taken = time.perf_counter() - start
     print(f"{count:,} tokens in {taken:.2f} s: {count / taken:,.1f} tokens/s", file=sys.stderr)
@@ -157,10 +167,12 @@ def converse(model: GPT, arguments: Arguments, device: torch.device) -> None:
             return
         try:
             answer(model, [prompt], arguments, device)
+        except CannotSample:  # nor would the next prompt's
+            raise
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
-            print()
+            pass
 
 
 def main(arguments: Arguments) -> None:

@@ -28,7 +28,7 @@ import tyro
 from data.tokenizer import encode
 from eval import choice
 from eval.choice import Question
-from eval.likelihood import Fork, likelihoods, windows
+from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
 from launch.errors import BadInput, one_line_errors
 from launch.world import Dtype, World, init_distributed
@@ -63,9 +63,9 @@ def query(row: dict) -> Question:
     if bare != text:  # some files hold the prompt
         text = bare.strip()
     prompt = encode(f"Question: {text}\nAnswer:")
-    fork = Fork(prompt, [encode(" " + option) for option in choices])
+    request = Request(prompt, [encode(" " + option) for option in choices])
     return Question(
-        [fork],
+        [request],
         norm_lengths=[len(option) for option in choices],
         byte_lengths=[len(option.encode()) for option in choices],
         label=choice.label(row["gold"], len(choices)),
@@ -76,16 +76,16 @@ def schema(row: dict) -> Question:
     """A row of Winogrande: the same continuation after two contexts (arXiv 1806.02847)."""
     contexts = choice.texts(row["context_options"], "context_options")
     continuation = choice.text(row["continuation"], "continuation").strip()
-    forks = [Fork(encode(text.strip()), [encode(" " + continuation)]) for text in contexts]
+    requests = [Request(encode(text.strip()), [encode(" " + continuation)]) for text in contexts]
     return Question(
-        forks,
+        requests,
         norm_lengths=[len(continuation)] * len(contexts),
         byte_lengths=[len(continuation.encode())] * len(contexts),
         label=choice.label(row["gold"], len(contexts)),
     )
 
 
-def last_word(row: dict) -> Fork:
+def last_word(row: dict) -> Request:
     """A row of LAMBADA (arXiv 1606.06031), in OpenAI's version: a passage and its last word."""
     if "text" in row:
         context, space, word = choice.text(row["text"], "text").strip().rpartition(" ")
@@ -94,14 +94,14 @@ def last_word(row: dict) -> Fork:
     else:
         context = choice.text(row["context"], "context").strip()
         word = choice.text(row["continuation"], "continuation").strip()
-    return Fork(encode(context), [encode(" " + word)])
+    return Request(encode(context), [encode(" " + word)])
 
 
-def cloze(model: GPT, forks: list[Fork], world: World) -> Cloze:
+def cloze(model: GPT, requests: list[Request], world: World) -> Cloze:
     """How often greedy decoding gives the ending, and exp of the mean loss of an ending."""
-    losses, greedy = likelihoods(model, forks, world)
+    losses, greedy = negative_loglikelihoods(model, requests, world)
     require_numbers(losses)
-    n = len(forks)
+    n = len(requests)
     acc = sum(greedy) / n
     stderr = math.sqrt(acc * (1 - acc) / max(1, n - 1))
     try:
@@ -114,8 +114,8 @@ def cloze(model: GPT, forks: list[Fork], world: World) -> Cloze:
 def compression(model: GPT, text: str, world: World) -> Compression:
     """Bits a byte of UTF-8, each token predicted once from up to n_ctx tokens before it."""
     tokens, size = encode(text), len(text.encode())
-    forks = windows(tokens, model.config.n_ctx)
-    losses, _greedy = likelihoods(model, forks, world)
+    requests = rolling_requests(tokens, model.config.n_ctx)
+    losses, _greedy = negative_loglikelihoods(model, requests, world)
     require_numbers(losses)
     return Compression(len(tokens), size, sum(losses) / math.log(2) / size)
 
@@ -132,7 +132,7 @@ def read_text(path: Path) -> str:
 
 
 def read_docs(task: Task, path: Path, limit: int) -> Any:
-    """A task's documents: a text, forks, or questions. Raises BadInput."""
+    """A task's documents: a text, requests, or questions. Raises BadInput."""
     if task == "bits_per_byte":
         return read_text(path)
     read = {"lambada": last_word, "piqa": query, "arc_easy": query, "winogrande": schema}

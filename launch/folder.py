@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 
 # What may not change between a run and its continuation, beside the training data.
 MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
+# Settings that are younger than some runs, and what those runs did.
+BEFORE_IT_WAS_SET = {"model.gelu": "tanh"}
 
 
 def describe(
@@ -121,6 +123,8 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
         raise BadInput(f"{checkpoint / 'config.json'} is no run's ({error!r}): --init {checkpoint} "
                        "starts anew from its weights") from None
     old, new = flatten(saved.get("must_match", {})), flatten(asked["must_match"])
+    for key in BEFORE_IT_WAS_SET.keys() & new.keys():
+        old.setdefault(key, BEFORE_IT_WAS_SET[key])
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
         for key in sorted(old.keys() | new.keys())

@@ -26,8 +26,9 @@ import kernels
 from kernels import Operators
 from launch.errors import BadInput
 from launch.files import atomic_write, fsync, sha256
+from model.formats.hf import from_hf
+from model.formats.tensors import load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
-from model.hf import from_hf, load_named, without_padding
 from model.optim import ROW_STATE, SCALAR_STATE, LossScaler
 from model.parallel import ParallelModel
 

@@ -6,7 +6,9 @@
 
 SRC is a checkpoint folder, a run folder (its newest), hf:DIR or hf:NAME, llm.c's .bin, or a .pt of
 nanoGPT or build-nanogpt: files are recognised by what is in them. fp32 weights keep every bit.
-DST appears whole or not at all, and nothing is overwritten. Optimizer state stays behind.
+DST appears whole or not at all, and nothing is overwritten. Optimizer state stays behind. What came
+from the Hub is written down with its commit: "source" in config.json (ours), or in the header of
+model.safetensors (hf).
 """
 
 import json
@@ -14,7 +16,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from safetensors import SafetensorError
@@ -24,18 +26,28 @@ from data.tokenizer import EOT, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
 from model.checkpoint import load_model, write_manifest
-from model.gpt2 import GPT, parameter_count
-from model.hf import named_weights, to_hf, without_padding
-from model.llmc import Precision, from_llmc, to_llmc
-from model.nanogpt import from_nanogpt, is_pickle
+from model.formats.hf import from_hf, to_hf
+from model.formats.hub import locate
+from model.formats.llmc import Precision, from_llmc, to_llmc
+from model.formats.nanogpt import from_nanogpt
+from model.formats.pickles import is_pickle
+from model.formats.tensors import (
+    named_weights,
+    refuse_lfs_pointer,
+    require_gpt2,
+    without_padding,
+)
+from model.gpt2 import GPT
 
 EOT_TEXT = "<|endoftext|>"
 
 
-def read_source(spec: str) -> GPT:
+def read_source(spec: str, allow_pickle: bool = False) -> GPT:
     """The model that `spec` names, with GPT-2's 50,257 tokens. Raises BadInput for any other."""
     path = Path(spec)
-    if spec.startswith("hf:") or path.is_dir():
+    if spec.startswith("hf:"):
+        model = from_hf(spec.removeprefix("hf:"), allow_pickle=allow_pickle)
+    elif path.is_dir():
         model = load_model(spec)
     elif not path.is_file():
         raise BadInput(f"{spec} is neither a file nor a folder here: SRC is a checkpoint folder, a "
@@ -44,25 +56,33 @@ def read_source(spec: str) -> GPT:
         raise BadInput(f"{spec} is only the weights: name its folder, hf:{path.parent} for one of "
                        "Hugging Face's")
     else:
+        refuse_lfs_pointer(path)
         model = from_nanogpt(path) if is_pickle(path) else from_llmc(path)
     return without_padding(model, spec)
 
 
-def write_hf(model: GPT, folder: Path) -> None:
+def write_hf(model: GPT, folder: Path, source: str = "") -> None:
     """A Hugging Face folder with everything that AutoModel, AutoTokenizer and pipeline read."""
-    to_hf(model, folder)
+    to_hf(model, folder, source)
     end = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT}
     _write_json(folder / "generation_config.json", end)
     for name, content in tokenizer_files(model.config.n_ctx).items():
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def write_ours(model: GPT, folder: Path) -> None:
-    """A checkpoint folder of weights alone, for eval.* and --init."""
+def write_ours(model: GPT, folder: Path, source: str = "") -> None:
+    """A checkpoint folder of weights alone, for eval.* and --init.
+
+    source: where the weights came from. Raises BadInput for a model that is no GPT-2.
+    """
+    require_gpt2(model, "a converted checkpoint")
     folder.mkdir()
     weights = {name: w.cpu().contiguous() for name, w in named_weights(model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", {"config": {"model": asdict(model.config)}})
+    content: dict[str, Any] = {"config": {"model": asdict(model.config)}}
+    if source:
+        content["source"] = source
+    _write_json(folder / "config.json", content)
     write_manifest(folder)
 
 
@@ -142,6 +162,7 @@ def main(
     dst: Annotated[str, tyro.conf.Positional],
     to: Literal["hf", "llmc", "ours"],
     dtype: Precision = "fp32",
+    allow_pickle: bool = False,
 ) -> None:
     """Moves a model's weights into another format.
 
@@ -150,24 +171,31 @@ def main(
         dst: What to make; must not exist.
         to: Hugging Face folder, llm.c's .bin, or a checkpoint folder of this project.
         dtype: Number format of llm.c's file.
+        allow_pickle: Read the pytorch_model.bin of a Hugging Face folder that has nothing else.
     """
     path = Path(dst)
     if path.exists() or path.is_symlink():
         raise BadInput(f"{dst} is there already, and nothing is overwritten: name another")
     if dtype != "fp32" and to != "llmc":
         raise BadInput(f"--dtype {dtype} is for --to llmc; {to} keeps the weights as they are")
-    model = read_source(src)
+    source = ""
+    if src.startswith("hf:"):
+        folder, commit = locate(src.removeprefix("hf:"), allow_pickle)
+        if commit:
+            name = src.partition("@")[0]
+            src, source = f"hf:{folder}", f"{name}@{commit}"
+    model = read_source(src, allow_pickle)
     write: dict[str, Callable[[Path], None]] = {
-        "hf": lambda work: write_hf(model, work),
+        "hf": lambda work: write_hf(model, work, source),
         "llmc": lambda work: to_llmc(model, work, dtype),
-        "ours": lambda work: write_ours(model, work),
+        "ours": lambda work: write_ours(model, work, source),
     }
     write_whole(path, write[to])
     config = model.config
-    print(f"{dst}: {parameter_count(config):,} parameters ({config.n_layer} layers, "
+    print(f"{dst}: {model.get_num_params():,} parameters ({config.n_layer} layers, "
           f"{config.n_head} heads, width {config.n_embd}, context {config.n_ctx:,})")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main)
+        tyro.cli(main, config=(tyro.conf.FlagConversionOff,))  # --allow_pickle True

@@ -9,8 +9,11 @@ Parameters carry OpenAI's names, so weights move in and out without a table.
 Shapes: B batch, T time, C width, H heads, D = C / H head width, V vocabulary, Vp padded.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -20,12 +23,16 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import Operators
-from model.packed import Packed
 
 VOCAB_MULTIPLE = 128  # 50,257 is odd; tensor cores want their dimensions in multiples of 64 or 128
 INIT_STD = 0.02  # GPT-2's initializer_range
 # Sizes beyond any published model of this kind: a slip of the keyboard, not a wish.
 LARGEST = dict(n_layer=1000, n_head=1000, n_embd=100_000, n_ctx=1_000_000, n_vocab=1_000_000)
+
+# attend(layer, qkv, n_head): (B, T, 3C) -> (B, T, C). What may take the place of causal attention
+# within a row: a cache's (model/generate.py), or that of several requests in one row
+# (model/packed.py).
+Attend = Callable[[int, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,43 +50,23 @@ class GPTConfig:
     n_vocab: int = 50257
     """Vocabulary: 256 bytes, 50,000 merges, end of text."""
 
+    gelu: Literal["tanh", "exact"] = "tanh"
+    """GPT-2's is the tanh approximation; exact is what nanoGPT trains with."""
+
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
             size = getattr(self, name)
-            if not 1 <= size <= largest:
-                raise ValueError(f"{name} {size}: expected 1 to {largest:,}")
+            if type(size) is not int or not 1 <= size <= largest:
+                raise ValueError(f"{name} {size!r}: expected a whole number, 1 to {largest:,}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.gelu not in ("tanh", "exact"):
+            raise ValueError(f"gelu is tanh or exact, not {self.gelu!r}")
 
     @property
     def padded_vocab(self) -> int:
         """Rows of the embedding matrix in memory."""
-        return -(-self.n_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-class Cache:
-    """Keys and values of the positions seen so far, so that each new token costs one position."""
-
-    def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        D = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch, config.n_head, config.n_ctx, D)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # positions filled
-
-    def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
-        """Attention of t new positions to all so far. qkv: (B, t, 3C) -> (B, t, C)."""
-        B, t, C3 = qkv.shape
-        q, k, v = qkv.view(B, t, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, t, D)
-        end = self.length + t
-        keys, values = self.kv[layer]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
-        # New position i sees everything up to itself: one token sees all, no mask needed.
-        mask = None
-        if t > 1:
-            mask = torch.ones(t, end, dtype=torch.bool, device=q.device).tril(self.length)
-        q = q.to(keys.dtype)
-        y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask)
-        return y.transpose(1, 2).reshape(B, t, C3 // 3)
+        return math.ceil(self.n_vocab / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Attention(nn.Module):
@@ -91,12 +78,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: Cache | Packed | None = None) -> Tensor:
-        qkv = self.c_attn(x)  # (B, T, 3C)
-        if cache is None:
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C): queries, keys and values side by side
+        # In each head: y = softmax(q k^T / sqrt(D)) v, a position seeing itself and those before.
+        if attend is None:
             y = self.ops.attention(qkv, self.n_head)  # (B, T, C)
         else:
-            y = cache.attend(self.layer, qkv, self.n_head)
+            y = attend(self.layer, qkv, self.n_head)  # (B, T, C)
         return self.c_proj(y)
 
 
@@ -107,42 +95,52 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"  # torch's words
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)  # (B, T, C) -> (B, T, 4C)
+        x = F.gelu(x, approximate=self.approximate)
+        return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
 
 
-class AddLayerNorm(nn.LayerNorm):
-    """LayerNorm, fused with adding the branch before it to the residual stream."""
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm, which can also be fused with the addition before it."""
 
     def __init__(self, config: GPTConfig, ops: Operators):
         super().__init__(config.n_embd, eps=1e-5)
         self.ops = ops
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def fused_add(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + branch, LayerNorm(x + branch)), each (B, T, C); with no branch nothing is added."""
         return self.ops.layer_norm(x, self.weight, self.bias, branch, self.eps)
 
 
 class Block(nn.Module):
-    """x = x + attention(LayerNorm(x)); x = x + mlp(LayerNorm(x)).
+    """The two lines that nanoGPT has in this place:
 
-    The last addition is left to the LayerNorm that follows, so that each addition is fused with
-    a normalisation: a block takes and returns the stream x and the branch still to be added.
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+
+    Computed so that every addition is fused with the LayerNorm that follows it. The last addition
+    is followed by the next block's LayerNorm, so it is left to that block: a block takes and
+    returns the residual stream x and the branch that has yet to be added to it.
     """
 
     def __init__(self, config: GPTConfig, ops: Operators, layer: int):
         super().__init__()
-        self.ln_1 = AddLayerNorm(config, ops)
+        self.ln_1 = LayerNorm(config, ops)
         self.attn = Attention(config, ops, layer)
-        self.ln_2 = AddLayerNorm(config, ops)
+        self.ln_2 = LayerNorm(config, ops)
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, cache: Cache | Packed | None = None
+        self, x: Tensor, branch: Tensor | None, attend: Attend | None = None
     ) -> tuple[Tensor, Tensor]:
-        x, y = self.ln_1(x, branch)
-        x, y = self.ln_2(x, self.attn(y, cache))
-        return x, self.mlp(y)
+        x, normed = self.ln_1.fused_add(x, branch)  # x = x + branch; normed = ln_1(x)
+        branch = self.attn(normed, attend)
+        x, normed = self.ln_2.fused_add(x, branch)  # x = x + branch; normed = ln_2(x)
+        branch = self.mlp(normed)
+        return x, branch  # each (B, T, C)
 
 
 class GPT(nn.Module):
@@ -155,7 +153,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd)  # also the output head
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
         self.h = nn.ModuleList(Block(config, ops, i) for i in range(config.n_layer))
-        self.ln_f = AddLayerNorm(config, ops)
+        self.ln_f = LayerNorm(config, ops)
         self.init_weights()
 
     @torch.no_grad()
@@ -176,27 +174,31 @@ class GPT(nn.Module):
         # Padding rows take no probability and no gradient, so what is zero here stays zero.
         self.wte.weight[self.config.n_vocab :] = 0
 
-    def hidden(self, idx: Tensor, cache: Cache | Packed | None = None) -> Tensor:
-        """What the head reads. idx: (B, T) token ids, after what the cache holds -> (B, T, C).
+    def hidden(
+        self, idx: Tensor, positions: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
+        """What the head reads. idx: (B, T) token ids -> (B, T, C).
 
-        Or idx: (1, N), the trees that a Packed describes -> (1, N, C).
+        positions: (T,) or (B, T) where the tokens stand, if that isn't 0 to T - 1; attend: what
+        computes attention, if not each token is to see its row up to itself.
         """
-        T, start = idx.shape[1], cache.length if isinstance(cache, Cache) else 0
-        positions: slice | Tensor = slice(start, start + T)
-        if isinstance(cache, Packed):
-            positions = cache.positions  # (1, N)
-        elif start + T > self.config.n_ctx:
-            raise ValueError(f"{start + T} positions in a context of {self.config.n_ctx}")
-        x = self.wte(idx) + self.wpe.weight[positions]  # (B, T, C)
+        T = idx.shape[1]
+        if positions is None and T > self.config.n_ctx:
+            raise ValueError(f"{T} positions in a context of {self.config.n_ctx}")
+        token_embedding = self.wte(idx)  # (B, T, C)
+        if positions is None:
+            position_embedding = self.wpe.weight[:T]  # (T, C)
+        else:
+            position_embedding = self.wpe.weight[positions]  # (T, C) or (B, T, C)
+        x = token_embedding + position_embedding  # (B, T, C)
         branch = None
         for block in self.h:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, branch = checkpoint(block, x, branch, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, attend, use_reentrant=False)
             else:
-                x, branch = block(x, branch, cache)
-        if isinstance(cache, Cache):
-            cache.length += T
-        return self.ln_f(x, branch)[1]
+                x, branch = block(x, branch, attend)
+        _, normed = self.ln_f.fused_add(x, branch)
+        return normed  # (B, T, C)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
@@ -205,17 +207,23 @@ class GPT(nn.Module):
 
         reduction: "mean" over the targets, or "sum".
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.logits(x)
+        x = x.reshape(-1, self.config.n_embd)  # (B T, C)
+        targets = targets.reshape(-1)  # (B T,)
         return self.ops.linear_cross_entropy(
-            x.reshape(-1, x.shape[-1]), self.wte.weight, targets.reshape(-1),
-            self.config.n_vocab, reduction,
+            x, self.wte.weight, targets, self.config.n_vocab, reduction
         )
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., V); the padding is cut off, so it can never be sampled."""
         return F.linear(x, self.wte.weight)[..., : self.config.n_vocab]
+
+    def get_num_params(self) -> int:
+        """Parameters without padding rows of the vocabulary."""
+        padding = (self.config.padded_vocab - self.config.n_vocab) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
 
     def compile_blocks(self) -> None:
         """torch.compile on each block, in place, so that parameter names stay.
@@ -227,11 +235,16 @@ class GPT(nn.Module):
             block.compile()
 
 
+@functools.lru_cache
+def without_weights(config: GPTConfig) -> GPT:
+    """The model with shapes and no numbers, for counting: what is counted is what is trained."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
 def parameter_count(config: GPTConfig) -> int:
     """Parameters without padding rows: 124,439,808 for the default."""
-    C, L = config.n_embd, config.n_layer
-    block = (3 * C + 3) * C + (C + 1) * C + (8 * C + 5) * C + 4 * C  # attention, MLP, LayerNorms
-    return (config.n_vocab + config.n_ctx) * C + L * block + 2 * C
+    return without_weights(config).get_num_params()
 
 
 def flops_per_token(config: GPTConfig) -> int:
@@ -241,5 +254,7 @@ def flops_per_token(config: GPTConfig) -> int:
     2204.02311, appendix B), as in nanoGPT and llm.c, so that the MFU compares with theirs.
     """
     L, C, T = config.n_layer, config.n_embd, config.n_ctx
-    matrices = 12 * L * C * C + config.n_vocab * C
-    return 6 * matrices + 12 * L * C * T
+    blocks = without_weights(config).h.parameters()
+    matrices = sum(p.numel() for p in blocks if p.dim() == 2)
+    head = config.n_vocab * C
+    return 6 * (matrices + head) + 12 * L * C * T

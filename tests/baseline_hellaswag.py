@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from eval.choice import Question
 from eval.hellaswag import read_questions
-from eval.likelihood import Fork, likelihoods
+from eval.likelihood import Request, negative_loglikelihoods
 from launch.world import World, autocast, keep_freed_memory
 from model.generate import store_in
 from model.gpt2 import GPT, GPTConfig
@@ -33,7 +33,7 @@ def loop(model: GPT, questions: list[Question]) -> list[float]:
     """Four padded rows a question, all their logits, the losses of the endings' tokens."""
     losses = []
     for question in questions:
-        context, endings = question.forks[0]
+        context, endings = question.requests[0]
         T = len(context) + max(len(ending) for ending in endings)
         idx = torch.zeros(4, T, dtype=torch.long)
         counted = torch.zeros(4, T)
@@ -49,14 +49,15 @@ def loop(model: GPT, questions: list[Question]) -> list[float]:
 
 def packed(model: GPT, questions: list[Question]) -> list[float]:
     """Packed, but every ending with a context of its own."""
-    forks = [Fork(fork.context, [ending]) for q in questions for fork in q.forks
-             for ending in fork.endings]
-    return likelihoods(model, forks, ALONE)[0]
+    requests = [Request(request.context, [tokens]) for q in questions for request in q.requests
+                for tokens in request.continuations]
+    return negative_loglikelihoods(model, requests, ALONE)[0]
 
 
 def shared(model: GPT, questions: list[Question]) -> list[float]:
     """As eval.hellaswag does it."""
-    return likelihoods(model, [fork for q in questions for fork in q.forks], ALONE)[0]
+    requests = [request for q in questions for request in q.requests]
+    return negative_loglikelihoods(model, requests, ALONE)[0]
 
 
 def compare(path: str, n: int = 100, rounds: int = 4) -> None:

@@ -14,8 +14,8 @@ from data.tokenizer import encode
 from eval import choice, hellaswag
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.world import World
+from model.formats.hf import to_hf
 from model.gpt2 import GPT, GPTConfig
-from model.hf import to_hf
 from tests.running import ALONE, CONFIG, ROOT, environment
 
 ROWS = [
@@ -84,8 +84,8 @@ def known_losses(*losses: float) -> World:
 
 def test_the_three_ways_of_comparing_differ_where_they_should():
     """By hand: the sum favours B, the mean a token A, the mean a byte C."""
-    fork = choice.Fork([1], [[2, 3, 4, 5], [2], [2, 3]])
-    question = choice.Question([fork], norm_lengths=[4, 1, 2], byte_lengths=[8, 4, 12], label=2)
+    request = choice.Request([1], [[2, 3, 4, 5], [2], [2, 3]])
+    question = choice.Question([request], norm_lengths=[4, 1, 2], byte_lengths=[8, 4, 12], label=2)
     losses = [8.0, 5.0, 6.0]  # a token: 2, 5, 3; a byte: 1, 1.25, 0.5
     expected = choice.Answer(losses, 1, 0, 2)
     tiny = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8))
@@ -177,8 +177,8 @@ def test_rows_are_utf8_in_any_locale(tmp_path):
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_losses_that_are_no_numbers_get_no_score(loss):
-    fork = choice.Fork([1], [[2], [3]])
-    question = choice.Question([fork], norm_lengths=[1, 1], byte_lengths=[1, 1], label=0)
+    request = choice.Request([1], [[2], [3]])
+    question = choice.Question([request], norm_lengths=[1, 1], byte_lengths=[1, 1], label=0)
     tiny = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8))
     with pytest.raises(Failed, match="the model's losses are no numbers"):
         choice.answer(tiny, [question], known_losses(1.0, loss))

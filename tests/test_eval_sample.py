@@ -9,10 +9,10 @@ import torch
 from data.tokenizer import EOT
 from eval import sample
 from eval.sample import Arguments, continue_prompts, converse
-from launch.errors import BadInput
+from launch.errors import BadInput, one_line_errors
 from launch.world import autocast
 from model.convert import write_ours
-from model.generate import SampleConfig, generate, store_in
+from model.generate import CannotSample, SampleConfig, generate, store_in
 from model.gpt2 import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -132,6 +132,30 @@ def test_prompts_that_are_none(folder, tmp_path, content, words):
         sample.main(Arguments(checkpoint=folder, prompts=str(path)))
     with pytest.raises(BadInput, match="one of them"):
         sample.main(Arguments(checkpoint=folder, prompt="a", prompts=str(path)))
+
+
+@pytest.mark.parametrize("more", [{}, {"num": 2}, {"json": True}, {"temperature": 0.0}], ids=str)
+def test_broken_weights_are_one_line_and_no_text(model, tmp_path, capsys, more):
+    """Exit code 1: the command was right. What is printed as JSON stays JSON."""
+    broken = copy.deepcopy(model)
+    broken.ln_f.bias.data[3] = torch.nan
+    write_ours(broken, tmp_path / "weights")
+    arguments = Arguments(max_tokens=4, checkpoint=str(tmp_path / "weights"), prompt="one", **more)
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        sample.main(arguments)
+    printed = capsys.readouterr()
+    assert ended.value.code == 1
+    assert printed.err.startswith("error: the model's logits are no numbers")
+    assert printed.err.count("\n") == 1
+    assert printed.out in ("", "one\n")
+
+
+def test_a_conversation_with_broken_weights_ends(model, monkeypatch):
+    broken = copy.deepcopy(model)
+    broken.ln_f.bias.data[3] = torch.nan
+    monkeypatch.setattr("builtins.input", lambda _: "one")
+    with pytest.raises(CannotSample):
+        converse(broken, Arguments(max_tokens=3), CPU)
 
 
 def test_more_than_one_text_is_parted_by_a_line(folder, capsys):

@@ -107,10 +107,11 @@ def test_the_picture_is_drawn_from_the_rows(tmp_path):
 
 
 def test_judging_can_be_stopped_between_passes():
-    from eval.likelihood import Fork, Stopped, likelihoods
+    from eval.likelihood import Request, Stopped, negative_loglikelihoods
 
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, n_ctx=16))
     asked = []
     with pytest.raises(Stopped):
-        likelihoods(model, [Fork([1, 2], [[3], [4]])], ALONE, lambda: asked.append(1) or True)
+        negative_loglikelihoods(
+            model, [Request([1, 2], [[3], [4]])], ALONE, lambda: asked.append(1) or True)
     assert asked == [1]

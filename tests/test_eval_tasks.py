@@ -10,8 +10,8 @@ from data.tokenizer import encode
 from eval import choice, tasks
 from launch.errors import BadInput, Failed
 from launch.world import World
+from model.formats.hf import to_hf
 from model.gpt2 import GPT, GPTConfig
-from model.hf import to_hf
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -60,7 +60,7 @@ def test_lambada(bigram, table, tmp_path):
     the = encode(" the")[-1]
     docs = tasks.read_docs("lambada", write(tmp_path, rows), 0)
     likeliest = int(bigram(torch.tensor([[the]]))[0, -1].argmax())
-    docs.append(tasks.Fork(encode("This is the"), [[likeliest]]))
+    docs.append(tasks.Request(encode("This is the"), [[likeliest]]))
     got = tasks.evaluate("lambada", bigram, docs, ALONE)
     losses = [text_loss(table, p.rpartition(" ")[0], " " + p.split()[-1]) for p in passages]
     losses.append(table(the, likeliest))
@@ -136,8 +136,8 @@ def test_losses_that_are_no_numbers_get_no_figure(tmp_path, task):
 
 def test_a_perplexity_beyond_floats_is_null(bigram, monkeypatch):
     """exp(709) is about the largest float; 100 tokens of an untrained model are 1,000 nats."""
-    monkeypatch.setattr(tasks, "likelihoods", lambda *_: ([1000.0], [0.0]))
-    result = tasks.evaluate("lambada", bigram, [tasks.Fork([1], [[2] * 100])], ALONE)
+    monkeypatch.setattr(tasks, "negative_loglikelihoods", lambda *_: ([1000.0], [0.0]))
+    result = tasks.evaluate("lambada", bigram, [tasks.Request([1], [[2] * 100])], ALONE)
     assert json.loads(choice.as_json(result)) == {"n": 1, "acc": 0, "acc_stderr": 0, "ppl": None}
 
 

@@ -103,6 +103,16 @@ def test_what_differs_is_listed(tmp_path):
         require_same_run(tmp_path, saved)
 
 
+def test_a_run_saved_before_the_gelu_was_a_setting_goes_on(tmp_path):
+    """It computed GPT-2's, the tanh."""
+    config = {"config": {"init": ""}}
+    saved = config | {"must_match": {"model": {"n_layer": 2}}}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    require_same_run(tmp_path, config | {"must_match": {"model": {"n_layer": 2, "gelu": "tanh"}}})
+    with pytest.raises(BadInput, match="model.gelu tanh there, exact asked"):
+        require_same_run(tmp_path, config | {"must_match": {"model": {"n_layer": 2, "gelu": "exact"}}})
+
+
 def test_dtype_follows_the_hardware(monkeypatch):
     cpu = torch.device("cpu")
     assert choose_dtype("fp64", cpu) == "fp64"

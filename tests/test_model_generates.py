@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.generate import SampleConfig, draw, generate
+from model.generate import CannotSample, SampleConfig, draw, generate
 from model.gpt2 import GPT, GPTConfig
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=16, n_vocab=100)
@@ -87,6 +87,29 @@ def test_draws_follow_the_temperature():
     drawn = draw(logits, SampleConfig(temperature=2.0, top_k=0), torch.Generator().manual_seed(0))
     expected = (logits[0] / 2).softmax(-1)
     torch.testing.assert_close(drawn.bincount() / 10_000, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-38, 2e-38, 1e-30])
+@pytest.mark.parametrize("settings", [{"top_k": 0}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+def test_a_temperature_near_0_takes_the_likeliest(temperature, settings):
+    """Also below fp32's smallest number, where a division by it is one by 0."""
+    logits = 50 * torch.randn(64, 100, generator=torch.Generator().manual_seed(1))
+    config = SampleConfig(temperature=temperature, **settings)
+    for given in (logits, logits.double(), logits.bfloat16()[:, :7]):
+        drawn = draw(given, config, torch.Generator().manual_seed(0))
+        assert torch.equal(given.gather(1, drawn[:, None]), given.amax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
+def test_logits_that_are_no_numbers_are_one_clear_error(value, temperature):
+    logits = torch.zeros(2, 100)
+    logits[1, 99] = value
+    config = SampleConfig(temperature=temperature)
+    with pytest.raises(CannotSample, match="logits are no numbers"):
+        draw(logits, config, torch.Generator())
+    with pytest.raises(CannotSample, match="logits are no numbers"):
+        draw(torch.full((1, 5), -torch.inf), config, torch.Generator())
 
 
 @pytest.mark.parametrize("length", [0, 17])

@@ -1,13 +1,14 @@
 """The network is GPT-2: sizes, initialisation, and the same numbers as transformers'."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model.gpt2 import GPT, GPTConfig, flops_per_token, parameter_count
-from model.hf import from_hf, to_hf
+from model.formats.hf import from_hf, to_hf
+from model.gpt2 import GPT, Block, GPTConfig, flops_per_token, parameter_count
 from model.optim import OptimConfig, configure_optimizers, get_lr
 from model.parallel import ParallelModel
 from tests.test_model_checkpoint import ALONE
@@ -64,6 +65,23 @@ def test_logits_loss_and_gradients_are_those_of_transformers(config, tmp_path):
             assert not got[config.n_vocab :].any()
             got = got[: config.n_vocab]
         assert (got - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_blocks_compute_the_two_lines_of_their_docstring(gelu):
+    """Bit for bit: fusing an addition with a LayerNorm moves it, and changes no operation."""
+    assert Block.__doc__
+    lines = [line.strip() for line in Block.__doc__.splitlines() if line.startswith(" " * 8)]
+    assert len(lines) == 2
+    torch.manual_seed(0)
+    model = GPT(replace(SHAPES[1], gelu=gelu)).double()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    idx = torch.randint(500, (2, 33))
+    scope = {"x": model.wte(idx) + model.wpe.weight}
+    for block in model.h:
+        exec("\n".join(lines), {"self": block}, scope)
+    assert torch.equal(model.ln_f(scope["x"]), model.hidden(idx))
 
 
 def test_export_and_import_keep_every_bit(tmp_path):

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import sys
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from data.tokenizer import decode, encode
@@ -16,10 +18,18 @@ from eval.sample import continue_prompts
 from launch.errors import BadInput, Failed
 from model import convert
 from model.checkpoint import load_model
+from model.formats.llmc import parameters_in_file
+from model.formats.tensors import named_weights
 from model.generate import SampleConfig
-from model.gpt2 import GPT, GPTConfig
-from model.hf import named_weights
-from train_gpt2 import train
+from model.gpt2 import (
+    GPT,
+    MLP,
+    GPTConfig,
+    flops_per_token,
+    parameter_count,
+    without_weights,
+)
+from train_gpt2 import PRESETS, train
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=16)
 IDX = torch.randint(50257, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -35,11 +45,12 @@ class Source:
     logits: torch.Tensor
 
 
-def theirs(bias: bool = True) -> GPT2LMHeadModel:
+def theirs(bias: bool = True, gelu: str = "gelu_new") -> GPT2LMHeadModel:
     """transformers' GPT-2 with no parameter at its initial 0 or 1."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(
-        n_layer=2, n_head=2, n_embd=32, n_positions=16, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+        n_layer=2, n_head=2, n_embd=32, n_positions=16, activation_function=gelu,
+        attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
     for name, parameter in model.named_parameters():
         zero = name.endswith("bias") and not bias
         parameter.data += 0 if zero else 0.05 * torch.randn_like(parameter)
@@ -81,10 +92,11 @@ def pickle_config(**settings: int) -> object:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Source]:
     folder = tmp_path_factory.mktemp("sources")
-    full, bare = theirs(), theirs(bias=False)
+    full, bare = theirs(), theirs(bias=False, gelu="gelu")
+    exact = theirs(gelu="gelu")  # the same weights with nanoGPT's GELU
     weights = linear_weights(full)
     with torch.no_grad():
-        logits, bare_logits = full(IDX).logits, bare(IDX).logits
+        logits, exact_logits, bare_logits = (m(IDX).logits for m in (full, exact, bare))
     rounded = theirs()
     for parameter in rounded.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -105,13 +117,13 @@ def sources(tmp_path_factory) -> dict[str, Source]:
                folder / "bare.pt")
     torch.save({"model": weights, "config": pickle_config(**SETTINGS, vocab_size=50257),
                 "step": 3, "val_loss": 3.0}, folder / "model_00003.pt")
-    convert.main(str(folder / "ckpt.pt"), str(folder / "ours"), "ours")
+    convert.main(str(folder / "model_00003.pt"), str(folder / "ours"), "ours")
     return {
         "ours": Source(str(folder / "ours"), logits),
         "hf": Source(f"hf:{folder / 'hf'}", logits),
         "llmc": Source(str(folder / "fp32.bin"), logits),
         "llmc-bf16": Source(str(folder / "bf16.bin"), rounded_logits),
-        "nanogpt": Source(str(folder / "ckpt.pt"), logits),
+        "nanogpt": Source(str(folder / "ckpt.pt"), exact_logits),
         "nanogpt-bare": Source(str(folder / "bare.pt"), bare_logits),
         "build-nanogpt": Source(str(folder / "model_00003.pt"), logits),
     }
@@ -122,9 +134,15 @@ def logits_of(spec: str) -> torch.Tensor:
     return convert.read_source(spec)(IDX)
 
 
-@pytest.mark.parametrize("to", ["hf", "llmc", "llmc-bf16", "ours"])
-@pytest.mark.parametrize("name", ["ours", "hf", "llmc", "llmc-bf16", "nanogpt", "nanogpt-bare",
-                                  "build-nanogpt"])
+TANH = ["ours", "hf", "llmc", "llmc-bf16", "build-nanogpt"]
+EXACT = ["nanogpt", "nanogpt-bare"]  # which llm.c can't compute
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [(name, to) for name in TANH for to in ("hf", "llmc", "llmc-bf16", "ours")]
+    + [(name, to) for name in EXACT for to in ("hf", "ours")],
+)
 def test_every_pair_has_the_same_logits(sources, tmp_path, name, to):
     """Bit for bit between formats, since one network computes both from the same weights; against
     transformers to 1e-4, for it sums in another order (see test_model_is_gpt2.py)."""
@@ -140,6 +158,96 @@ def test_every_pair_has_the_same_logits(sources, tmp_path, name, to):
     spec = f"hf:{tmp_path / 'out'}" if to == "hf" else str(tmp_path / "out")
     assert torch.equal(logits_of(spec), before(IDX))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@torch.no_grad()
+def their_loss(model: GPT2LMHeadModel) -> float:
+    """In fp64 (transformers' own loss rounds to fp32), of each token of IDX but the first."""
+    logits = model.double()(IDX[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), IDX[:, 1:].flatten()).item()
+
+
+@torch.no_grad()
+def loss_of(spec: str) -> float:
+    """In fp64, of each token of IDX but the first."""
+    return convert.read_source(spec).double()(IDX[:, :-1], IDX[:, 1:]).item()
+
+
+def test_nanogpts_checkpoints_keep_their_exact_gelu(sources, tmp_path):
+    """The loss that nanoGPT's formula gives, in fp64: 1e-12 is thousands of roundings, and the
+    other GELU is 9e-7 away. It stays through both formats that can say so."""
+    loss, other = their_loss(theirs(gelu="gelu")), their_loss(theirs(gelu="gelu_new"))
+    assert abs(loss - other) > 5e-7
+
+    nanogpt = sources["nanogpt"].spec
+    assert loss_of(nanogpt) == pytest.approx(loss, rel=1e-12)
+    assert loss_of(sources["build-nanogpt"].spec) == pytest.approx(other, rel=1e-12)
+    convert.main(nanogpt, str(tmp_path / "ours"), "ours")
+    convert.main(str(tmp_path / "ours"), str(tmp_path / "hf"), "hf")
+    assert loss_of(f"hf:{tmp_path / 'hf'}") == pytest.approx(loss, rel=1e-12)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["activation_function"] == "gelu"
+    exported = GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    assert their_loss(exported) == pytest.approx(loss, rel=1e-12)
+
+
+def test_nanogpts_weights_are_trained_on_with_their_gelu(sources, tiny, tmp_path):
+    convert.main(sources["nanogpt"].spec, str(tmp_path / "ours"), "ours")
+    init = str(tmp_path / "ours")
+    assert train(tiny(steps=1, init=init, model=replace(SHAPE, gelu="exact"))) == 0
+    assert load_model(str(tmp_path / "tiny")).config.gelu == "exact"
+    with pytest.raises(BadInput, match="gelu='exact'.* and the run asks for .*gelu='tanh'"):
+        train(tiny(name="other", steps=1, init=init))
+
+
+def test_llmc_can_not_take_an_exact_gelu(sources, tmp_path):
+    refused(sources["nanogpt"].spec, tmp_path, "llm.c computes the tanh GELU.*--to hf", to="llmc")
+
+
+def test_a_checkpoint_from_before_the_gelu_was_a_setting_is_tanh(sources, tmp_path):
+    shutil.copytree(sources["ours"].spec, tmp_path / "old")
+    content = json.loads((tmp_path / "old" / "config.json").read_text())
+    del content["config"]["model"]["gelu"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(content))
+    (tmp_path / "old" / "manifest.json").unlink()
+    convert.write_manifest(tmp_path / "old")
+    assert load_model(str(tmp_path / "old")).config == SHAPE
+
+
+class Gated(MLP):
+    """SwiGLU: a network that was changed in two lines."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.c_gate = torch.nn.Linear(config.n_embd, 4 * config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
+def test_a_changed_network_is_counted_as_it_is_and_exported_as_nothing(tmp_path, monkeypatch):
+    before, flops = parameter_count(SHAPE), flops_per_token(SHAPE)
+    monkeypatch.setattr("model.gpt2.MLP", Gated)
+    without_weights.cache_clear()
+    added = 2 * (32 * 128 + 128)  # two layers' gates: 4C x C and a bias
+    assert parameter_count(SHAPE) == before + added
+    assert flops_per_token(SHAPE) == flops + 6 * 2 * 32 * 128
+    without_weights.cache_clear()
+    model, words = GPT(SHAPE), "no GPT-2 .* unknown tensor h.0.mlp.c_gate.bias"
+    with pytest.raises(BadInput, match=words):
+        convert.write_hf(model, tmp_path / "hf")
+    with pytest.raises(BadInput, match=words):
+        convert.to_llmc(model, tmp_path / "model.bin", "fp32")
+    with pytest.raises(BadInput, match=words):
+        convert.write_ours(model, tmp_path / "ours")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("preset", ["demo", "gpt2-124m", "gpt2-1558m", "gpt3-125m"])
+def test_llmcs_file_holds_the_models_parameters_and_the_padding(preset):
+    config = PRESETS[preset].model
+    padding = (50304 - 50257) * config.n_embd
+    assert parameters_in_file(config, 50304) == parameter_count(config) + padding
 
 
 def test_files_there_and_back_are_the_same_bytes(sources, tmp_path):
@@ -226,6 +334,8 @@ def test_what_is_no_checkpoint(tmp_path):
     refused(f"hf:{tmp_path / 'folder'}", tmp_path, "no Hugging Face folder")
     (tmp_path / "model.safetensors").write_bytes(b"")
     refused(str(tmp_path / "model.safetensors"), tmp_path, "name its folder, hf:")
+    (tmp_path / "ckpt.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(str(tmp_path / "ckpt.pt"), tmp_path, "git-LFS pointer.*`git lfs pull`")
 
 
 def test_a_pickle_that_needs_code_is_refused_and_not_run(tmp_path):
@@ -260,13 +370,14 @@ def _damaged(weights: dict, change) -> dict:
         ({"n_head": 5}, lambda w: None, "not divisible by n_head 5"),
         ({"n_layer": "two"}, lambda w: None, "no GPT-2 shape"),
         ({}, lambda w: w.update({"lm_head.weight": torch.zeros(50257, 32)}), "head of its own"),
+        ({"n_embd": 10**12}, lambda w: None, "no GPT-2 of its own description"),
         ({}, lambda w: w.pop("transformer.h.1.mlp.c_fc.weight"), "lacks h.1.mlp.c_fc.weight"),
         ({}, lambda w: w.pop("transformer.h.1.mlp.c_fc.bias"), "lacks h.1.mlp.c_fc.bias"),
         ({}, lambda w: w.update({"transformer.rope": torch.zeros(2)}), "unknown tensor rope"),
         ({}, lambda w: w.update({"transformer.ln_f.weight": torch.zeros(2)}), r"shape \(2,\)"),
     ],
-    ids=["no-settings", "rows", "layers", "heads", "text", "head", "lacks", "lacks-bias", "extra",
-         "shape"],
+    ids=["no-settings", "rows", "layers", "heads", "text", "head", "width", "lacks", "lacks-bias",
+         "extra", "shape"],
 )
 def test_what_is_no_gpt2_inside_a_pt(tmp_path, settings, change, words):
     weights = _damaged(linear_weights(theirs()), change)
@@ -320,6 +431,15 @@ def test_a_cut_or_longer_bin(sources, tmp_path, size):
     (tmp_path / "model.bin").write_bytes(content)
     words = {0: "neither", 500: "within its header"}.get(size, "it was cut")
     refused(str(tmp_path / "model.bin"), tmp_path, words)
+
+
+def test_a_description_without_biases_that_fits_nothing_is_refused(tmp_path):
+    """Its biases would be made here: not before the rest is found right."""
+    weights = {n: w for n, w in linear_weights(theirs()).items() if not n.endswith("bias")}
+    for size in ({"n_layer": 10**9}, {"n_embd": 10**12}):
+        settings = SETTINGS | {"vocab_size": 50257} | size
+        torch.save({"model": weights, "model_args": settings}, tmp_path / "ckpt.pt")
+        refused(str(tmp_path / "ckpt.pt"), tmp_path, "no GPT-2 of its own description")
 
 
 def test_a_cut_pt(sources, tmp_path):

@@ -34,6 +34,7 @@ class Job:
     checkpointing: bool = False  # blocks computed again in the backward pass
     compile: bool = True
     kernels: str = "auto"  # auto, triton or torch
+    gelu: str = "tanh"  # or exact: the same bytes and about the same time
 
     @classmethod
     def of(cls, settings: Mapping, parameters: int, flops_per_token: int) -> "Job":

@@ -4,11 +4,12 @@
     to_llmc(model, Path("model.bin"), "bf16")
 
 256 little-endian int32: magic, version (3: fp32, 5: bf16), context, vocabulary, layers, heads,
-width, padded vocabulary, zeros. Then the parameters in ORDER, one kind after the other, each for
-all layers, matrices as (out, in) (llm.c: write_model in train_gpt2.py, gpt2_write_to_checkpoint in
-train_gpt2.cu).
+width, padded vocabulary, zeros. Then the parameters as order() has them, one kind after the other,
+each for all layers, matrices as (out, in) (llm.c: write_model in train_gpt2.py,
+gpt2_write_to_checkpoint in train_gpt2.cu).
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 
 from launch.errors import BadInput
-from model.gpt2 import GPT, GPTConfig, parameter_count
-from model.hf import load_named, named_weights
+from model.formats.tensors import block_shapes, gpt2_shapes, load_named, require_gpt2
+from model.gpt2 import GPT, GPTConfig
 
 MAGIC = 20240326
 VERSIONS = {3: torch.float32, 5: torch.bfloat16}
@@ -31,11 +32,6 @@ OTHER_MAGICS = {
     20240801: "a shard of Llama 3 tokens",
     20240803: "a Llama 3 model",
 }
-BLOCK = (
-    "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight",
-    "attn.c_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias",
-    "mlp.c_proj.weight", "mlp.c_proj.bias",
-)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -43,37 +39,54 @@ Precision = Literal["fp32", "bf16"]
 def order(n_layer: int) -> Iterator[str]:
     """The parameters' names as the file has them."""
     yield from ("wte.weight", "wpe.weight")
-    for name in BLOCK:
-        yield from (f"h.{layer}.{name}" for layer in range(n_layer))
+    for name in block_shapes(1):
+        for layer in range(n_layer):
+            yield f"h.{layer}.{name}"
     yield from ("ln_f.weight", "ln_f.bias")
+
+
+def parameters_in_file(config: GPTConfig, padded_vocab: int) -> int:
+    """Numbers after the header, padding rows of the vocabulary counted."""
+    C = config.n_embd
+    embeddings = (padded_vocab + config.n_ctx) * C
+    block = sum(math.prod(shape) for shape in block_shapes(C).values())
+    ln_f = 2 * C
+    return embeddings + config.n_layer * block + ln_f
 
 
 def from_llmc(path: Path) -> GPT:
     """The model in a file, in fp32. Raises BadInput where the file is another one, or cut."""
     config, padded, dtype = _read_header(path)
-    count = parameter_count(config) + (padded - config.n_vocab) * config.n_embd
-    expected = 4 * HEADER + dtype.itemsize * count
+    expected = 4 * HEADER + dtype.itemsize * parameters_in_file(config, padded)
     if path.stat().st_size != expected:  # before anything of that size is allocated
         raise BadInput(f"{path} has {path.stat().st_size:,} bytes and its header asks for "
                        f"{expected:,}: it was cut, or isn't llm.c's")
-    model = GPT(config)
-    shapes = {name: weight.shape for name, weight in named_weights(model).items()}
-    shapes["wte.weight"] = torch.Size((padded, config.n_embd))  # (Vp, C)
+    shapes = gpt2_shapes(config)
+    shapes["wte.weight"] = (padded, config.n_embd)  # (Vp, C)
     integers = np.memmap(path, f"<i{dtype.itemsize}", "r", offset=4 * HEADER)
-    tensors, start = {}, 0
+    tensors: dict[str, torch.Tensor] = {}
+    start = 0
     for name in order(config.n_layer):
-        shape = shapes[name]
-        values = torch.from_numpy(integers[start : start + shape.numel()].copy())
-        tensors[name] = values.view(dtype).view(shape)
-        start += shape.numel()
+        end = start + math.prod(shapes[name])
+        values = torch.from_numpy(integers[start:end].copy())
+        tensors[name] = values.view(dtype).view(shapes[name])
+        start = end
     tensors["wte.weight"] = tensors["wte.weight"][: config.n_vocab]
+    model = GPT(config)
     load_named(model, tensors, path)
     return model
 
 
 def to_llmc(model: GPT, path: Path, precision: Precision) -> None:
-    """Writes a file that llm.c trains on from: train_gpt2cu -e FILE."""
+    """Writes a file that llm.c trains on from: train_gpt2cu -e FILE.
+
+    Raises BadInput for a model that llm.c would compute otherwise.
+    """
+    require_gpt2(model, "a file of llm.c's")
     config, dtype = model.config, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if config.gelu == "exact":
+        raise BadInput("llm.c computes the tanh GELU, and this model was trained with the exact "
+                       "one, nanoGPT's: it would be another function there. --to hf keeps it")
     header = np.zeros(HEADER, "<i4")
     header[:8] = (
         MAGIC, 3 if precision == "fp32" else 5, config.n_ctx, config.n_vocab, config.n_layer,
