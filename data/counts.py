@@ -27,6 +27,7 @@ class Counts:
     empty: int = 0
     longer_than_100k_tokens: int = 0
     longest_tokens: int = 0
+    end_of_text_as_text: int = 0
 
     def add(self, tokens: Tokens, begin: int, end: int) -> np.ndarray:
         """Counts the documents that begin at tokens [begin, end); returns their uint64 hashes."""
@@ -39,6 +40,7 @@ class Counts:
         self.empty += int((lengths == 0).sum())
         self.longer_than_100k_tokens += int((lengths > LONG).sum())
         self.longest_tokens = max(self.longest_tokens, int(lengths.max(initial=0)))
+        self.end_of_text_as_text += int(tokens.end_of_text[a:b].sum())
         return tokens.hashes[a:b]
 
     def statistics(self, duplicates: int) -> dict[str, Any]:
@@ -51,12 +53,15 @@ class Counts:
 
 
 def in_words(statistics: dict[str, Any]) -> str:
-    """Two lines for the end of a job."""
-    return (
+    """Some lines for the end of a job."""
+    lines = (
         "{documents:,} documents: {empty:,} empty, {duplicates:,} that repeat another exactly, "
         "{longer_than_100k_tokens:,} longer than 100,000 tokens (the longest {longest_tokens:,})\n"
         "{non_ascii_share:.2%} of the bytes are not ASCII, {tokens_per_byte:.4f} tokens per byte"
-    ).format(**statistics)
+    )
+    if statistics["end_of_text_as_text"]:
+        lines += "\n<|endoftext|> stands {end_of_text_as_text:,} times in documents and stays text"
+    return lines.format(**statistics)
 
 
 def count_duplicates(path: Path, memory: int = 1 << 27) -> int:

@@ -1,9 +1,11 @@
 """Documents to make shards of, and jobs that make them."""
 
+import json
 import random
 import struct
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.fineweb import FineWebConfig, make
+from data.tokenizer import EOT, decode
 from launch.errors import BadInput, Failed
 from tests.running import ROOT, environment
 
@@ -52,6 +55,20 @@ def read_independently(out: Path) -> list[int]:
         assert (magic, version, any(rest)) == (20240520, 1, False)
         stream += struct.unpack(f"<{count}H", content[1024:])
     return stream
+
+
+def documents_of(out: Path) -> list[str]:
+    """The documents that a folder's shards hold."""
+    stream = read_independently(out)
+    starts = [i for i, token in enumerate(stream) if token == EOT]
+    assert starts[0] == 0
+    return [decode(stream[a + 1 : b]) for a, b in pairwise([*starts, len(stream)])]
+
+
+def made(source: Path | str, out: Path, **settings) -> tuple[list[str], dict]:
+    """(the documents in the shards of a source, their manifest)."""
+    make(FineWebConfig(out, source=str(source), **({"shard_tokens": 1000} | settings)))
+    return documents_of(out), json.loads((out / "manifest.json").read_text())
 
 
 def failing(call, after: int):

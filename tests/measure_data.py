@@ -81,7 +81,7 @@ def stages(source: str) -> None:
         writer = ShardWriter(Path(folder) / "x.bin", 2**31 - 1)
         for piece in pieces(local_files(source), "text"):
             marks = [(time.perf_counter(), time.process_time())]
-            texts = piece.load()
+            texts = piece.load().texts
             marks.append((time.perf_counter(), time.process_time()))
             tokens = tokenise(texts, encode)
             marks.append((time.perf_counter(), time.process_time()))

@@ -61,6 +61,7 @@ def test_the_manifest_describes_shards_and_data(corpus, tmp_path, capsys):
         "empty": documents.count(""), "longer_than_100k_tokens": 0,
         "longest_tokens": max(len(encode_documents([text])) - 1 for text in documents),
         "duplicates": 300 - len(set(documents)),
+        "end_of_text_as_text": 0, "end_of_text_as_border": 0,
         "non_ascii_share": round(foreign / sum(sizes), 6),
         "tokens_per_byte": round(tokens / sum(sizes), 6),
     }

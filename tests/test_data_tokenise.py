@@ -7,13 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import tokenise
 from data.tokenise import encode_exactly, encoder
-from data.tokenizer import EOT
+from data.tokenizer import EOT, encode, encode_documents, encoding
 from launch.errors import Failed
+from tests.test_data_tokenizer import OPENAI
 
 CODE_POINTS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 LENGTH = 1_000_000  # of words without an end, in bytes
@@ -72,9 +74,31 @@ def test_a_megabyte_without_an_end(fast, text):
     same(fast, [text])
 
 
-def test_what_tiktoken_can_not_encode_is_one_line():
-    with pytest.raises(Failed, match="can't encode a document that begins with ' .*1,000,001"):
-        encode_exactly(" " * 1_000_000 + "a")
+WHITE_SPACE = [" " * 1_000_000 + "a", " \n" * 600_000 + "a", "x" + "\u3000" * 1_000_001 + " b",
+               "\t" * 1_200_000 + "'s"]
+
+
+@pytest.mark.parametrize("text", WHITE_SPACE, ids=["spaces", "lines", "ideographic", "tabs"])
+def test_a_million_white_spaces_before_a_text(fast, text):
+    """tiktoken's own pattern overflows here; openai/gpt-2's, in another library, does not."""
+    words = regex.findall(OPENAI, text)
+    expected = [token for word in words for token in encoding()._encode_single_piece(word)]
+    assert encode(text) == encode_exactly(text).tolist() == expected
+    assert encode_documents([text]).tolist() == [EOT, *expected]
+    assert fast([text])[0].tolist() == expected
+    tokens = tokenise.tokenise(pa.array([text], pa.large_string()), fast)
+    assert tokens.ids.tolist() == [EOT, *expected]
+
+
+def test_end_of_text_is_counted_in_each_document(fast):
+    texts = ["<|endoftext|>", "a<|endoftext|>b<|endoftext|>", "", "x<|endof", "text|>", "|", "<|"]
+    array = pa.array(["cut off<|endoftext|>", *texts], pa.large_string())[1:]
+    assert tokenise.tokenise(array, fast).end_of_text.tolist() == [1, 2, 0, 0, 0, 0, 0]
+
+
+def test_no_documents_are_no_tokens(fast):
+    tokens = tokenise.tokenise(pa.array([], pa.large_string()), fast)
+    assert (len(tokens.ids), tokens.starts.tolist(), len(tokens.hashes)) == (0, [0], 0)
 
 
 def test_names_of_special_tokens_are_text(fast):

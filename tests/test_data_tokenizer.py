@@ -61,9 +61,15 @@ def test_any_text_is_encoded_as_openai_would_and_comes_back(reference, text):
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.text("ab 's'll\n\t1é", max_size=60))
+@given(st.text("ab 's'll\n\t1é\u00a0\u180e\u2003\x1c", max_size=60))
 def test_contractions_and_white_space_too(reference, text):
     assert encode(text) == reference.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("count", [999, 1000, 1001, 1002, 2000, 2001, 2002])
+def test_white_space_is_taken_by_the_thousand(reference, count):
+    for text in (" " * count + "a", "a" + "\n" * count + " b", " " * count, "\t " * count + "'s"):
+        assert encode(text) == reference.encode_ordinary(text)
 
 
 def test_a_megabyte_of_spaces_does_not_backtrack():

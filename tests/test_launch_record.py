@@ -108,9 +108,11 @@ def test_a_run_saved_before_the_gelu_was_a_setting_goes_on(tmp_path):
     config = {"config": {"init": ""}}
     saved = config | {"must_match": {"model": {"n_layer": 2}}}
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    require_same_run(tmp_path, config | {"must_match": {"model": {"n_layer": 2, "gelu": "tanh"}}})
+    tanh, exact = ({"must_match": {"model": {"n_layer": 2, "gelu": gelu}}}
+                   for gelu in ("tanh", "exact"))
+    require_same_run(tmp_path, config | tanh)
     with pytest.raises(BadInput, match="model.gelu tanh there, exact asked"):
-        require_same_run(tmp_path, config | {"must_match": {"model": {"n_layer": 2, "gelu": "exact"}}})
+        require_same_run(tmp_path, config | exact)
 
 
 def test_dtype_follows_the_hardware(monkeypatch):
