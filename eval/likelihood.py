@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import EOT
-from kernels.reference import CACHED_ROWS, CHUNK_ELEMENTS
+from kernels.constants import CACHED_ROWS, CHUNK_ELEMENTS
 from launch.world import World
 from model.gpt2 import GPT
 from model.packed import PackedRequests

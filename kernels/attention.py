@@ -24,6 +24,9 @@ Shapes: B batch, T time, C = H * D width, H heads, D head width (64 or 128), M q
 one tile.
 """
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,219 +35,249 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tiles
+from kernels.reference import product_dtype
 
 HEAD_WIDTHS = (64, 128)
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1 / math.log(2))
 IEEE = tl.constexpr("ieee")  # fp32 products in fp32, not in TF32's 10 bits; bf16 and fp16 ignore it
+
+
+class Columns(NamedTuple):
+    """Where a head's rows lie: D columns of x (B, T, width), out of which _load takes tiles."""
+
+    x: Any  # a pointer, or the descriptor of a tile (TMA)
+    batch: Any
+    first: Any  # column
+    T: Any
+    width: Any
+
+
+@triton.jit
+def _load(rows_of, start, ROWS: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr):
+    """The tile (ROWS, D) of some Columns from row `start` on; rows from T on are zero.
+
+    EDGE: the tile may reach past T. A descriptor always looks; a pointer only where it has to,
+    since masks cost instructions in the loop.
+    """
+    x, batch, first, T, width = rows_of
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([batch, start, first]).reshape(ROWS, D)
+    else:
+        rows = start + tl.arange(0, ROWS)
+        # int64: B * T * 3C passes 2^31 at 911 sequences of GPT-2 124M.
+        corner = x + batch.to(tl.int64) * T * width + first
+        cells = corner + rows[:, None] * width + tl.arange(0, D)[None, :]
+        if EDGE:
+            return tl.load(cells, mask=rows[:, None] < T, other=0.0)
+        else:
+            return tl.load(cells)
+
+
+@triton.jit
+def _store(rows_of, start, tile):
+    """Writes a tile (ROWS, D) to some Columns from row `start` on, up to row T."""
+    x, batch, first, T, width = rows_of
+    rows = start + tl.arange(0, tile.shape[0])
+    corner = x + batch.to(tl.int64) * T * width + first
+    cells = corner + rows[:, None] * width + tl.arange(0, tile.shape[1])[None, :]
+    tl.store(cells, tile.to(x.dtype.element_ty), mask=rows[:, None] < T)
 
 
 @triton.jit
 def _place(T, ROWS: tl.constexpr):
     """(tile, batch * H + head) of this program in _grid's order."""
     tiles = tl.cdiv(T, ROWS)
-    bh = tl.program_id(0) // tiles
-    return tl.program_id(0) - bh * tiles, bh
-
-
-@triton.jit
-def _load(
-    x, b, row, column, T, width,
-    ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, EDGE: tl.constexpr,
-):
-    """(ROWS, D) of x (B, T, width) from (b, row, column) on; rows from T on are zero.
-
-    x is a tensor descriptor (TMA) or a pointer. EDGE: the tile may reach past T. A descriptor
-    always looks; a pointer only where it has to, since masks cost instructions in the loop.
-    """
-    if TMA:
-        return x.load([b, row, column]).reshape(ROWS, D)
-    else:
-        rows = row + tl.arange(0, ROWS)
-        # int64: B * T * 3C passes 2^31 at 911 sequences of GPT-2 124M.
-        start = x + b.to(tl.int64) * T * width + column
-        at = start + rows[:, None] * width + tl.arange(0, D)[None, :]
-        if EDGE:
-            return tl.load(at, mask=rows[:, None] < T, other=0.0)
-        else:
-            return tl.load(at)
-
-
-@triton.jit
-def _store(x, value, b, row, column, T, width, ROWS: tl.constexpr, D: tl.constexpr):
-    """Writes value (ROWS, D) to x (B, T, width) from (b, row, column) on, up to row T."""
-    rows = row + tl.arange(0, ROWS)
-    start = x + b.to(tl.int64) * T * width + column
-    at = start + rows[:, None] * width + tl.arange(0, D)[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=rows[:, None] < T)
+    batch_head = tl.program_id(0) // tiles
+    return tl.program_id(0) - batch_head * tiles, batch_head
 
 
 @triton.jit
 def _forward_step(
-    q, acc, total, top, keys, b, row, n, column, T, H,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, TMEM: tl.constexpr,
-    DIAGONAL: tl.constexpr,
+    running, q, keys, values, q_start, k_start,
+    BLOCK_N: tl.constexpr, TMEM: tl.constexpr, DIAGONAL: tl.constexpr,
 ):
-    """Takes the keys n .. n + N into (acc, total, top) of the queries row .. row + M."""
+    """Takes BLOCK_N keys into the running (acc, l_i, m_i) of a tile of queries q (BLOCK_M, D)."""
+    acc, l_i, m_i = running
+    BLOCK_M: tl.constexpr = q.shape[0]
+    D: tl.constexpr = q.shape[1]
     SCALE: tl.constexpr = LOG2E / D**0.5
-    k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)  # (N, D)
-    s = tl.dot(q, k.T, input_precision=IEEE)  # (M, N)
-    if DIAGONAL:
+    k = _load(keys, k_start, BLOCK_N, D, EDGE=DIAGONAL)  # (BLOCK_N, D)
+    s = tl.dot(q, k.T, input_precision=IEEE)  # (BLOCK_M, BLOCK_N): q k^T, without the scale yet
+    if DIAGONAL:  # s_ij = -inf for j > i
+        i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
         # The side that takes the offset is made anew: the one of which a thread holds little (the
         # rows, out of tensor memory: a thread a row). Else the compiler keeps the other, 32 numbers
         # or more, in registers through the loop above.
         if TMEM:
-            seen = row - n + tl.arange(0, M)[:, None] >= tl.arange(0, N)[None, :]
+            seen = q_start - k_start + i >= j
         else:
-            seen = tl.arange(0, M)[:, None] >= n - row + tl.arange(0, N)[None, :]
+            seen = i >= k_start - q_start + j
         s = tl.where(seen, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1) * SCALE)  # finite: key 0 comes first and all see it
-    p = tl.exp2(s * SCALE - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    v = _load(keys, b, n, 2 * H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)
+    # m_i = max_j s_ij, finite from the first tile on: it holds key 0, which all queries see.
+    m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
+    p = tl.exp2(s * SCALE - m_new[:, None])  # exp(s_ij - m_i)
+    shrink = tl.exp2(m_i - m_new)  # what was summed before, for the new m_i
+    l_i = l_i * shrink + tl.sum(p, 1)  # l_i = sum_j exp(s_ij - m_i)
+    v = _load(values, k_start, BLOCK_N, D, EDGE=DIAGONAL)
+    # acc = sum_j exp(s_ij - m_i) v_j
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=IEEE)
-    return acc, total, new_top
+    return acc, l_i, m_new
 
 
 # T and H differ from call to call (generation) and from model to model: no variant for each.
 @triton.jit(do_not_specialize=["T", "H"])
 def attention_forward(
     queries, keys, out, lse, T, H,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, TMEM: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMEM: tl.constexpr,
 ):
-    """One program, one tile of M queries of one head: see _grid. TMEM: each thread holds a whole
-    row of the scores.
+    """One program, one tile of BLOCK_M queries of one head: see _grid. queries and keys are both
+    qkv, as _operand hands it out. TMEM: each thread holds a whole row of the scores.
 
-    It alone writes these M rows of this head's columns in out (B, T, C) and lse (B, H, T).
+    It alone writes these rows of the head's columns in out (B, T, C) and of lse (B, H, T).
     Consecutive programs share a head, whose keys then stay in the L2 cache; the longest come first.
     """
-    tile, bh = _place(T, M)
-    row = (tl.cdiv(T, M) - 1 - tile) * M
-    b, column = bh // H, bh % H * D
-    q = _load(queries, b, row, column, T, 3 * H * D, M, D, TMA, True)  # (M, D)
-    acc = tl.zeros([M, D], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    top = tl.full([M], float("-inf"), tl.float32)
-    for n in range(0, row, N):  # every query of the tile sees all of these keys
-        acc, total, top = _forward_step(
-            q, acc, total, top, keys, b, row, n, column, T, H, D, M, N, TMA, TMEM, False
+    tile, batch_head = _place(T, BLOCK_M)
+    q_start = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
+    batch, column, C = batch_head // H, batch_head % H * D, H * D
+    q = _load(Columns(queries, batch, column, T, 3 * C), q_start, BLOCK_M, D, EDGE=True)
+    k_columns = Columns(keys, batch, C + column, T, 3 * C)
+    v_columns = Columns(keys, batch, 2 * C + column, T, 3 * C)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running = acc, l_i, m_i
+    for k_start in range(0, q_start, BLOCK_N):  # every query of the tile sees all of these keys
+        running = _forward_step(
+            running, q, k_columns, v_columns, q_start, k_start, BLOCK_N, TMEM, DIAGONAL=False
         )
-    for n in range(row, min(row + M, T), N):
-        acc, total, top = _forward_step(
-            q, acc, total, top, keys, b, row, n, column, T, H, D, M, N, TMA, TMEM, True
+    for k_start in range(q_start, min(q_start + BLOCK_M, T), BLOCK_N):
+        running = _forward_step(
+            running, q, k_columns, v_columns, q_start, k_start, BLOCK_N, TMEM, DIAGONAL=True
         )
-    _store(out, acc / total[:, None], b, row, column, T, H * D, M, D)
-    rows = row + tl.arange(0, M)
-    tl.store(lse + bh.to(tl.int64) * T + rows, top + tl.log2(total), mask=rows < T)
+    acc, l_i, m_i = running
+    _store(Columns(out, batch, column, T, C), q_start, acc / l_i[:, None])  # o = p v
+    rows = q_start + tl.arange(0, BLOCK_M)
+    lse_i = m_i + tl.log2(l_i)
+    tl.store(lse + batch_head.to(tl.int64) * T + rows, lse_i, mask=rows < T)
 
 
 @triton.jit
 def _dq_step(
-    q, do, dq, lse, delta, keys, b, row, n, column, T, H,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
+    dq, query_tile, keys, values, q_start, k_start,
+    BLOCK_N: tl.constexpr, DIAGONAL: tl.constexpr,
 ):
-    """Adds what the keys n .. n + N contribute to dq of the queries row .. row + M."""
+    """Adds what BLOCK_N keys contribute to dq (BLOCK_M, D), without the last 1 / sqrt(D)."""
+    q, do, lse_i, delta_i = query_tile
+    BLOCK_M: tl.constexpr = q.shape[0]
+    D: tl.constexpr = q.shape[1]
     SCALE: tl.constexpr = LOG2E / D**0.5
-    k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)  # (N, D)
-    v = _load(keys, b, n, 2 * H * D + column, T, 3 * H * D, N, D, TMA, DIAGONAL)
-    s = tl.dot(q, k.T, input_precision=IEEE)  # (M, N)
-    p = tl.exp2(s * SCALE - lse[:, None])
+    k = _load(keys, k_start, BLOCK_N, D, EDGE=DIAGONAL)  # (BLOCK_N, D)
+    v = _load(values, k_start, BLOCK_N, D, EDGE=DIAGONAL)
+    s = tl.dot(q, k.T, input_precision=IEEE)  # (BLOCK_M, BLOCK_N): q k^T
+    p = tl.exp2(s * SCALE - lse_i[:, None])  # p_ij = exp(s_ij - lse_i)
     if DIAGONAL:
-        seen = (row - n + tl.arange(0, M))[:, None] >= tl.arange(0, N)[None, :]
-        p = tl.where(seen, p, 0.0)
-    dp = tl.dot(do, v.T, input_precision=IEEE)  # (M, N)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=IEEE)
+        i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        p = tl.where(q_start - k_start + i >= j, p, 0.0)  # p_ij = 0 for j > i
+    dp = tl.dot(do, v.T, input_precision=IEEE)  # dp = do v^T
+    ds = p * (dp - delta_i[:, None])  # ds = p * (dp - delta)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=IEEE)  # dq = ds k
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def attention_dq(
     queries, keys, out, dout, lse, delta, dqkv, T, H,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One program, one tile of M queries of one head: see _grid.
+    """One program, one tile of BLOCK_M queries of one head: see _grid.
 
     It alone writes these rows of delta (B, H, T) and of the head's dq in dqkv (B, T, 3C).
     """
-    tile, bh = _place(T, M)
-    row = (tl.cdiv(T, M) - 1 - tile) * M
-    b, column = bh // H, bh % H * D
-    o = _load(out, b, row, column, T, H * D, M, D, False, True)  # (M, D)
-    do = _load(dout, b, row, column, T, H * D, M, D, False, True)
-    d = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # (M,)
-    rows = row + tl.arange(0, M)
-    start = bh.to(tl.int64) * T
-    tl.store(delta + start + rows, d, mask=rows < T)
-    e = tl.load(lse + start + rows, mask=rows < T, other=0.0)
-    q = _load(queries, b, row, column, T, 3 * H * D, M, D, TMA, True)
-    dq = tl.zeros([M, D], tl.float32)
-    for n in range(0, row, N):  # every query of the tile sees all of these keys
-        dq = _dq_step(q, do, dq, e, d, keys, b, row, n, column, T, H, D, M, N, TMA, False)
-    for n in range(row, min(row + M, T), N):
-        dq = _dq_step(q, do, dq, e, d, keys, b, row, n, column, T, H, D, M, N, TMA, True)
-    _store(dqkv, dq * (1 / D**0.5), b, row, column, T, 3 * H * D, M, D)
+    tile, batch_head = _place(T, BLOCK_M)
+    q_start = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
+    batch, column, C = batch_head // H, batch_head % H * D, H * D
+    o = _load(Columns(out, batch, column, T, C), q_start, BLOCK_M, D, EDGE=True)  # (BLOCK_M, D)
+    do = _load(Columns(dout, batch, column, T, C), q_start, BLOCK_M, D, EDGE=True)
+    delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # delta_i = sum_d o_id do_id
+    rows = q_start + tl.arange(0, BLOCK_M)
+    start = batch_head.to(tl.int64) * T
+    tl.store(delta + start + rows, delta_i, mask=rows < T)
+    lse_i = tl.load(lse + start + rows, mask=rows < T, other=0.0)
+    q = _load(Columns(queries, batch, column, T, 3 * C), q_start, BLOCK_M, D, EDGE=True)
+    query_tile = q, do, lse_i, delta_i
+    k_columns = Columns(keys, batch, C + column, T, 3 * C)
+    v_columns = Columns(keys, batch, 2 * C + column, T, 3 * C)
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    for k_start in range(0, q_start, BLOCK_N):  # every query of the tile sees all of these keys
+        dq = _dq_step(
+            dq, query_tile, k_columns, v_columns, q_start, k_start, BLOCK_N, DIAGONAL=False
+        )
+    for k_start in range(q_start, min(q_start + BLOCK_M, T), BLOCK_N):
+        dq = _dq_step(
+            dq, query_tile, k_columns, v_columns, q_start, k_start, BLOCK_N, DIAGONAL=True
+        )
+    dq *= 1 / D**0.5  # dq = ds k / sqrt(D)
+    _store(Columns(dqkv, batch, column, T, 3 * C), q_start, dq)
 
 
 @triton.jit
 def _dkdv_step(
-    k, v, dk, dv, queries, dout, lse, delta, b, row, n, column, T, H,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr,
+    dk, dv, k, v, query_side, q_start, k_start, BLOCK_M: tl.constexpr, DIAGONAL: tl.constexpr
 ):
-    """Adds what the queries row .. row + M contribute to dk, dv of the keys n .. n + N.
+    """Adds what BLOCK_M queries contribute to dk and dv (BLOCK_N, D).
 
-    Scores are transposed, (N, M), so that p^T and ds^T are at hand for the products. A query past
-    T has q = do = 0 and delta = 0, which contributes nothing.
+    Scores are transposed, (BLOCK_N, BLOCK_M), so that p^T and ds^T are at hand for the products. A
+    query past T has q = do = 0 and delta = 0, which contributes nothing.
     """
+    queries, douts, lse, delta = query_side
+    BLOCK_N: tl.constexpr = k.shape[0]
+    D: tl.constexpr = k.shape[1]
     SCALE: tl.constexpr = LOG2E / D**0.5
-    q = _load(queries, b, row, column, T, 3 * H * D, M, D, TMA, True)  # (M, D)
-    st = tl.dot(k, q.T, input_precision=IEEE)  # (N, M)
-    rows = row + tl.arange(0, M)
-    e = tl.load(lse + rows, mask=rows < T, other=0.0)
-    pt = tl.exp2(st * SCALE - e[None, :])
+    q = _load(queries, q_start, BLOCK_M, D, EDGE=True)  # (BLOCK_M, D)
+    s_t = tl.dot(k, q.T, input_precision=IEEE)  # (BLOCK_N, BLOCK_M): s^T = k q^T
+    rows = q_start + tl.arange(0, BLOCK_M)
+    lse_i = tl.load(lse + rows, mask=rows < queries.T, other=0.0)
+    p_t = tl.exp2(s_t * SCALE - lse_i[None, :])  # p_ij = exp(s_ij - lse_i)
     if DIAGONAL:
-        seen = (row - n + tl.arange(0, M))[None, :] >= tl.arange(0, N)[:, None]
-        pt = tl.where(seen, pt, 0.0)
-    do = _load(dout, b, row, column, T, H * D, M, D, TMA, True)
-    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=IEEE)
-    dpt = tl.dot(v, do.T, input_precision=IEEE)  # (N, M)
-    d = tl.load(delta + rows, mask=rows < T, other=0.0)
-    dst = pt * (dpt - d[None, :])
-    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=IEEE)
+        i, j = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
+        p_t = tl.where(q_start - k_start + i >= j, p_t, 0.0)  # p_ij = 0 for j > i
+    do = _load(douts, q_start, BLOCK_M, D, EDGE=True)
+    dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=IEEE)  # dv = p^T do
+    dp_t = tl.dot(v, do.T, input_precision=IEEE)  # dp^T = v do^T
+    delta_i = tl.load(delta + rows, mask=rows < queries.T, other=0.0)
+    ds_t = p_t * (dp_t - delta_i[None, :])  # ds = p * (dp - delta)
+    dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=IEEE)  # dk = ds^T q
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def attention_dkdv(
     queries, keys, dout, lse, delta, dqkv, T, H,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One program, one tile of N keys of one head: see _grid.
+    """One program, one tile of BLOCK_N keys of one head: see _grid.
 
     It alone writes these rows of the head's dk and dv in dqkv (B, T, 3C). The first keys are seen
     by the most queries: longest come first here too.
     """
-    tile, bh = _place(T, N)
-    n = tile * N
-    b, column = bh // H, bh % H * D
-    k = _load(keys, b, n, H * D + column, T, 3 * H * D, N, D, TMA, True)  # (N, D)
-    v = _load(keys, b, n, 2 * H * D + column, T, 3 * H * D, N, D, TMA, True)
-    dk = tl.zeros([N, D], tl.float32)
-    dv = tl.zeros([N, D], tl.float32)
-    lse += bh.to(tl.int64) * T
-    delta += bh.to(tl.int64) * T
-    for row in range(n, min(n + N, T), M):
-        dk, dv = _dkdv_step(
-            k, v, dk, dv, queries, dout, lse, delta,
-            b, row, n, column, T, H, D, M, N, TMA, True,
-        )
-    for row in range(n + N, T, M):  # every query of the tile sees all keys
-        dk, dv = _dkdv_step(
-            k, v, dk, dv, queries, dout, lse, delta,
-            b, row, n, column, T, H, D, M, N, TMA, False,
-        )
-    _store(dqkv, dk * (1 / D**0.5), b, n, H * D + column, T, 3 * H * D, N, D)
-    _store(dqkv, dv, b, n, 2 * H * D + column, T, 3 * H * D, N, D)
+    tile, batch_head = _place(T, BLOCK_N)
+    k_start = tile * BLOCK_N
+    batch, column, C = batch_head // H, batch_head % H * D, H * D
+    k = _load(Columns(keys, batch, C + column, T, 3 * C), k_start, BLOCK_N, D, EDGE=True)
+    v = _load(Columns(keys, batch, 2 * C + column, T, 3 * C), k_start, BLOCK_N, D, EDGE=True)
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    start = batch_head.to(tl.int64) * T
+    q_columns = Columns(queries, batch, column, T, 3 * C)
+    do_columns = Columns(dout, batch, column, T, C)
+    query_side = q_columns, do_columns, lse + start, delta + start
+    for q_start in range(k_start, min(k_start + BLOCK_N, T), BLOCK_M):
+        dk, dv = _dkdv_step(dk, dv, k, v, query_side, q_start, k_start, BLOCK_M, DIAGONAL=True)
+    for q_start in range(k_start + BLOCK_N, T, BLOCK_M):  # every query of the tile sees all keys
+        dk, dv = _dkdv_step(dk, dv, k, v, query_side, q_start, k_start, BLOCK_M, DIAGONAL=False)
+    dk *= 1 / D**0.5  # dk = ds^T q / sqrt(D)
+    _store(Columns(dqkv, batch, C + column, T, 3 * C), k_start, dk)
+    _store(Columns(dqkv, batch, 2 * C + column, T, 3 * C), k_start, dv)
 
 
 def _operand(x: Tensor, rows: int, D: int, tma: bool) -> Tensor | TensorDescriptor:
@@ -283,7 +316,7 @@ def _forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     t = _tile("attention_forward", qkv, D)
     attention_forward[_grid(B, n_head, T, t.m)](
         _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), out, lse, T, n_head,
-        D=D, M=t.m, N=t.n, TMA=t.tma, TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t),
+        D=D, BLOCK_M=t.m, BLOCK_N=t.n, TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t),
         num_warps=t.warps, num_stages=t.stages,
     )
     return out, lse
@@ -307,13 +340,13 @@ def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) 
     t = _tile("attention_dq", qkv, D)
     attention_dq[_grid(B, n_head, T, t.m)](
         _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), out, dout, lse, delta, dqkv,
-        T, n_head, D=D, M=t.m, N=t.n, TMA=t.tma, num_warps=t.warps, num_stages=t.stages,
+        T, n_head, D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,
     )
     t = _tile("attention_dkdv", qkv, D)
     attention_dkdv[_grid(B, n_head, T, t.n)](
         _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), _operand(dout, t.m, D, t.tma),
         lse, delta, dqkv, T, n_head,
-        D=D, M=t.m, N=t.n, TMA=t.tma, num_warps=t.warps, num_stages=t.stages,
+        D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,
     )
     return dqkv
 
@@ -353,13 +386,14 @@ def _backward_flops(dout_shape, *args, **kwargs) -> int:
 def attention(qkv: Tensor, n_head: int) -> Tensor:
     """Causal self-attention out of the packed projection.
 
-    qkv: (B, T, 3C), queries, keys and values side by side, bf16, fp16 or fp32. Returns (B, T, C):
-    softmax(q k^T / sqrt(D)) v per head, each position seeing itself and what precedes it.
-    ValueError for another dtype, or a head width C / n_head other than 64 and 128. Defined by
-    kernels/reference.py.
+    qkv: (B, T, 3C), queries, keys and values side by side, bf16, fp16 or fp32. Returns (B, T, C) in
+    the same dtype, or under autocast in its dtype: softmax(q k^T / sqrt(D)) v per head, each
+    position seeing itself and what precedes it. ValueError for another dtype, or a head width
+    C / n_head other than 64 and 128. Defined by kernels/reference.py.
     """
     D = qkv.shape[-1] // 3 // n_head
     if D not in HEAD_WIDTHS:
         raise ValueError(f"attention kernel: head width 64 or 128, not {D}; use --kernels torch")
+    qkv = qkv.to(product_dtype(qkv.dtype, qkv.device))
     tiles.check_dtype("attention", qkv.dtype)
     return torch.ops.gpt2.attention_forward(qkv, n_head)[0]

@@ -94,7 +94,7 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
             types["dout"] = q
         fn = getattr(attention, kernel.removesuffix("_fp32"))
         tmem = tiles.tensor_memory_rows(case.arch, tile)
-        constants = dict(D=size, M=tile.m, N=tile.n, TMA=tile.tma, TMEM=tmem)
+        constants = dict(D=size, BLOCK_M=tile.m, BLOCK_N=tile.n, TMEM=tmem)
     elif kernel == "cross_entropy":
         fn = cross_entropy.cross_entropy
         types = dict(logits=bf16, targets=f"*{i64}", losses=fp32)

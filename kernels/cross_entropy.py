@@ -13,6 +13,8 @@ between them, and the sum of dW over chunks, is fp32.
 Shapes: N tokens, C width, V vocabulary, Vp vocabulary padded (GPT-2: 50,257 in 50,304).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -20,13 +22,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import tiles
+from kernels.constants import IGNORE
+from kernels.constants import TRITON_CHUNK_ELEMENTS as CHUNK_ELEMENTS
+from kernels.reference import product_dtype
 
-IGNORE = tl.constexpr(-100)  # a target that is no target, as in kernels/reference.py
-LOG2E = tl.constexpr(1.4426950408889634)
-
-# Logits held at once: 2^28 bf16 values are 512 MiB, and 5,120 of GPT-2's rows, enough to fill a GPU
-# in each product. Half as much would read and write the fp32 dW (154 MB at 124M) twice as often.
-CHUNK_ELEMENTS = 2**28
+NO_TARGET = tl.constexpr(IGNORE)
+LOG2E = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def cross_entropy(
     at = tl.program_id(0).to(tl.int64)  # rows * Vp passes 2^31 at 42,691 rows of GPT-2
     row = logits + at * Vp
     target = tl.load(targets + at)
-    valid = target != IGNORE
+    valid = target != NO_TARGET
     z_target = tl.load(row + tl.where(valid, target, 0)).to(tl.float32) * LOG2E
     WHOLE: tl.constexpr = V // BLOCK * BLOCK
     top = float("-inf")
@@ -192,11 +193,10 @@ def linear_cross_entropy(
     a scalar in nats, fp32: the sum, or the mean over the targets that count (0 where none does).
     Gradients are made beside the loss, where they are on. Defined by kernels/reference.py.
     """
-    autocast = torch.is_autocast_enabled(h.device.type)
-    dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
+    dtype = product_dtype(h.dtype, h.device)
     tiles.check_dtype("linear_cross_entropy", dtype)
     gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     total, _, _ = torch.ops.gpt2.linear_cross_entropy(h, weight, targets, vocab, dtype, gradient)
     if reduction == "sum":
         return total
-    return total / (targets != -100).sum().clamp(min=1)
+    return total / (targets != IGNORE).sum().clamp(min=1)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import tiles
+from kernels.reference import product_dtype
 
 MAX_WIDTH = 8192  # a row is held in registers: 16 values in each of 512 threads
 
@@ -199,9 +200,8 @@ def layer_norm(
     """
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"layer_norm kernel: rows of at most {MAX_WIDTH}, not {x.shape[-1]}")
-    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    tiles.check_dtype("layer_norm", dtype)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    total, y, _, _ = torch.ops.gpt2.layer_norm_forward(x, weight, bias, branch, eps, dtype)
+    sum_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    tiles.check_dtype("layer_norm", sum_dtype)
+    y_dtype = product_dtype(sum_dtype, x.device)
+    total, y, _, _ = torch.ops.gpt2.layer_norm_forward(x, weight, bias, branch, eps, y_dtype)
     return (x if branch is None else total), y

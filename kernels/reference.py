@@ -1,8 +1,9 @@
 """The three operators in plain PyTorch: the definition, the CPU path and the oracle.
 
-Every Triton kernel in this folder is tested against these functions in fp64. They
-never downcast: fp64 in, fp64 arithmetic throughout. Under autocast the matrix products run in
-the autocast dtype and everything else in fp32.
+Every Triton kernel in this folder is tested against these functions in fp64. They never downcast:
+fp64 in, fp64 arithmetic throughout. Under autocast the matrix products take and return the autocast
+dtype; sums, statistics, softmax and loss are fp32. Outputs and gradients have the same dtypes here
+and there (tests/test_kernels_dtypes.py).
 
 Shapes: B batch, T time, C width, H heads, D = C / H head width, N = B * T tokens,
 V vocabulary, Vp vocabulary padded to a multiple of 128.
@@ -15,15 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target that is no target (torch.nn.functional.cross_entropy's default)
-
-# Below this length the T x T scores fit into the caches of a CPU core, and matmul + softmax
-# beats PyTorch's blocked SDPA (12 % of a whole GPT-2 124M step at T = 256).
-SHORT = 256
-
-# Logits computed at once: 2^25 fp32 values are 128 MiB, whatever the number of tokens.
-CHUNK_ELEMENTS = 2**25
-CACHED_ROWS = 16  # rows of logits whose fp32 copy (3 MiB) stays in a CPU's cache
+from kernels.constants import CACHED_ROWS, CHUNK_ELEMENTS, IGNORE, SHORT
 
 
 @functools.lru_cache(maxsize=8)
@@ -32,19 +25,52 @@ def _causal_mask(T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((T, T), -math.inf, dtype=dtype, device=device).triu(1)
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a matrix product takes: the autocast dtype where that is on, else the tensor's own.
+
+    fp64 stays fp64, as torch.autocast leaves it.
+    """
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for bf16, fp16 and fp32; fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v on a CPU, holding all scores: for T up to SHORT.
+
+    q, k, v: (B H, T, D); mask: 0 or -inf, (T, T) or (B H, T, T). Returns (B H, T, D) in q's dtype,
+    rounded once: bf16 and fp16 are widened first and all is computed in fp32, since PyTorch has no
+    product of bf16 on a CPU that leaves fp32 scores.
+    """
+    exact = at_least_fp32(q.dtype)
+    with torch.autocast("cpu", enabled=False):  # it would round the scores to bf16
+        wide_q, wide_k, wide_v = q.to(exact), k.to(exact), v.to(exact)  # each (B H, T, D)
+        scale = q.shape[-1] ** -0.5
+        scores = torch.baddbmm(mask.to(exact), wide_q, wide_k.mT, alpha=scale)  # (B H, T, T)
+        y = scores.softmax(-1) @ wide_v  # (B H, T, D)
+    return y.to(q.dtype)
+
+
 def attention(qkv: Tensor, n_head: int) -> Tensor:
     """Causal self-attention out of the packed projection.
 
-    qkv: (B, T, 3C), queries, keys and values side by side. Returns (B, T, C).
-    softmax(q k^T / sqrt(D)) v per head, each position seeing itself and what precedes it.
+    qkv: (B, T, 3C), queries, keys and values side by side. Returns (B, T, C), in qkv's dtype or
+    under autocast in its dtype: softmax(q k^T / sqrt(D)) v per head, each position seeing itself
+    and what precedes it. Scores and softmax are at least fp32.
     """
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_head
+    qkv = qkv.to(product_dtype(qkv.dtype, qkv.device))
     q, k, v = qkv.view(B, T, 3, n_head, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     if qkv.device.type == "cpu" and T <= SHORT:
         q, k, v = (z.reshape(B * n_head, T, D) for z in (q, k, v))
-        scores = torch.baddbmm(_causal_mask(T, qkv.dtype, qkv.device), q, k.mT, alpha=D**-0.5)
-        y = (scores.softmax(-1) @ v).view(B, n_head, T, D)  # (B, H, T, T) @ (B, H, T, D)
+        mask = _causal_mask(T, at_least_fp32(qkv.dtype), qkv.device)  # (T, T)
+        y = short_attention(q, k, v, mask).view(B, n_head, T, D)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
@@ -56,12 +82,15 @@ def layer_norm(
     """Adds a branch to the residual stream and normalises the sum.
 
     x, branch: (..., C); weight, bias: (C,). Returns (x + branch, LayerNorm(x + branch)), both
-    (..., C); without a branch the first is x itself. LayerNorm: arXiv 1607.06450, biased variance.
+    (..., C): the sum in the wider of both dtypes (x itself without a branch), the other in the
+    autocast dtype, since matrix products alone read it, or without autocast in that of the sum.
+    LayerNorm: arXiv 1607.06450, biased variance.
     """
     if branch is not None:
         x = x + branch
-    dtype = torch.promote_types(x.dtype, weight.dtype)  # weights may be bf16 under FSDP
-    return x, F.layer_norm(x, x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)  # either may be bf16: weights under FSDP
+    y = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return x, y.to(product_dtype(x.dtype, x.device))
 
 
 def _softmax_in_place(logits: Tensor, exact: torch.dtype) -> Tensor:
@@ -89,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, vocab, dtype, need_grad):
-        exact = torch.promote_types(dtype, torch.float32)  # fp32, or fp64 for fp64
+        exact = at_least_fp32(dtype)
         low_h, low_w = h.to(dtype), weight.to(dtype)  # what the matrix products see
         total = h.new_zeros((), dtype=exact)
         dh = torch.empty_like(low_h) if need_grad else low_h
@@ -127,10 +156,9 @@ def linear_cross_entropy(
     probability; targets: (N,) in [0, vocab) or -100, which counts for nothing. Returns a scalar in
     nats, fp32 or fp64: the sum, or the mean over the targets that count (0 where none does).
     """
-    autocast = torch.is_autocast_enabled(h.device.type)
-    dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
     # Inside forward() gradient mode is always off, so the question is asked here.
     need_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    dtype = product_dtype(h.dtype, h.device)
     total = _LinearCrossEntropy.apply(h, weight, targets, vocab, dtype, need_grad)
     if reduction == "sum":
         return total

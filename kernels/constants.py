@@ -1,0 +1,15 @@
+"""Numbers that the operators share with the rooms above, which plan, pack and score by them."""
+
+IGNORE = -100  # a target that is no target (torch.nn.functional.cross_entropy's ignore_index)
+
+# Up to this length the T x T scores fit into the caches of a CPU core, and matmul + softmax
+# beats PyTorch's blocked SDPA (12 % of a whole GPT-2 124M step at T = 256).
+SHORT = 256
+
+# Logits that the loss holds at once, whatever the number of tokens. In plain PyTorch 2^25: 128 MiB
+# in fp32. In Triton 2^28: 512 MiB in bf16, and 5,120 of GPT-2's rows, enough to fill a GPU in each
+# product. Half as much would read and write the fp32 dW (154 MB at 124M) twice as often.
+CHUNK_ELEMENTS = 2**25
+TRITON_CHUNK_ELEMENTS = 2**28
+
+CACHED_ROWS = 16  # rows of GPT-2's logits whose fp32 copy (3 MiB) stays in a CPU's cache
