@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -122,6 +122,7 @@ class Run:
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
     config.check()
+    config = replace(config, data=config.data.resolve())
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
@@ -204,7 +205,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
                                     config.init, source, world)
     start = state.get("step", 0)
     if source:
-        loader.set_skipped(state["skipped"])
+        loader.load_skipped_batches(state["skipped"])
         guard.spikes.load(state)
     if start == config.steps and not (path / MARKER).exists():
         world.print(f"{path} is finished: {config.steps} steps. For another run: --name")
@@ -223,7 +224,7 @@ def set_up(config: TrainConfig, stack: ExitStack) -> Run:
 
 def next_batch(run: Run, step: int) -> torch.Tensor:
     """This rank's tokens. Data that can't be read on any rank stops them all, after a save."""
-    batch, fault = run.loader.try_batch(step)
+    batch, fault = run.loader.try_get_batch(step)
     if run.world.max(fault is not None):
         save(run, step, wait=True)
         run.world.agree(fault)
@@ -248,7 +249,7 @@ def save(run: Run, step: int, wait: bool) -> None:
     if step == run.saved:
         return
     progress = {"step": step, "tokens": step * run.config.batch_tokens}
-    state = progress | {"skipped": run.loader.skipped} | run.guard.spikes.state()
+    state = progress | {"skipped": run.loader.skipped_batches} | run.guard.spikes.state()
     run.saver.save(step, state, wait)
     run.saved = step
 
@@ -270,7 +271,7 @@ def roll_back(run: Run, step: int, line: str) -> int:
     source = run.world.on_main(lambda: checkpoint.find(str(run.path)))
     state = run.world.together(lambda: checkpoint.load_training(run.training, source))
     first = state["step"]
-    run.loader.skip(first, step + 1)
+    run.loader.skip_batches(first, step + 1)
     run.guard.spikes.rewind(state)
     run.evaluated -= set(range(first + 1, step + 1))
     run.tracker.rewind(first)

@@ -26,7 +26,8 @@ import tyro
 from tqdm import tqdm
 
 from data.counts import Counts, count_duplicates, in_words
-from data.shards import HEADER_BYTES, ShardWriter, read_manifest
+from data.shard_file import HEADER_BYTES, ShardWriter
+from data.shards import read_manifest
 from data.sources import BadFile, File, Piece, hub_files, local_files, pieces, text_share
 from data.tokenise import SAMPLE_EVERY, Encode, Tokens, encoder, tokenise
 from data.tokenizer import RANKS_SHA256

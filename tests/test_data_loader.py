@@ -39,7 +39,7 @@ def stream(*lengths: int, documents: tuple[int, ...] = ()) -> Stream:
 
 
 def batches(loader: Loader, steps: range) -> list[torch.Tensor]:
-    with_all = [loader.batch(step).reshape(-1, loader.T + 1) for step in steps]
+    with_all = [loader.get_batch(step).reshape(-1, loader.T + 1) for step in steps]
     loader.close()
     return with_all
 
@@ -155,9 +155,9 @@ def test_every_format_is_aligned_alike_and_validation_is_not(tmp_path):
     for folder in ("llmc", "llmc-npy", "llmc-nanogpt"):
         data = open_data(DataConfig(dir=str(tmp_path / folder), align="documents"))
         loader = make(data.train, 1)
-        assert sorted(loader.order(step)[0] for step in range(loader.sequences)) == list(
-            range(loader.sequences))
-        seen.append([loader.stream.rows(loader.aligned, T + 1).tolist(), data.val.align])
+        taken = sorted(loader.sequences_of_step(step)[0] for step in range(loader.sequences))
+        assert taken == list(range(loader.sequences))
+        seen.append([loader.stream.rows(loader.aligned_starts, T + 1).tolist(), data.val.align])
         loader.close()
     assert seen[0] == seen[1] == seen[2]
     assert seen[0][1] == "stream"
@@ -179,11 +179,11 @@ def test_every_token_but_a_tail_is_used():
 def test_epochs_and_seeds_differ_in_order():
     source = stream(200, 200)
     loader = make(source, 99)
-    first, second = loader.order(0), loader.order(1)
+    first, second = loader.sequences_of_step(0), loader.sequences_of_step(1)
     other = make(source, 99, seed=4)
     assert sorted(first) == sorted(second) == list(range(99))
     assert first.tolist() != second.tolist()
-    assert first.tolist() != other.order(0).tolist()
+    assert first.tolist() != other.sequences_of_step(0).tolist()
     assert first.tolist() != sorted(first)
     loader.close()
     other.close()
@@ -193,7 +193,7 @@ def test_the_order_never_changes_between_versions():
     """A run resumed after an upgrade has to see the batches it would have seen. If this fails,
     it isn't the expectation that is wrong."""
     loader = make(stream(23, 22), 11, seed=1337)
-    assert loader.order(0).tolist() == ORDER_OF_SEED_1337
+    assert loader.sequences_of_step(0).tolist() == ORDER_OF_SEED_1337
     loader.close()
 
 
@@ -202,7 +202,7 @@ ORDER_OF_SEED_1337 = [6, 8, 7, 10, 9, 5, 3, 0, 2, 4, 1]
 
 def test_one_shard_is_read_at_a_time():
     loader = make(stream(100, 100, 100), 74)
-    shards = [int(i) * T // 100 for i in loader.order(0)]
+    shards = [int(i) * T // 100 for i in loader.sequences_of_step(0)]
     changes = sum(a != b for a, b in zip(shards, shards[1:], strict=False))
     assert changes == 2
     loader.close()
@@ -261,9 +261,9 @@ def test_a_damaged_shard_is_found_before_a_token_of_it_is_used(tmp_path):
     loader = make(Stream(train), 1)
     good = {i for i in range(loader.sequences) if i * T + T < 40}
     for step in range(loader.sequences):
-        if int(loader.order(step)[0]) in good:
-            loader._read(step)
+        if int(loader.sequences_of_step(step)[0]) in good:
+            loader._read_batch(step)
         else:
             with pytest.raises(BadInput, match="sha256 differs"):
-                loader._read(step)
+                loader._read_batch(step)
     loader.close()
