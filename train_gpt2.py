@@ -74,6 +74,7 @@ class TrainConfig:
         if self.model.n_vocab != VOCAB:
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
         folder.check_name(self.name)
+        self.data.resolve()
         self.exam.check(self.model.n_ctx)
         self.saving.check()
 
@@ -122,12 +123,12 @@ class Run:
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
     config.check()
-    config = replace(config, data=config.data.resolve())
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
     if config.planning.preflight:
-        return preflight.of_run(asdict(config), parameters)
+        resolved = replace(config, data=config.data.resolve())
+        return preflight.of_run(asdict(resolved), parameters)
     with ExitStack() as stack:
         run = set_up(config, stack)
         world, net, optimizer, scale = run.world, *run.training

@@ -17,6 +17,7 @@ Three shards of 9, 5 and 11 tokens, cut into sequences of T = 4:
 Sequence i is rows([i * T], T + 1): its inputs are [:, :-1] and its targets [:, 1:].
 """
 
+import bisect
 import functools
 from typing import Literal
 
@@ -40,6 +41,7 @@ class Stream:
         self.shards, self.align = shards, align
         lengths = [len(shard.tokens) for shard in shards]
         self.shard_starts = np.cumsum([0, *lengths])  # (shards + 1,)
+        self._bounds: list[int] = self.shard_starts.tolist()
         self._checked: set[int] = set()
         self._beginning = np.empty(0, dtype=np.uint16)
         # A batch takes its sequences shard after shard, so one shard in memory is enough.
@@ -62,37 +64,29 @@ class Stream:
         rows = np.empty((len(starts), count), dtype=np.int64)
         if len(starts) == 0:
             return torch.from_numpy(rows)
-        if starts.max() + count <= len(self._beginning):
+        low, high = int(starts.min()), int(starts.max()) + count
+        shards = self.shards_of(low, high - low)
+        if high <= len(self._beginning):
             rows[:] = windows(self._beginning, count)[starts]
-            return torch.from_numpy(rows)
-        first, last = self.shard_at(starts), self.shard_at(starts + count - 1)  # (rows,) each
-        if first.min() == last.max():  # almost always: a batch is small and a shard is large
-            rows[:] = self._rows_of_shard(int(first[0]), starts, count)
-            return torch.from_numpy(rows)
-        whole = first == last  # (rows,) the others go on in the next shard
-        for i in dict.fromkeys(first[whole].tolist()):
-            here = whole & (first == i)
-            rows[here] = self._rows_of_shard(i, starts[here], count)
-        for row in np.flatnonzero(~whole):
-            rows[row] = self.read(int(starts[row]), count)
+        elif len(shards) == 1:  # almost always: a batch is small, and a shard is large
+            rows[:] = self._rows_of_shard(shards[0], starts, count)
+        else:
+            self._fill_across_shards(rows, starts)
         return torch.from_numpy(rows)
-
-    def shard_at(self, positions: np.ndarray) -> np.ndarray:
-        """The index of the shard that holds each of these positions."""
-        return np.searchsorted(self.shard_starts, positions, side="right") - 1
 
     def shards_of(self, start: int, count: int) -> range:
         """The indices of the shards that hold `count` tokens from position `start` on."""
-        first, last = self.shard_at(np.array([start, start + count - 1]))
-        return range(int(first), int(last) + 1)
+        first = bisect.bisect_right(self._bounds, start) - 1
+        last = bisect.bisect_right(self._bounds, start + count - 1) - 1
+        return range(first, last + 1)
 
     def shards_touched(self, starts: np.ndarray, count: int) -> set[int]:
         """The indices of the shards that rows(starts, count) reads."""
-        first, last = self.shard_at(starts), self.shard_at(starts + count - 1)  # (rows,) each
-        if first.min() == last.max():
-            return {int(first[0])}
-        pairs = set(zip(first.tolist(), last.tolist(), strict=True))
-        return {i for low, high in pairs for i in range(low, high + 1)}
+        low, high = int(starts.min()), int(starts.max()) + count
+        shards = self.shards_of(low, high - low)
+        if len(shards) == 1:
+            return set(shards)
+        return {i for start in starts.tolist() for i in self.shards_of(start, count)}
 
     def check(self, i: int) -> None:
         """Checks the hash and tokens of shard i before its first use. Raises BadInput."""
@@ -107,6 +101,17 @@ class Stream:
         """
         if count <= IN_MEMORY:
             self._beginning = self.read(0, count)
+
+    def _fill_across_shards(self, rows: np.ndarray, starts: np.ndarray) -> None:
+        """What rows() does where its rows lie in several shards, or go on from one in the next."""
+        count = rows.shape[1]
+        shard = np.searchsorted(self.shard_starts, starts, side="right") - 1  # (rows,)
+        inside = starts + count <= self.shard_starts[shard + 1]  # (rows,) ends in the same shard
+        for i in dict.fromkeys(shard[inside].tolist()):  # in the order of the batch
+            here = inside & (shard == i)
+            rows[here] = self._rows_of_shard(i, starts[here], count)
+        for row in np.flatnonzero(~inside):
+            rows[row] = self.read(int(starts[row]), count)
 
     def _rows_of_shard(self, i: int, starts: np.ndarray, count: int) -> np.ndarray:
         """(len(starts), count) uint16 out of shard i, which holds them all."""
