@@ -74,7 +74,6 @@ class TrainConfig:
         if self.model.n_vocab != VOCAB:
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
         folder.check_name(self.name)
-        self.data.resolve()
         self.exam.check(self.model.n_ctx)
         self.saving.check()
 
@@ -127,8 +126,7 @@ def train(config: TrainConfig) -> int:
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
     if config.planning.preflight:
-        resolved = replace(config, data=config.data.resolve())
-        return preflight.of_run(asdict(resolved), parameters)
+        return preflight.of_run(asdict(replace(config, data=config.data.resolve())), parameters)
     with ExitStack() as stack:
         run = set_up(config, stack)
         world, net, optimizer, scale = run.world, *run.training
