@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> int:
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
     if config.planning.preflight:
-        return preflight.of_run(asdict(config), parameters)
+        return preflight.of_run(asdict(replace(config, data=config.data.resolve())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
         world, step = run.world, run.first_step
@@ -237,7 +237,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     newest_step = saved.get("step", -1)  # of the checkpoints
     first_step = max(newest_step, 0)
     if source:
-        loader.set_skipped(saved["skipped"])
+        loader.load_skipped_batches(saved["skipped"])
         spikes.load_state_dict(saved)
     if first_step == config.steps and not world.broadcast_from_rank0(was_stopped, path):
         world.print0(f"{path} is finished: {config.steps} steps. For another run: --name")
@@ -258,7 +258,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
 
 def get_batch(run: Run, step: int) -> torch.Tensor:
     """This rank's tokens. Data that can't be read on any rank stops them all, after a save."""
-    batch, error = run.loader.try_batch(step)
+    batch, error = run.loader.try_get_batch(step)
     if run.world.all_reduce_max(error is not None):
         save_checkpoint(run, step, wait=True)
         run.world.raise_on_all_ranks(error)
@@ -268,7 +268,7 @@ def get_batch(run: Run, step: int) -> torch.Tensor:
 def save_checkpoint(run: Run, step: int, wait: bool) -> None:
     """Begins a checkpoint, if there is none of this step yet; wait: until it is on the disk."""
     progress = {"step": step, "tokens": step * run.config.batch_tokens,
-                "skipped": run.loader.skipped, **run.spikes.state_dict()}
+                "skipped": run.loader.skipped_batches, **run.spikes.state_dict()}
     run.saver.save(step, progress, wait)
 
 
@@ -289,7 +289,7 @@ def roll_back(run: Run, step: int, line: str) -> int:
     with run.world.fail_together():
         saved = checkpoint.load_train_state(run.state, source)
     first = saved["step"]
-    run.loader.skip(first, step + 1)
+    run.loader.skip_batches(first, step + 1)
     run.spikes.rewind(saved)
     run.tracker.drop_after(first)
     event = f"rolled back to step {first} and left out the batches up to {line}"

@@ -7,15 +7,18 @@ judged on it alone scores a full nat worse.
 """
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from data.rank0 import print0
 from data.tokenizer import encode_documents
 from launch.errors import BadInput
 
 HELD_OUT = 20  # every 20th block is validation, the 10th, 30th, 50th ...
+SEPARATOR = "<|endoftext|>"  # as GPT-2's own outputs and TinyStories write it
 BLOCK_CHARS = 4_000  # of a text file; about a chapter of the embedded corpus
 
 
@@ -41,30 +44,57 @@ def bible_chapters() -> list[str]:
     return [re.sub(r"\s+", " ", text).replace("`", "'").strip() for text in chapters]
 
 
-def text_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def text_file(path: Path, split_eot: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """(train, validation) tokens, uint16, of any UTF-8 text. Raises BadInput for anything else.
 
-    The file is cut at line ends into blocks of about 4,000 characters, at least 20 of them.
+    The file is cut into blocks of about 4,000 characters, at least 20 of them. split_eot:
+    <|endoftext|> in it ends a document, and how many there are is printed. If False it's text.
     """
-    blocks = split_blocks(read_text(path))
+    text = read_text(path)
+    split_eot = split_eot and SEPARATOR in text
+    line_ends = ["\n"]
+    if split_eot:
+        print0(f"{path}: {text.count(SEPARATOR):,} {SEPARATOR} in it, each of which ends a "
+               "document (--data.split_eot False: they are text)")
+        text = SEPARATOR.join(split_documents(text))
+        line_ends = [SEPARATOR, "\n"]
     train, held_out = [""], []
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(split_blocks(text, line_ends)):
         if i % HELD_OUT == HELD_OUT // 2:
             held_out.append(block)
             train.append("")  # the text jumps here, so a new document begins
         else:
             train[-1] += block
+    if split_eot:
+        train = [document for text in train for document in split_documents(text)]
+        held_out = [document for text in held_out for document in split_documents(text)]
     train = [text for text in train if text]
+    held_out = [text for text in held_out if text]
     if not train or not held_out:
         raise BadInput(f"{path} is too short to hold out a validation set")
     return encode_documents(train), encode_documents(held_out)
+
+
+def split_documents(text: str) -> list[str]:
+    r"""The documents between <|endoftext|>, without line breaks around them, and no empty ones.
+
+    >>> split_documents("One day.\n<|endoftext|>\nTwo.\n\nEnd.<|endoftext|>\n")
+    ['One day.', 'Two.\n\nEnd.']
+    """
+    documents = [document.strip("\r\n") for document in text.split(SEPARATOR)]
+    return [document for document in documents if document]
 
 
 def read_text(path: Path) -> str:
     """A file's text. Raises BadInput where it is missing, empty or binary."""
     try:
         content = path.read_bytes()
+    except IsADirectoryError:
+        raise BadInput(f"the text {path} is a folder: --data.dir takes one of shards") from None
     except OSError as error:
+        if path.is_symlink() and not path.exists():
+            raise BadInput(f"can't read the text {path}: it is a link to {path.readlink()}, and "
+                           "nothing is there") from None
         raise BadInput(f"can't read the text {path}: {error.strerror}") from None
     if not content.strip():
         raise BadInput(f"the text {path} is empty")
@@ -79,13 +109,20 @@ def read_text(path: Path) -> str:
     return text
 
 
-def split_blocks(text: str) -> list[str]:
-    """Cuts a text into blocks of like size; each cut moves on to the end of its line if near."""
+def split_blocks(text: str, ends: Sequence[str] = ("\n",)) -> list[str]:
+    """Cuts a text into blocks of like size. Each cut moves on behind one of `ends` if one is near,
+    the first of them if it can; none lies inside of one."""
     count = max(HELD_OUT, HELD_OUT * round(len(text) / BLOCK_CHARS / HELD_OUT))
     size = len(text) / count
     cuts = [0]
     for i in range(1, count):
         cut = round(i * size)
-        line_end = text.find("\n", cut, cut + max(1, round(size / 2)))
-        cuts.append(max(cuts[-1], cut if line_end < 0 else line_end + 1))
+        for end in ends:
+            inside = len(end) - 1  # characters of it that may stand before the cut
+            near = cut + max(1, round(size / 2)) + inside
+            found = text.find(end, max(0, cut - inside), near)
+            if found >= 0:
+                cut = found + len(end)
+                break
+        cuts.append(max(cuts[-1], cut))
     return [text[start:end] for start, end in pairwise([*cuts, len(text)])]

@@ -36,7 +36,8 @@ from data.progress import (
     refuse_changes,
     refuse_shards_of_others,
 )
-from data.shards import BLOCK, HEADER_BYTES, ShardWriter, read_manifest
+from data.shard_file import BLOCK, HEADER_BYTES, ShardWriter
+from data.shards import read_manifest
 from data.sizes import (
     BYTES_PER_TOKEN,
     choose_shard_tokens,

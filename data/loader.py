@@ -1,120 +1,67 @@
-"""The tokens of every step, on every rank, as a function of nothing but the seed and the step.
+"""Which tokens a rank sees at which step. As nanoGPT's get_batch, but every sequence has its turn.
 
-The stream is cut into sequences of T tokens (each with one more, the last target). An epoch takes
-every sequence once: shards in shuffled order, the sequences of a shard shuffled, so that the disk
-reads one shard at a time. Step s takes the next batch_tokens / T of them. No state is kept: the
-batch of step s is computed from (seed, s, batch_tokens) alone, so it's the same after a restart
-and on any number of ranks, which only slice it. Only a rollback changes it, by batches to skip.
+    loader = Loader(open_data(DataConfig(text="input.txt")).train, T=1024, batch_tokens=16 * 1024,
+                    micro_batch=4, seed=1337)
+    batch = loader.get_batch(step=0)          # (4 micro-steps, 4 sequences, T + 1) int64
+    inputs, targets = batch[..., :-1], batch[..., 1:]
 
-How the stream is cut is --data.align: "stream", as GPT-2 was trained, at every T-th token;
-"documents" at the starts of documents (document_sequences). Nothing is masked in either.
+The training tokens are cut into sequences of T (data/stream.py shows how; --data.align documents:
+data/align.py). An epoch takes every sequence once, in an order of its own: the shards are
+shuffled, and within each shard its sequences, so that one shard is read at a time. The epochs
+follow each other, and batch b takes the next batch_tokens / T sequences of them. Here with 7
+sequences, of which 0 to 3 begin in shard 0 and 4 to 6 in shard 1, and 4 in a batch:
+
+    epoch        [ 0                 ][ 1                 ][ 2 ...
+    shard        [ 1     ][ 0        ][ 0        ][ 1     ][
+    sequence       5  4  6  2  0  3  1  0  1  3  2  6  5  4  ...
+    batch        [ 0        ][ 1        ][ 2        ][ 3   ...
+
+So the batch of a step is computed from (seed, step, batch_tokens) alone. No position is kept: it's
+the same after a restart, and on any number of ranks, each of which takes a slice of it. Only a
+rollback changes it: the batches that did harm are skipped, and the steps take the next ones.
 """
 
 import functools
 import hashlib
-import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 from data import corpus
-from data.shards import Shard, blocks, open_folder
-from data.tokenizer import EOT
+from data.align import document_sequences
+from data.shard_file import Shard
+from data.shards import open_folder
+from data.stream import Align, Stream
 from launch.errors import BadInput
 
-Align = Literal["stream", "documents"]
+DEFAULT_DIR = "fineweb10B"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from: a folder of shards, a text, or the embedded corpus."""
 
-    dir: str = "fineweb10B"
-    """Folder of shards; an empty string means the embedded corpus."""
+    dir: str | None = None
+    """Folder of shards (default fineweb10B); an empty string means the embedded corpus."""
     text: str = ""
     """A text file to train on instead; every 20th block of it is held out for validation."""
+    split_eot: bool = True
+    """In a text, <|endoftext|> ends a document. False: it's text like any other."""
     align: Align = "stream"
     """Where training sequences begin: at every T-th token, or at the starts of documents."""
 
-
-class Stream:
-    """Shards one after the other, as one row of tokens, and how it's cut into sequences."""
-
-    def __init__(self, shards: list[Shard], align: Align = "stream") -> None:
-        self.shards, self.align = shards, align
-        self.starts = np.cumsum([0] + [len(shard.tokens) for shard in shards])
-        self._checked: set[int] = set()
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """(count,) uint16 tokens from position `start` on, across shards if need be."""
-        parts = []
-        for i in self.shards_of(start, count):
-            begin = max(start - int(self.starts[i]), 0)
-            end = start + count - int(self.starts[i])
-            parts.append(self.shards[i].tokens[begin:end])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def rows(self, starts: np.ndarray, count: int) -> torch.Tensor:
-        """(len(starts), count) int64: what read() gives at each of these positions."""
-        out = np.empty((len(starts), count), dtype=np.int64)
-        if len(one := self.shards_spanned(starts, count)) == 1:  # as good as always
-            out[:] = self._windows(one[0], count)[starts - self.starts[one[0]]]
-            return torch.from_numpy(out)
-        shard = np.searchsorted(self.starts, starts, side="right") - 1
-        inside = starts + count <= self.starts[shard + 1]
-        for i in set(shard[inside].tolist()):
-            rows = np.flatnonzero(inside & (shard == i))
-            out[rows] = self._windows(i, count)[starts[rows] - self.starts[i]]
-        for row in np.flatnonzero(~inside):  # these go on in the next shard
-            out[row] = self.read(int(starts[row]), count)
-        return torch.from_numpy(out)
-
-    def _windows(self, shard: int, count: int) -> np.ndarray:
-        """(positions, count) uint16: the row that begins at each token, as a view of the shard."""
-        tokens = self.shards[shard].tokens
-        every = (len(tokens) - count + 1, count)
-        return np.ndarray(every, np.uint16, tokens, strides=tokens.strides * 2)
-
-    def documents(self, shard: int) -> np.ndarray:
-        """(documents,) int64 positions of a shard's EOTs, each of which begins a document."""
-        found = [start + np.flatnonzero(part == EOT)
-                 for start, part in blocks(self.shards[shard].tokens)]
-        return self.starts[shard] + np.concatenate(found)
-
-    def shards_of(self, start: int, count: int) -> range:
-        """Indices of the shards that hold these tokens."""
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        last = int(np.searchsorted(self.starts, start + count - 1, side="right")) - 1
-        return range(first, last + 1)
-
-    def shards_spanned(self, starts: np.ndarray, count: int) -> range:
-        """Indices of the shards from the first of these rows to the last."""
-        if len(starts) == 0:
-            return range(0)
-        first = int(starts.min())
-        return self.shards_of(first, int(starts.max()) - first + count)
-
-    def shards_touched(self, starts: np.ndarray, count: int) -> set[int]:
-        """Indices of all shards that hold `count` tokens from any of these positions on."""
-        if len(one := self.shards_spanned(starts, count)) == 1:
-            return set(one)
-        first = np.searchsorted(self.starts, starts, side="right") - 1
-        last = np.searchsorted(self.starts, starts + count - 1, side="right") - 1
-        pairs = set(zip(first.tolist(), last.tolist(), strict=True))
-        return {shard for low, high in pairs for shard in range(low, high + 1)}
-
-    def check(self, index: int) -> None:
-        """Checks a shard's hash and tokens before its first use. Raises BadInput."""
-        if index not in self._checked:
-            self.shards[index].check()
-            self._checked.add(index)
+    def resolve(self) -> "DataConfig":
+        """The same with its default filled in. Raises BadInput where two sources are given."""
+        if self.text and self.dir:
+            raise BadInput(f"--data.dir {self.dir} and --data.text {self.text} are both given: "
+                           "leave one of them out (over a config.json that holds both: "
+                           "--data.dir '' or --data.text '')")
+        if self.dir is None:
+            return replace(self, dir="" if self.text else DEFAULT_DIR)
+        return self
 
 
 @dataclass(frozen=True)
@@ -141,52 +88,18 @@ class Data:
 
 def open_data(config: DataConfig) -> Data:
     """Opens what the configuration names. Raises BadInput where it can't be used."""
+    config = config.resolve()
+    if config.dir:
+        train_shards, val_shards, name = open_folder(Path(config.dir))
+        return Data(Stream(train_shards, config.align), Stream(val_shards), name)
     if config.text:
         path = Path(config.text)
-        train, val = corpus.text_file(path)
+        train, val = corpus.text_file(path, config.split_eot)
         name = path.name
-    elif config.dir:
-        shards, val_shards, name = open_folder(Path(config.dir))
-        return Data(Stream(shards, config.align), Stream(val_shards), name)
     else:
         train, val = corpus.embedded()
         path, name = Path("World English Bible"), "World English Bible"
     return Data(Stream([Shard(path, train)], config.align), Stream([Shard(path, val)]), name)
-
-
-def document_sequences(stream: Stream, T: int) -> np.ndarray:
-    """(sequences,) int64: where the sequences begin that are aligned with documents.
-
-    The first begins at the first document. Where a sequence ends inside a document, the next one
-    goes on there if T or more tokens of that document are left, and begins at the next document
-    if not. So no token is read twice; none is without the beginning of its document but in
-    documents longer than T; and what isn't read are ends of documents, less than T tokens each:
-    18 % of the tokens of 1,400 documents of FineWeb at T = 1024 (43 % if the next sequence always
-    began at the next document). The shards are read once, block by block, and 8 bytes are kept
-    for each sequence.
-
-    Raises BadInput where no sequence fits.
-    """
-    sequences = [np.empty(0, dtype=np.int64)]
-    last = np.empty(0, dtype=np.int64)  # the document to begin with that's known, and not its end
-    end = np.array([len(stream)])
-    for documents in itertools.chain(map(stream.documents, range(len(stream.shards))), [end]):
-        bounds = np.append(last, documents)
-        after = np.searchsorted(bounds, bounds + T)  # (bounds,) first document T or more behind it
-        following, chosen, i = after.tolist(), [], 0
-        while i < len(bounds) and following[i] < len(bounds):
-            chosen.append(i)
-            i = following[i]
-        counts = (bounds[after[chosen]] - bounds[chosen]) // T  # sequences from each chosen one on
-        numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        sequences.append(np.repeat(bounds[chosen], counts) + T * numbers)
-        last = bounds[i : i + 1]
-    found = np.concatenate(sequences)
-    found = found[found + T < len(stream)]  # the last target is a token too
-    if len(found) == 0:
-        raise BadInput(f"--data.align documents: no document (token {EOT}) begins a sequence of "
-                       f"{T + 1:,} tokens in the training data")
-    return found
 
 
 def fit_micro_batch(batch_tokens: int, ranks: int, T: int, at_most: int) -> int:
@@ -202,15 +115,17 @@ def fit_micro_batch(batch_tokens: int, ranks: int, T: int, at_most: int) -> int:
                        f"{T:,}: the nearest that is: {nearest}")
     if at_most < 1:
         raise BadInput(f"micro_batch {at_most} leaves nothing to compute: it is at least 1")
-    return next(size for size in range(min(at_most, share), 0, -1) if share % size == 0)
+    size = min(at_most, share)
+    while share % size:
+        size -= 1
+    return size
 
 
 class Loader:
     """Batches of the training stream for one rank.
 
-    batch(step) is (micro-steps, B, T + 1) int64 tokens: inputs are [..., :-1], targets [..., 1:].
-    The micro-batches of all ranks together are the step's batch_tokens / T sequences. A thread
-    reads the next step while this one is computed; on CUDA the batch lies in pinned memory.
+    A thread reads the next step's batch while this one is computed; on CUDA (pin) a batch lies in
+    pinned memory. Raises BadInput where the data doesn't hold one sequence.
     """
 
     def __init__(
@@ -218,115 +133,128 @@ class Loader:
         rank: int = 0, ranks: int = 1, pin: bool = False,
     ) -> None:
         self.stream, self.T, self.seed, self.pin = stream, T, seed, pin
-        if len(stream) <= T:
-            raise BadInput(f"the training data has {len(stream):,} tokens, "
-                           f"less than one sequence of {T + 1:,}")
-        # Sequence i belongs to the shard of its first token: shard k has [first[k], first[k+1]).
-        if stream.align == "documents":
-            self.aligned = document_sequences(stream, T)
-            self.sequences = len(self.aligned)
-            self.first = np.searchsorted(self.aligned, stream.starts)
-            if rank == 0:
-                print(f"sequences begin at documents: {self.sequences:,} of {T:,} tokens hold "
-                      f"{100 * self.sequences * T / len(stream):.1f} % of the training tokens, the "
-                      "others are ends of documents")
-        else:
-            self.sequences = (len(stream) - 1) // T
-            self.first = np.minimum(-(-stream.starts // T), self.sequences)
-            self.first[-1] = self.sequences
-        self.batch_sequences = batch_tokens // T
+        self.batch_sequences = batch_tokens // T  # sequences in a step, over all ranks
         per_rank = self.batch_sequences // ranks
-        self.shape = (per_rank // micro_batch, micro_batch, T + 1)
-        self.slice = slice(rank * per_rank, (rank + 1) * per_rank)
-        self.skipped: list[tuple[int, int]] = []  # batches [begin, end) that no step gets
+        self.rank_slice = slice(rank * per_rank, (rank + 1) * per_rank)
+        self.batch_shape = (per_rank // micro_batch, micro_batch, T + 1)
+        self.skipped_batches: list[tuple[int, int]] = []  # [begin, end) each, sorted, apart
+        self._cut_into_sequences(say=rank == 0)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._next: tuple[int, Future[torch.Tensor]] | None = None
-        self._permutation = functools.lru_cache(maxsize=6)(self._shuffled)
-
-    def batch(self, step: int) -> torch.Tensor:
-        """This rank's tokens of a step. Raises BadInput if a shard turns out to be damaged."""
-        if self._next is not None and self._next[0] == step:
-            future = self._next[1]
-        else:
-            future = self._thread.submit(self._read, step)
-        self._next = (step + 1, self._thread.submit(self._read, step + 1))
-        return future.result()
-
-    def try_batch(self, step: int) -> tuple[torch.Tensor, BadInput | None]:
-        """The batch, or an empty one and what is wrong with the data (the disk's errors too)."""
-        try:
-            return self.batch(step), None
-        except (BadInput, OSError) as error:
-            return torch.empty(0), BadInput(str(error))
+        self._next: tuple[int, Future[torch.Tensor]] | None = None  # step, its batch
+        self._permutation = functools.lru_cache(maxsize=6)(self._shuffle)
 
     def __len__(self) -> int:
         """Micro-steps in a step."""
-        return self.shape[0]
+        return self.batch_shape[0]
 
-    def order(self, step: int) -> np.ndarray:
+    def get_batch(self, step: int) -> torch.Tensor:
+        """This rank's share of a step: (micro-steps, B, T + 1) int64. The micro-batches of all
+        ranks together are the step's batch_tokens / T sequences.
+
+        Raises BadInput where a shard turns out to be damaged, on every rank at the same step.
+        """
+        if self._next is not None and self._next[0] == step:
+            batch = self._next[1]
+        else:
+            batch = self._thread.submit(self._read_batch, step)
+        self._next = (step + 1, self._thread.submit(self._read_batch, step + 1))
+        return batch.result()
+
+    def try_get_batch(self, step: int) -> tuple[torch.Tensor, BadInput | None]:
+        """The batch, or an empty one and what is wrong with the data."""
+        try:
+            return self.get_batch(step), None
+        except BadInput as error:
+            return torch.empty(0), error
+
+    def sequences_of_step(self, step: int) -> np.ndarray:
         """(batch_tokens / T,) numbers of the sequences that make up a step, over all ranks."""
-        start = self.batch_number(step) * self.batch_sequences
-        return np.concatenate(
-            [
-                self._epoch_order(epoch, begin, end)
-                for epoch, begin, end in self._epochs(start, start + self.batch_sequences)
-            ]
-        )
+        begin = self._batch_number(step) * self.batch_sequences
+        end = begin + self.batch_sequences
+        pieces = []
+        while begin < end:  # a batch may take the end of one epoch and the beginning of the next
+            epoch, begin_in_epoch = divmod(begin, self.sequences)
+            count = min(end - begin, self.sequences - begin_in_epoch)
+            pieces += self._sequences_of_epoch(epoch, begin_in_epoch, begin_in_epoch + count)
+            begin += count
+        return np.concatenate(pieces)
 
-    def batch_number(self, step: int) -> int:
-        """Which batch of the endless row of batches a step takes: the step-th not skipped."""
-        for begin, end in self.skipped:
-            if step >= begin:
-                step += end - begin
-        return step
-
-    def skip(self, first: int, end: int) -> None:
-        """Leaves out the batches that steps [first, end) would take; those after them move up."""
-        begin, stop = self.batch_number(first), self.batch_number(end - 1) + 1
-        apart = [(b, e) for b, e in self.skipped if e < begin or b > stop]
-        inside = [x for x in self.skipped if x not in apart]
-        begin = min([begin] + [b for b, _ in inside])
-        stop = max([stop] + [e for _, e in inside])
-        self.set_skipped(sorted([*apart, (begin, stop)]))
-
-    def set_skipped(self, ranges: list[tuple[int, int]]) -> None:
-        """Takes over the skipped ranges of a checkpoint: sorted, and apart from each other."""
-        self.skipped = [(int(begin), int(end)) for begin, end in ranges]
-        self._next = None  # read ahead before
+    def sequence_starts(self, sequences: np.ndarray) -> np.ndarray:
+        """The positions in the stream where the sequences with these numbers begin."""
+        if self.stream.align == "documents":
+            return self.aligned_starts[sequences]
+        return sequences * self.T
 
     def epoch(self, step: int) -> float:
-        """How often the training data has been seen before this step."""
-        return self.batch_number(step) * self.batch_sequences / self.sequences
+        """How many epochs lie before this step: 1.5 after the training data once and a half."""
+        return self._batch_number(step) * self.batch_sequences / self.sequences
+
+    def skip_batches(self, first: int, end: int) -> None:
+        """Skips the batches of steps [first, end): these steps take the batches after them."""
+        begin, stop = self._batch_number(first), self._batch_number(end - 1) + 1
+        apart = []
+        for low, high in self.skipped_batches:
+            if high < begin or low > stop:
+                apart.append((low, high))
+            else:  # one range with the new one
+                begin, stop = min(begin, low), max(stop, high)
+        self.load_skipped_batches(sorted([*apart, (begin, stop)]))
+
+    def load_skipped_batches(self, ranges: list[tuple[int, int]]) -> None:
+        """Takes over skipped_batches as a checkpoint holds them (state.json, "skipped")."""
+        self.skipped_batches = [(int(begin), int(end)) for begin, end in ranges]
+        self._next = None  # it was read ahead before
 
     def close(self) -> None:
         """Ends the reading thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _epochs(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """Cuts positions [start, end) at the ends of epochs: (epoch, begin, end inside it)."""
+    def _cut_into_sequences(self, say: bool) -> None:
+        """Counts the sequences, and those that begin in each shard."""
+        stream, T = self.stream, self.T
+        if len(stream) <= T:
+            raise BadInput(f"the training data has {len(stream):,} tokens, "
+                           f"less than one sequence of {T + 1:,}")
+        # Sequences first_sequence[k] to first_sequence[k + 1] begin in shard k.
+        if stream.align == "documents":
+            self.aligned_starts = document_sequences(stream, T)  # (sequences,)
+            self.sequences = len(self.aligned_starts)
+            self.first_sequence = np.searchsorted(self.aligned_starts, stream.shard_starts)
+            if say:
+                print(f"sequences begin at documents: {self.sequences:,} of {T:,} tokens hold "
+                      f"{100 * self.sequences * T / len(stream):.1f} % of the training tokens, the "
+                      "others are ends of documents")
+            return
+        self.sequences = (len(stream) - 1) // T  # the last target is a token too
+        first_sequence = -(-stream.shard_starts // T)  # rounded up
+        self.first_sequence = np.minimum(first_sequence, self.sequences)
+        self.first_sequence[-1] = self.sequences
+
+    def _batch_number(self, step: int) -> int:
+        """Which batch a step takes: the step-th of those that aren't skipped."""
+        number = step
+        for begin, end in self.skipped_batches:
+            if number >= begin:
+                number += end - begin
+        return number
+
+    def _sequences_of_epoch(self, epoch: int, begin: int, end: int) -> list[np.ndarray]:
+        """The numbers of the sequences at places [begin, end) of an epoch, shard by shard."""
         pieces = []
-        while start < end:
-            epoch, begin = divmod(start, self.sequences)
-            count = min(end - start, self.sequences - begin)
-            pieces.append((epoch, begin, begin + count))
-            start += count
+        shards = len(self.first_sequence) - 1
+        place = 0  # of this shard's first sequence in the epoch
+        for shard in self._permutation(epoch, -1, shards):
+            first = int(self.first_sequence[shard])
+            count = int(self.first_sequence[shard + 1]) - first
+            low, high = max(begin - place, 0), min(end - place, count)
+            if low < high:
+                pieces.append(first + self._permutation(epoch, int(shard), count)[low:high])
+            place += count
+            if place >= end:
+                break
         return pieces
 
-    def _epoch_order(self, epoch: int, begin: int, end: int) -> np.ndarray:
-        """Sequence numbers at positions [begin, end) of an epoch."""
-        pieces, position = [], 0
-        for shard in self._permutation(epoch, -1, len(self.first) - 1):
-            count = int(self.first[shard + 1] - self.first[shard])
-            low, high = max(begin - position, 0), min(end - position, count)
-            if low < high:
-                order = self._permutation(epoch, int(shard), count)
-                pieces.append(self.first[shard] + order[low:high])
-            position += count
-            if position >= end:
-                break
-        return np.concatenate(pieces)
-
-    def _shuffled(self, epoch: int, shard: int, count: int) -> np.ndarray:
+    def _shuffle(self, epoch: int, shard: int, count: int) -> np.ndarray:
         """A shuffle of range(count), of the shards (shard -1) or of one shard's sequences.
 
         RandomState's streams are frozen for ever (NumPy's NEP 19); those of Generator may change
@@ -334,20 +262,21 @@ class Loader:
         """
         return np.random.RandomState([self.seed, epoch, shard + 1]).permutation(count)
 
-    def _read(self, step: int) -> torch.Tensor:
-        order = self.order(step)
-        starts = self.aligned[order] if self.stream.align == "documents" else order * self.T
+    def _read_batch(self, step: int) -> torch.Tensor:
+        """What get_batch gives, read now."""
+        starts = self.sequence_starts(self.sequences_of_step(step))  # (batch_tokens / T,)
         # Every rank checks every shard of the step, so all of them stop at the same one.
         for shard in self.stream.shards_touched(starts, self.T + 1):
             self.stream.check(shard)
-        batch = self.stream.rows(starts[self.slice], self.T + 1).view(self.shape)
+        rows = self.stream.rows(starts[self.rank_slice], self.T + 1)  # (share of the rank, T + 1)
+        batch = rows.view(self.batch_shape)  # (micro-steps, B, T + 1)
         return batch.pin_memory() if self.pin else batch
 
 
 def validation_sequences(stream: Stream, T: int, val_tokens: int) -> int:
     """How many sequences of T tokens the fixed validation set has: the stream's first val_tokens.
 
-    Raises BadInput where there isn't even one.
+    They are checked, and stay in memory. Raises BadInput where there isn't even one.
     """
     sequences = min(val_tokens, len(stream) - 1) // T
     if sequences < 1:
@@ -357,9 +286,10 @@ def validation_sequences(stream: Stream, T: int, val_tokens: int) -> int:
         )
     for shard in stream.shards_of(0, sequences * T + 1):
         stream.check(shard)
+    stream.keep_beginning(sequences * T + 1)
     return sequences
 
 
-def validation_batch(stream: Stream, T: int, numbers: list[int]) -> torch.Tensor:
-    """(len(numbers), T + 1) int64 tokens of the validation set's sequences with these numbers."""
-    return stream.rows(np.array(numbers) * T, T + 1)
+def validation_batch(stream: Stream, T: int, sequences: list[int]) -> torch.Tensor:
+    """(len(sequences), T + 1) int64 tokens of the validation set's sequences with these numbers."""
+    return stream.rows(np.array(sequences) * T, T + 1)

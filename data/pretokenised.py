@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import EOT, blocks, open_shard, read_manifest
-from data.tokenizer import RANKS_SHA256
+from data.shard_file import blocks, open_shard
+from data.shards import read_manifest
+from data.tokenizer import EOT, RANKS_SHA256
 from launch.errors import BadInput, Failed
 from launch.files import atomic_write, download, free_bytes, sha256
 

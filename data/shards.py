@@ -1,124 +1,38 @@
-"""Shards: files of GPT-2 tokens that any reader of this field can use.
+"""A folder of shards: files of GPT-2 tokens that any reader of this field can use.
 
     python -m data.shards verify fineweb10B             # header, length, every token, sha256
     python -m data.shards info fineweb10B               # counts, longest document, first text
     python -m data.shards convert fineweb10B --to npy   # into fineweb10B-npy; or --to nanogpt
 
-A shard is llm.c's format: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then
-uint16 tokens; every document begins with 50256. A folder holds NAME_val_000000.bin, then
-NAME_train_000001.bin and on, and manifest.json (dataset, revision, tokenizer hash, and for each
-shard its tokens, documents and sha256). build-nanogpt's .npy and nanoGPT's train.bin and val.bin
-(bare uint16) are read too.
+A shard is llm.c's format (data/shard_file.py); every document begins with 50256. A folder holds
+NAME_val_000000.bin, then NAME_train_000001.bin and on, and manifest.json (dataset, revision,
+tokenizer hash, and for each shard its tokens, documents and sha256). Folders of others have no
+manifest, and are read too: llm.c's own (also NAME_train.bin and NAME_val.bin), build-nanogpt's
+.npy, and nanoGPT's train.bin and val.bin (bare uint16).
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
+from data.rank0 import print0
+from data.shard_file import Shard, blocks, open_shard, shard_bytes
 from data.tokenizer import EOT, RANKS_SHA256, decode
 from launch.errors import BadInput, Failed, one_line_errors
-from launch.files import atomic_write, free_bytes, fsync, sha256
+from launch.files import atomic_write, free_bytes, fsync
 
-MAGIC, VERSION = 20240520, 1  # dev/data/data_common.py of llm.c
-HEADER = 256  # int32 values
-HEADER_BYTES = 4 * HEADER
-NANOGPT_NAMES = ("train.bin", "val.bin")
-BLOCK = 1 << 24  # tokens read at a time from files of any size
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of tokens. tokens: uint16, memory-mapped; sha256: the manifest's, or empty."""
-
-    path: Path
-    tokens: np.ndarray
-    sha256: str = ""
-
-    def check(self) -> None:
-        """Reads the whole file. Raises BadInput if its hash or a token in it is wrong."""
-        if self.sha256 and sha256(self.path) != self.sha256:
-            raise BadInput(
-                f"{self.path} is not the file that manifest.json describes (its sha256 differs): "
-                "make or download it again"
-            )
-        for start, part in blocks(self.tokens):
-            if part.max() > EOT:
-                at = start + int(np.argmax(part > EOT))
-                raise BadInput(
-                    f"{self.path} holds token {self.tokens[at]} at position {at:,}; "
-                    f"GPT-2's largest is {EOT}: another tokenizer made it, or it is damaged"
-                )
-
-
-def blocks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(position, tokens from there on), piece by piece."""
-    for start in range(0, len(tokens), BLOCK):
-        yield start, tokens[start : start + BLOCK]
-
-
-def shard_bytes(tokens: np.ndarray) -> bytes:
-    """A whole shard file. tokens: uint16, none above 50256."""
-    if tokens.dtype != np.uint16 or len(tokens) == 0 or tokens.max() > EOT:
-        raise ValueError(f"a shard takes uint16 tokens up to {EOT}, at least one")
-    return header(len(tokens)) + tokens.astype("<u2").tobytes()
-
-
-def header(tokens: int) -> bytes:
-    """The 1,024 bytes before a shard's tokens."""
-    numbers = np.zeros(HEADER, dtype="<i4")
-    numbers[:3] = MAGIC, VERSION, tokens
-    return numbers.tobytes()
-
-
-class ShardWriter:
-    """A shard written bit by bit under a hidden name; finish() gives it its own."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        """size: tokens that it takes at most."""
-        self.path, self.size, self.room, self.documents = path, size, size, 0
-        self.temporary = path.with_name(f".{path.name}.tmp")
-        self.file: BinaryIO = self.temporary.open("wb")
-        self.digest = hashlib.sha256()
-        self._write(header(size))
-
-    def append(self, tokens: np.ndarray) -> None:
-        """tokens: uint16, none above 50256, no more than there is room for."""
-        if tokens.dtype != np.uint16 or len(tokens) > self.room or tokens.max(initial=0) > EOT:
-            raise ValueError(f"a shard takes up to {self.size:,} uint16 tokens up to {EOT}")
-        self._write(tokens.astype("<u2", copy=False).data.cast("B"))
-        self.room -= len(tokens)
-        self.documents += int((tokens == EOT).sum())
-
-    def finish(self) -> dict[str, Any]:
-        """Flushes and renames the file; returns its entry in the manifest."""
-        tokens = self.size - self.room
-        if self.room:  # the last shard of a stream
-            self.file.seek(0)
-            self.file.write(header(tokens))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        digest = sha256(self.temporary) if self.room else self.digest.hexdigest()
-        self.temporary.replace(self.path)
-        fsync(self.path.parent)
-        return {"file": self.path.name, "tokens": tokens, "documents": self.documents,
-                "sha256": digest}
-
-    def abandon(self) -> None:
-        """Removes what has been written."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-    def _write(self, content: bytes | memoryview) -> None:
-        self.file.write(content)
-        self.digest.update(content)
+# train.bin, NAME_train.bin, NAME_train_000001.bin; where both words occur, the last one counts.
+SHARD_NAME = re.compile(r"(?!\.)(?:.*_)?(train|val)(?:_.*)?\.(?:bin|npy)")
+MOST_NESTED = 4  # datasets--OWNER--NAME/snapshots/COMMIT/FOLDER, as the Hub's client nests
 
 
 def write_folder(
@@ -147,71 +61,120 @@ def write_folder(
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def open_shard(path: Path, expected_sha256: str = "") -> Shard:
-    """Maps a shard into memory. Raises BadInput where header or length are wrong."""
-    if path.suffix == ".npy":
-        try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"can't read {path}: {error}") from None
-        if tokens.dtype != np.uint16 or tokens.ndim != 1 or len(tokens) == 0:
-            raise BadInput(f"{path} holds {tokens.dtype} of shape {tokens.shape}; "
-                           "a shard is one row of uint16")
-        return Shard(path, tokens, expected_sha256)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
-    except OSError as error:
-        raise BadInput(f"can't read the shard {path}: {error.strerror}") from None
-    numbers = header[: len(header) // 4 * 4].view("<i4")
-    if len(numbers) < 3 or numbers[0] != MAGIC:
-        if path.name in NANOGPT_NAMES and size > 0 and size % 2 == 0:
-            return Shard(path, np.memmap(path, dtype="<u2", mode="r"), expected_sha256)
-        found = numbers[0] if len(numbers) else "nothing"
-        raise BadInput(f"{path} is no shard: it begins with {found}, and a shard with {MAGIC}")
-    if numbers[1] != VERSION:
-        raise BadInput(f"{path} is a shard of version {numbers[1]}; version {VERSION} is read here")
-    count = int(numbers[2])
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise BadInput(
-            f"{path} should be {HEADER_BYTES + 2 * count:,} bytes long for the {count:,} tokens "
-            f"of its header, and is {size:,}: it was cut short or written wrongly"
-        )
-    return Shard(path, np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES), expected_sha256)
-
-
 def open_folder(folder: Path) -> tuple[list[Shard], list[Shard], str]:
     """(train shards, validation shards, the data set's name), in the order of their names.
 
-    Raises BadInput where the folder is missing or incomplete.
+    Raises BadInput where the folder is missing or incomplete, or holds what can't be told apart.
     """
-    make = f"python -m data.fineweb --dataset fineweb --sample 10BT --out {folder}"
+    where = find_shards(folder)
+    manifest = read_manifest(where)
+    entries = {entry["file"]: entry for entry in manifest.get("shards", [])}
+    if problems := listing_problems(where, entries):
+        raise BadInput(problems[0])
+    shards: dict[str, list[Shard]] = {"train": [], "val": []}
+    for path in shard_paths(where):
+        shards[kind_of(path)].append(open_entry(path, entries.get(path.name)))
+    for kind, found in shards.items():
+        if not found:
+            raise BadInput(f"{where} holds no {'validation' if kind == 'val' else kind} shard: "
+                           f"expected NAME_{kind}_000001.bin or .npy, NAME_{kind}.bin or "
+                           f"{kind}.bin")
+    return shards["train"], shards["val"], manifest.get("dataset") or folder.name
+
+
+def find_shards(folder: Path) -> Path:
+    """The folder itself if there are shards in it, or the only one below it that has some.
+
+    Raises BadInput where there is none, or more than one.
+    """
+    out = shlex.quote(str(folder))
+    command = f"python -m data.fineweb --dataset fineweb --sample 10BT --out {out}"
+    if folder.is_symlink() and not folder.exists():
+        raise BadInput(f"{folder} is a link to {folder.readlink()}, and nothing is there")
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file, and --data.dir takes a folder of shards; --data.text "
+                       "takes a text")
     if not folder.is_dir():
-        raise BadInput(f"no data in {folder}: `{make}` makes it, --data.dir names another folder")
-    manifest = read_manifest(folder)
-    listed = {entry["file"]: entry for entry in manifest.get("shards", [])}
-    for file in listed:
-        if not (folder / file).exists():
-            raise BadInput(f"{folder / file} is in the manifest and not on the disk: `{make}`")
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy"))
-    train: list[Shard] = []
-    val: list[Shard] = []
-    for path in files:
-        kind = "val" if path.name == "val.bin" or "_val_" in path.name else "train"
-        if kind == "train" and path.name != "train.bin" and "_train_" not in path.name:
-            continue
-        entry = listed.get(path.name, {})
-        shard = open_shard(path, entry.get("sha256", ""))
-        if entry and entry["tokens"] != len(shard.tokens):
-            raise BadInput(f"{path} has {len(shard.tokens):,} tokens, the manifest "
-                           f"{entry['tokens']:,}: make it again")
-        (val if kind == "val" else train).append(shard)
-    if not train or not val:
-        missing = "train" if not train else "validation"
-        raise BadInput(f"{folder} holds no {missing} shard (NAME_train_000001.bin, "
-                       f"NAME_val_000000.bin): `{make}`")
-    return train, val, manifest.get("dataset") or folder.name
+        raise BadInput(f"no data in {folder}: `{command}` makes it, --data.dir names another "
+                       "folder")
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise BadInput(f"can't read the folder {folder}: {error.strerror}") from None
+    if ".progress.json" in names and "manifest.json" not in names:
+        raise BadInput(f"{folder} is half made: the python -m data.fineweb that was making it goes "
+                       "on where it stopped")
+    if "manifest.json" in names or shard_paths(folder):
+        return folder
+    below = _folders_with_shards(folder)
+    if len(below) == 1:
+        print0(f"the shards of {folder} lie in {below[0]}")
+        return below[0]
+    if below:
+        raise BadInput(f"{folder} has shards in {len(below)} folders below it, name one of them: "
+                       + ", ".join(shlex.quote(str(path)) for path in below))
+    if not names:
+        raise BadInput(f"{folder} is empty: `{command}` fills it")
+    shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    raise BadInput(f"{folder} holds no shards (NAME_train_000001.bin, NAME_val_000000.bin), but "
+                   f"{shown}. python -m data.fineweb makes shards, in a folder of their own")
+
+
+def _folders_with_shards(folder: Path) -> list[Path]:
+    """The folders below this one, not hidden and not too deep, that hold shards."""
+    found = []
+    for name, folders, _ in os.walk(folder):
+        path = Path(name)
+        folders[:] = sorted(below for below in folders if not below.startswith("."))
+        if len(path.relative_to(folder).parts) == MOST_NESTED:
+            folders.clear()
+        if path != folder and shard_paths(path):
+            found.append(path)
+    return found
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards in a folder by their names: train and validation, in alphabetical order."""
+    return sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+
+
+def kind_of(path: Path) -> str:
+    """"train" or "val", as a shard's name says."""
+    match = SHARD_NAME.fullmatch(path.name)
+    assert match is not None
+    return match[1]
+
+
+def listing_problems(folder: Path, entries: dict[str, dict]) -> list[str]:
+    """What is wrong with a folder before any shard is opened, a line each."""
+    paths = shard_paths(folder)
+    names = {path.name for path in paths}
+    problems = []
+    for stem, count in Counter(path.stem for path in paths).items():
+        if count > 1:
+            problems.append(f"{folder} holds {stem}.bin and {stem}.npy, the same shard twice: move "
+                            "one of them away")
+    if entries:
+        for name in sorted(names - entries.keys()):
+            problems.append(f"{folder / name} is not in the manifest, so nobody knows its sha256: "
+                            "move it away, or move manifest.json away to use all unchecked")
+    for name in sorted(entries.keys() - names):
+        if SHARD_NAME.fullmatch(name):
+            problems.append(f"{folder / name} is in the manifest and not on the disk: get it from "
+                            "where the others came from, or make them all again in another folder")
+        else:
+            problems.append(f"{name} is in the manifest of {folder}, and its name says neither "
+                            "train nor val")
+    return problems
+
+
+def open_entry(path: Path, entry: dict | None) -> Shard:
+    """A shard that agrees with its entry in the manifest, where it has one."""
+    shard = open_shard(path, entry["sha256"] if entry else "")
+    if entry and entry["tokens"] != len(shard.tokens):
+        raise BadInput(f"{path} has {len(shard.tokens):,} tokens, the manifest "
+                       f"{entry['tokens']:,}: make it again")
+    return shard
 
 
 def read_manifest(folder: Path) -> dict:
@@ -224,25 +187,51 @@ def read_manifest(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
     entries = manifest.get("shards") if isinstance(manifest, dict) else None
-    if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and {"file", "tokens", "sha256"} <= e.keys() for e in entries
-    ):
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
         raise BadInput(f"{path} is no manifest: expected file, tokens and sha256 for each shard")
     return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether this is a manifest's entry of a shard in the same folder."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("file"), str)
+        and Path(entry["file"]).name == entry["file"]
+        and isinstance(entry.get("tokens"), int)
+        and re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))) is not None
+    )
 
 
 Folder = Annotated[Path, tyro.conf.Positional]
 
 
 def verify(folder: Folder) -> None:
-    """Checks every shard of a folder and prints a line for each."""
-    train, val, dataset = open_folder(folder)
-    for shard in val + train:
-        shard.check()
+    """Checks every shard of a folder and prints a line for each. Raises BadInput at the end if
+    anything is wrong."""
+    where = find_shards(folder)
+    manifest = read_manifest(where)
+    entries = {entry["file"]: entry for entry in manifest.get("shards", [])}
+    problems = listing_problems(where, entries)
+    for problem in problems:
+        print(f"wrong: {problem}")
+    total, paths = 0, shard_paths(where)
+    for path in sorted(paths, key=lambda path: (kind_of(path) == "train", path)):
+        try:
+            shard = open_entry(path, entries.get(path.name))
+            shard.check()
+        except BadInput as error:
+            problems.append(str(error))
+            print(f"wrong: {error}")
+            continue
         how = "sha256 and tokens right" if shard.sha256 else "tokens right, no manifest"
-        print(f"{shard.path.name}: {len(shard.tokens):,} tokens, {how}")
-    total = sum(len(shard.tokens) for shard in val + train)
-    print(f"{dataset}: {len(val) + len(train)} shards, {total:,} tokens, all right")
+        print(f"{path.name}: {len(shard.tokens):,} tokens, {how}")
+        total += len(shard.tokens)
+    if problems:
+        raise BadInput(f"{where}: {len(problems)} of these lines say what is wrong")
+    open_folder(where)  # whether there are shards of both kinds
+    dataset = manifest.get("dataset") or folder.name
+    print(f"{dataset}: {len(paths)} shards, {total:,} tokens, all right")
 
 
 def info(folder: Folder) -> None:
@@ -266,7 +255,7 @@ def info(folder: Folder) -> None:
     total = sum(len(shard.tokens) for shard in val + train)
     print(f"{dataset}: {total:,} tokens in {documents:,} documents, "
           f"{total / max(1, documents):,.1f} tokens each, the longest {longest:,}")
-    manifest = read_manifest(folder)
+    manifest = read_manifest(train[0].path.parent)
     if manifest.get("revision"):
         print(f"revision {manifest['revision']}")
     for key, value in manifest.get("statistics", {}).items():
@@ -304,10 +293,11 @@ def convert(folder: Folder, to: Literal["npy", "nanogpt"]) -> None:
                         file.write(part.astype("<u2", copy=False).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
+            temporary.replace(target / name)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise Failed(f"can't write {target / name}: {error.strerror}") from None
-        temporary.replace(target / name)
+        finally:
+            temporary.unlink(missing_ok=True)
         fsync(target)
         print(f"{target / name}: {tokens:,} tokens")
 

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 
 from data.fineweb import readers
 from data.loader import Loader, Stream
-from data.shards import Shard, ShardWriter, open_folder
+from data.shard_file import ShardWriter, open_shard, shard_bytes
+from data.shards import open_folder
 from data.sources import local_files, pieces
 from data.tokenise import encoder, tokenise
 from data.tokenizer import EOT
@@ -170,20 +171,19 @@ def loader_rate() -> float:
     """Tokens a second that one thread assembles into batches of 64 x 1024, pages cached."""
     T, steps = 1024, 700
     tokens = np.random.RandomState(0).randint(0, EOT, 50_000_000).astype(np.uint16)
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        tokens.tofile(file)
-        file.flush()
-        mapped = np.memmap(file.name, dtype=np.uint16, mode="r")
-        loader = Loader(Stream([Shard(Path(file.name), mapped)]), T=T, batch_tokens=64 * T,
-                        micro_batch=64, seed=1)
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "toy_train_000001.bin"
+        path.write_bytes(shard_bytes(tokens))
+        loader = Loader(Stream([open_shard(path)]), T=T, batch_tokens=64 * T, micro_batch=64,
+                        seed=1)
         rates = []
         for _ in range(6):
             start = time.perf_counter()
             for step in range(steps):
-                loader._read(step)
+                loader._read_batch(step)
             rates.append(steps * 64 * T / (time.perf_counter() - start))
         loader.close()
-    return statistics.median(rates[1:])  # the first one reads the pages in
+    return statistics.median(rates[1:])  # the first one reads the shard in
 
 
 def main() -> None:

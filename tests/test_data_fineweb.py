@@ -85,7 +85,7 @@ def test_without_fastokens_tiktoken_writes_the_same_bytes(corpus, tmp_path, monk
 JOBS = """
 import itertools, json, os, random, signal, sys, threading
 from pathlib import Path
-from data import fineweb, shards, sources, tokenise, tokenizer
+from data import fineweb, shard_file, sources, tokenise, tokenizer
 import fastokens, pyarrow.compute, pyarrow.parquet
 tokenizer.encoding(), tokenise.tokenizer_json()  # built once for all
 sources.PIECE_BYTES = 4_000
@@ -103,8 +103,8 @@ def run(out, workers, seed):
         last = random.Random(seed).randrange(1, 30 if seed % 4 else 90)
         instants = iter(range(last))
         for owner, name in [
-            (shards.ShardWriter, "_write"), (shards, "fsync"), (shards.os, "fsync"),
-            (shards.Path, "replace"), (fineweb, "atomic_write"), (fineweb, "tokenise"),
+            (shard_file.ShardWriter, "_write"), (shard_file, "fsync"), (shard_file.os, "fsync"),
+            (shard_file.Path, "replace"), (fineweb, "atomic_write"), (fineweb, "tokenise"),
             (fineweb.Job, "_add"), (fineweb, "count_duplicates"),
         ]:
             setattr(owner, name, dying(getattr(owner, name), instants))

@@ -1,5 +1,9 @@
 """The batch of a step is a function of seed, step and batch size, and of nothing else."""
 
+import json
+import os
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +12,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data.documents
+import data.stream
+from data.align import document_sequences
 from data.loader import (
     DataConfig,
     Loader,
     Stream,
-    document_sequences,
     fit_micro_batch,
     open_data,
     validation_batch,
     validation_sequences,
 )
-from data.shards import Shard, convert, open_folder, write_folder
-from data.tokenizer import EOT
+from data.shard_file import Shard
+from data.shards import convert, open_folder, write_folder
+from data.tokenizer import EOT, encode_documents
+from launch import cli
 from launch.errors import BadInput
+from launch.tracker import read_rows
+from model import checkpoint
+from train_gpt2 import PRESETS, TrainConfig, train
 
 T = 4
 
@@ -39,7 +50,7 @@ def stream(*lengths: int, documents: tuple[int, ...] = ()) -> Stream:
 
 
 def batches(loader: Loader, steps: range) -> list[torch.Tensor]:
-    with_all = [loader.batch(step).reshape(-1, loader.T + 1) for step in steps]
+    with_all = [loader.get_batch(step).reshape(-1, loader.T + 1) for step in steps]
     loader.close()
     return with_all
 
@@ -155,9 +166,9 @@ def test_every_format_is_aligned_alike_and_validation_is_not(tmp_path):
     for folder in ("llmc", "llmc-npy", "llmc-nanogpt"):
         data = open_data(DataConfig(dir=str(tmp_path / folder), align="documents"))
         loader = make(data.train, 1)
-        assert sorted(loader.order(step)[0] for step in range(loader.sequences)) == list(
-            range(loader.sequences))
-        seen.append([loader.stream.rows(loader.aligned, T + 1).tolist(), data.val.align])
+        taken = sorted(loader.sequences_of_step(step)[0] for step in range(loader.sequences))
+        assert taken == list(range(loader.sequences))
+        seen.append([loader.stream.rows(loader.aligned_starts, T + 1).tolist(), data.val.align])
         loader.close()
     assert seen[0] == seen[1] == seen[2]
     assert seen[0][1] == "stream"
@@ -179,11 +190,11 @@ def test_every_token_but_a_tail_is_used():
 def test_epochs_and_seeds_differ_in_order():
     source = stream(200, 200)
     loader = make(source, 99)
-    first, second = loader.order(0), loader.order(1)
+    first, second = loader.sequences_of_step(0), loader.sequences_of_step(1)
     other = make(source, 99, seed=4)
     assert sorted(first) == sorted(second) == list(range(99))
     assert first.tolist() != second.tolist()
-    assert first.tolist() != other.order(0).tolist()
+    assert first.tolist() != other.sequences_of_step(0).tolist()
     assert first.tolist() != sorted(first)
     loader.close()
     other.close()
@@ -193,7 +204,7 @@ def test_the_order_never_changes_between_versions():
     """A run resumed after an upgrade has to see the batches it would have seen. If this fails,
     it isn't the expectation that is wrong."""
     loader = make(stream(23, 22), 11, seed=1337)
-    assert loader.order(0).tolist() == ORDER_OF_SEED_1337
+    assert loader.sequences_of_step(0).tolist() == ORDER_OF_SEED_1337
     loader.close()
 
 
@@ -202,7 +213,7 @@ ORDER_OF_SEED_1337 = [6, 8, 7, 10, 9, 5, 3, 0, 2, 4, 1]
 
 def test_one_shard_is_read_at_a_time():
     loader = make(stream(100, 100, 100), 74)
-    shards = [int(i) * T // 100 for i in loader.order(0)]
+    shards = [int(i) * T // 100 for i in loader.sequences_of_step(0)]
     changes = sum(a != b for a, b in zip(shards, shards[1:], strict=False))
     assert changes == 2
     loader.close()
@@ -261,9 +272,137 @@ def test_a_damaged_shard_is_found_before_a_token_of_it_is_used(tmp_path):
     loader = make(Stream(train), 1)
     good = {i for i in range(loader.sequences) if i * T + T < 40}
     for step in range(loader.sequences):
-        if int(loader.order(step)[0]) in good:
-            loader._read(step)
+        if int(loader.sequences_of_step(step)[0]) in good:
+            loader._read_batch(step)
         else:
             with pytest.raises(BadInput, match="sha256 differs"):
-                loader._read(step)
+                loader._read_batch(step)
     loader.close()
+
+
+@pytest.fixture(params=["in memory", "too large for it"])
+def toy(request, tmp_path, monkeypatch):
+    """Two train shards of 40 tokens in files, read either way."""
+    if request.param == "too large for it":
+        monkeypatch.setattr(data.stream, "IN_MEMORY", 0)
+    tokens = np.arange(80, dtype=np.uint16)
+    write_folder(tmp_path / "toy", "toy", [tokens[:40], tokens[40:]], tokens, "toy")
+    return tmp_path / "toy"
+
+
+def test_files_give_the_rows_of_arrays(toy):
+    train, val, _ = open_folder(toy)
+    expected = batches(make(stream(40, 40), 2), range(12))
+    assert all(map(torch.equal, batches(make(Stream(train), 2), range(12)), expected))
+    assert validation_sequences(Stream(val), T, 10**9) == 19
+    assert validation_batch(Stream(val), T, [0, 18]).tolist() == [[*range(5)], [*range(72, 77)]]
+
+
+def test_a_shard_cut_short_in_mid_run_is_an_error_and_no_sigbus(toy):
+    loader = make(Stream(open_folder(toy)[0]), 1)
+    for step in range(loader.sequences):
+        loader.get_batch(step)
+    for path in toy.glob("*_train_*"):
+        os.truncate(path, 1024)
+    loader.load_skipped_batches([])  # forgets what was read ahead
+    batch, error = loader.try_get_batch(0)
+    assert len(batch) == 0
+    assert re.search(r"toy_train_00000.\.bin ends after 1,0\d\d bytes and had 1,104", str(error))
+    loader.close()
+
+
+def test_a_shard_that_vanished_in_mid_run_is_an_error(toy):
+    loader = make(Stream(open_folder(toy)[0]), 1)
+    loader.get_batch(0)
+    for path in toy.glob("*_train_*"):
+        path.unlink()
+    loader.load_skipped_batches([])
+    _, error = loader.try_get_batch(0)
+    assert "No such file" in str(error)
+    loader.close()
+
+
+def test_an_evaluation_in_mid_run_needs_no_disk(tmp_path):
+    tokens = np.arange(80, dtype=np.uint16)
+    write_folder(tmp_path, "toy", [tokens], tokens, "toy")
+    val = Stream(open_folder(tmp_path)[1])
+    assert validation_sequences(val, T, 40) == 10
+    os.truncate(tmp_path / "toy_val_000000.bin", 0)
+    assert validation_batch(val, T, [0, 9]).tolist() == [[*range(5)], [*range(36, 41)]]
+
+
+def test_a_shard_cut_short_stops_the_run_after_a_save(tiny, tmp_path, corpus_file, monkeypatch):
+    """The line and the checkpoint that a shard gets whose hash is wrong."""
+    tokens = encode_documents([corpus_file.read_text()])
+    write_folder(tmp_path / "toy", "toy", [tokens[1000:]], tokens[:1000], "toy")
+    read = Loader.get_batch
+
+    def get_batch(loader, step):
+        if step == 3:
+            os.truncate(tmp_path / "toy" / "toy_train_000001.bin", 2000)
+        return read(loader, step)
+
+    monkeypatch.setattr(Loader, "get_batch", get_batch)
+    config = tiny(data=DataConfig(dir=str(tmp_path / "toy")), steps=40, eval_every=100,
+                  save_every=100)
+    with pytest.raises(BadInput, match=r"toy_train_000001\.bin ends after 2,000 bytes"):
+        train(config)
+    done = len([r for r in read_rows(tmp_path / "tiny" / "metrics.jsonl") if "train_loss" in r])
+    assert 3 <= done <= 5  # a batch or two were read ahead
+    newest = checkpoint.newest_valid(tmp_path / "tiny" / "checkpoints")[0]
+    assert newest.name == f"step_{done:08d}"
+
+
+def test_the_worked_example_of_documents():
+    """The picture in data/documents.py."""
+    tokens = np.array([EOT if c == "E" else ord(c) for c in "EaaaaaEbEcccccEddd"], dtype=np.uint16)
+    assert "E a a a a a E b E c c c c c E d d d" in data.documents.__doc__
+    source = Stream([Shard(Path("example"), tokens)], "documents")
+    assert document_sequences(source, 4).tolist() == [0, 6, 10]
+
+
+def test_the_picture_of_the_stream():
+    """The picture in data/stream.py."""
+    source = stream(9, 5, 11)
+    assert source.shard_starts.tolist() == [0, 9, 14, 25]
+    loader = make(source, 1)
+    assert loader.sequences == 6
+    assert loader.first_sequence.tolist() == [0, 3, 4, 6]
+    assert source.shards_touched(np.array([2 * T]), T + 1) == {0, 1}
+    assert source.rows(np.array([5 * T]), T + 1).tolist() == [[20, 21, 22, 23, 24]]
+    loader.close()
+
+
+def test_skipped_batches_are_taken_by_nobody():
+    loader, plain = make(stream(100), 1), make(stream(100), 1)
+    loader.skip_batches(2, 4)
+    loader.skip_batches(2, 3)  # batch 4, which step 2 takes by now
+    loader.skip_batches(6, 7)  # and one apart from these
+    assert loader.skipped_batches == [(2, 5), (9, 10)]
+    taken = [loader.get_batch(step).tolist() for step in range(8)]
+    assert taken == [plain.get_batch(batch).tolist() for batch in (0, 1, 5, 6, 7, 8, 10, 11)]
+    for each in (loader, plain):
+        each.close()
+
+
+def test_a_text_and_a_folder_are_not_both_taken(corpus_file):
+    with pytest.raises(BadInput, match=r"--data\.dir x and --data\.text y are both given"):
+        open_data(DataConfig(dir="x", text="y"))
+    arguments = ["gpt2-124m", "--data.dir", "fineweb10B", "--data.text", str(corpus_file)]
+    with pytest.raises(BadInput, match="are both given"):
+        train(cli.parse(TrainConfig, PRESETS, arguments))
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "expected"),
+    [("gpt2-124m", [], ("fineweb10B", "")), ("gpt2-124m", ["--data.text", "y"], ("", "y")),
+     ("gpt2-124m", ["--data.dir", ""], ("", "")), ("demo", [], ("", "")),
+     ("demo", ["--data.text", "y"], ("", "y")), ("demo", ["--data.dir", "x"], ("x", ""))],
+)
+def test_where_the_tokens_come_from(tmp_path, preset, flags, expected):
+    config = cli.parse(TrainConfig, PRESETS, [preset, *flags]).data
+    resolved = config.resolve()
+    assert (resolved.dir, resolved.text) == expected
+    again = tmp_path / "config.json"  # a run's file starts the same run
+    again.write_text(json.dumps({"config": {"data": asdict(config)}}))
+    assert cli.parse(TrainConfig, PRESETS, [str(again)]).data == config

@@ -1,13 +1,19 @@
 """Shards: the format of llm.c, whole or refused."""
 
+import errno
 import json
+import os
+import shlex
+import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data import shards
-from data.shards import open_folder, open_shard, shard_bytes, write_folder
+from data.shard_file import open_shard, shard_bytes
+from data.shards import open_folder, write_folder
 from launch.errors import BadInput
 
 TOKENS = np.array([50256, 5, 6, 50256, 7, 0], dtype=np.uint16)
@@ -24,8 +30,9 @@ def read_independently(path) -> list[int]:
 
 @pytest.fixture
 def folder(tmp_path):
-    write_folder(tmp_path, "toy", [TOKENS, TOKENS[:3]], TOKENS[3:], "toy set")
-    return tmp_path
+    path = tmp_path / "toy"
+    write_folder(path, "toy", [TOKENS, TOKENS[:3]], TOKENS[3:], "toy set")
+    return path
 
 
 def test_the_format_is_llmcs(folder):
@@ -36,8 +43,8 @@ def test_the_format_is_llmcs(folder):
 def test_written_shards_are_read(folder):
     train, val, name = open_folder(folder)
     assert name == "toy set"
-    assert [s.tokens.tolist() for s in train] == [TOKENS.tolist(), TOKENS[:3].tolist()]
-    assert [s.tokens.tolist() for s in val] == [TOKENS[3:].tolist()]
+    assert [s.tokens[:].tolist() for s in train] == [TOKENS.tolist(), TOKENS[:3].tolist()]
+    assert [s.tokens[:].tolist() for s in val] == [TOKENS[3:].tolist()]
     for shard in train + val:
         shard.check()
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -49,14 +56,14 @@ def test_nanogpts_and_build_nanogpts_files_are_read(tmp_path):
     TOKENS.tofile(tmp_path / "train.bin")
     TOKENS[:3].tofile(tmp_path / "val.bin")
     train, val, _ = open_folder(tmp_path)
-    assert train[0].tokens.tolist() == TOKENS.tolist()
-    assert val[0].tokens.tolist() == TOKENS[:3].tolist()
+    assert train[0].tokens[:].tolist() == TOKENS.tolist()
+    assert val[0].tokens[:].tolist() == TOKENS[:3].tolist()
     other = tmp_path / "edu"
     other.mkdir()
     np.save(other / "edufineweb_val_000000.npy", TOKENS[:3])
     np.save(other / "edufineweb_train_000001.npy", TOKENS)
     train, val, _ = open_folder(other)
-    assert train[0].tokens.tolist() == TOKENS.tolist()
+    assert train[0].tokens[:].tolist() == TOKENS.tolist()
 
 
 def test_only_gpt2_tokens_are_written():
@@ -195,5 +202,229 @@ def test_wrong_npy_files_are_refused(tmp_path):
     with pytest.raises(BadInput, match="uint16"):
         open_shard(tmp_path / "x.npy")
     np.save(tmp_path / "y.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(BadInput, match="can't read"):
+    with pytest.raises(BadInput, match="holds object"):
         open_shard(tmp_path / "y.npy")
+    (tmp_path / "z.npy").write_bytes(b"text")
+    with pytest.raises(BadInput, match="can't read"):
+        open_shard(tmp_path / "z.npy")
+
+
+def test_a_shard_outside_the_manifest_is_refused(folder):
+    shutil.copy(folder / "toy_train_000001.bin", folder / "toy_train_000003.bin")
+    with pytest.raises(BadInput, match=r"toy_train_000003\.bin is not in the manifest"):
+        open_folder(folder)
+
+
+def test_a_shard_in_two_formats_is_not_taken_twice(folder):
+    (folder / "manifest.json").unlink()
+    np.save(folder / "toy_train_000001.npy", TOKENS)
+    with pytest.raises(BadInput, match=r"toy_train_000001\.bin and .*\.npy, the same shard twice"):
+        open_folder(folder)
+
+
+def test_hidden_files_are_no_shards(folder):
+    (folder / "._toy_train_000001.bin").write_bytes(b"what macOS leaves")
+    (folder / ".toy_train_000009.bin").write_bytes(b"")
+    train, val, _ = open_folder(folder)
+    assert (len(train), len(val)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("train.bin", "train"), ("val.npy", "val"), ("tiny_shakespeare_train.bin", "train"),
+     ("tiny_shakespeare_val.bin", "val"), ("edu_fineweb_train_000001.bin", "train"),
+     ("train_of_mine_val_000000.bin", "val")],
+)
+def test_what_a_shard_is_for_stands_in_its_name(name, kind):
+    assert shards.kind_of(Path(name)) == kind
+
+
+@pytest.mark.parametrize("name", ["retrain.bin", "train.txt", ".train.bin", "training_data.bin"])
+def test_other_files_are_no_shards(tmp_path, name):
+    (tmp_path / name).write_bytes(b"xx")
+    assert shards.shard_paths(tmp_path) == []
+
+
+def test_llmcs_starter_data_is_read(tmp_path):
+    (tmp_path / "tiny_shakespeare_train.bin").write_bytes(shard_bytes(TOKENS))
+    (tmp_path / "tiny_shakespeare_val.bin").write_bytes(shard_bytes(TOKENS[:3]))
+    train, val, _ = open_folder(tmp_path)
+    assert train[0].tokens[:].tolist() == TOKENS.tolist()
+    assert val[0].tokens[:].tolist() == TOKENS[:3].tolist()
+
+
+@pytest.mark.parametrize("missing", ["toy_train_000001.bin", "toy_val_000000.bin"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_no_remedy_writes_into_a_folder_that_holds_something(folder, missing, manifest):
+    (folder / missing).unlink()
+    if not manifest:
+        (folder / "manifest.json").unlink()
+        for path in folder.glob(missing[:7] + "*"):
+            path.unlink()
+    with pytest.raises(BadInput) as error:
+        open_folder(folder)
+    assert "--out" not in str(error.value)
+
+
+def test_a_folder_of_something_else_says_what_it_holds(tmp_path):
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(BadInput, match=r"holds no shards .* but a\.parquet\. .* of their own"):
+        open_folder(tmp_path)
+
+
+def test_a_half_made_folder_is_refused(folder):
+    (folder / "manifest.json").rename(folder / ".progress.json")
+    with pytest.raises(BadInput, match="is half made"):
+        open_folder(folder)
+
+
+def test_verify_goes_on_after_a_damaged_shard(folder, capsys):
+    change(folder / "toy_train_000001.bin", last=1)
+    change(folder / "toy_val_000000.bin", length=1025)
+    with pytest.raises(BadInput, match="2 of these lines say what is wrong"):
+        shards.main(["verify", str(folder)])
+    val, first, second = capsys.readouterr().out.splitlines()
+    assert val.startswith("wrong: ")
+    assert "toy_val_000000.bin should be 1,030 bytes long" in val
+    assert first.startswith("wrong: ")
+    assert "toy_train_000001.bin is not the file" in first
+    assert second == "toy_train_000002.bin: 3 tokens, sha256 and tokens right"
+
+
+def test_verify_names_what_is_missing_and_what_nobody_listed(folder, capsys):
+    (folder / "toy_train_000002.bin").rename(folder / "toy_train_000003.bin")
+    with pytest.raises(BadInput, match="2 of these lines"):
+        shards.main(["verify", str(folder)])
+    printed = capsys.readouterr().out
+    assert "toy_train_000003.bin is not in the manifest" in printed
+    assert "toy_train_000002.bin is in the manifest and not on the disk" in printed
+
+
+@pytest.mark.parametrize(("length", "words"), [(8001, "8,001 bytes long, an odd number"),
+                                               (0, "is empty")])
+def test_a_bare_file_that_holds_no_uint16(tmp_path, length, words):
+    (tmp_path / "train.bin").write_bytes(bytes([1]) * length)
+    (tmp_path / "val.bin").write_bytes(bytes([1]) * 8000)
+    with pytest.raises(BadInput, match=words):
+        open_folder(tmp_path)
+
+
+def test_nanogpts_own_vocabularies_are_refused_and_no_pickle_is_opened(tmp_path):
+    for name in ("train.bin", "val.bin"):
+        np.arange(65, dtype=np.uint16).tofile(tmp_path / name)
+    evil = b"cos\nsystem\n(S'touch " + bytes(tmp_path) + b"/ran'\ntR."
+    (tmp_path / "meta.pkl").write_bytes(evil)
+    with pytest.raises(BadInput, match=r"has a meta\.pkl.* --data\.text input\.txt"):
+        open_folder(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("largest", "warned"), [(64, True), (31_999, True), (45_000, False)])
+def test_ids_that_no_gpt2_text_has_are_a_warning(tmp_path, capsys, largest, warned):
+    tokens = np.resize(np.array([largest, 1], dtype=np.uint16), 5_000)
+    tokens.tofile(tmp_path / "train.bin")
+    open_shard(tmp_path / "train.bin").check()
+    printed = capsys.readouterr().err
+    assert (f"warning: the largest token in {tmp_path / 'train.bin'} is {largest:,}" in
+            printed) == warned
+
+
+def test_only_rank_0_warns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    np.ones(5_000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    open_shard(tmp_path / "train.bin").check()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["[v1] data", "it's [bold]", "a;b $HOME"])
+def test_odd_names_are_names(folder, name, capsys):
+    odd = folder.rename(folder.with_name(name))
+    shards.main(["verify", str(odd)])
+    shards.main(["info", str(odd)])
+    shards.main(["convert", str(odd), "--to", "npy"])
+    shards.main(["info", f"{odd}-npy"])
+    assert capsys.readouterr().out.count("12 tokens") == 3
+
+
+def test_a_path_in_a_printed_command_is_quoted(tmp_path):
+    with pytest.raises(BadInput) as error:
+        open_folder(tmp_path / "[v1] it's")
+    command = str(error.value).split("`")[1]
+    assert shlex.split(command)[-1] == str(tmp_path / "[v1] it's")
+
+
+def test_dangling_links_are_named_as_such(folder, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    with pytest.raises(BadInput, match="link is a link to nowhere, and nothing is there"):
+        open_folder(link)
+    path = folder / "toy_train_000001.bin"
+    path.unlink()
+    path.symlink_to("blobs/gone")
+    with pytest.raises(BadInput, match=r"toy_train_000001\.bin is a link to blobs/gone"):
+        open_folder(folder)
+
+
+def nested(folder: Path, *commits: str) -> Path:
+    """The shards where the Hub's client puts them, under each of these commits."""
+    hub = folder.with_name(f"{folder.name}-hub") / "datasets--toy"
+    for commit in commits:
+        shutil.copytree(folder, hub / "snapshots" / commit)
+    shutil.copytree(folder, hub / ".cache")
+    return hub
+
+
+def test_shards_that_the_hubs_client_nested_are_found(folder, capsys):
+    hub = nested(folder, "abc")
+    train, _, name = open_folder(hub)
+    assert train[0].path == hub / "snapshots" / "abc" / "toy_train_000001.bin"
+    assert name == "toy set"
+    assert f"the shards of {hub} lie in {hub}/snapshots/abc" in capsys.readouterr().out
+    shards.main(["verify", str(hub)])
+    shards.main(["info", str(hub)])
+
+
+def test_several_nested_folders_are_a_question(folder):
+    with pytest.raises(BadInput, match=r"2 folders below it.*snapshots/abc, .*snapshots/def"):
+        open_folder(nested(folder, "abc", "def"))
+
+
+@pytest.mark.parametrize("change", [{"sha256": ""}, {"sha256": None}, {"file": "../x_train.bin"}])
+def test_an_entry_that_leaves_a_shard_unchecked_is_refused(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][1] |= change
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match="is no manifest"):
+        open_folder(folder)
+
+
+def test_a_file_is_no_folder_and_an_empty_folder_can_be_filled(folder, tmp_path):
+    with pytest.raises(BadInput, match="is a file, and --data.dir takes a folder"):
+        open_folder(folder / "toy_train_000001.bin")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match=r"is empty: `python -m data\.fineweb"):
+        open_folder(tmp_path / "empty")
+
+
+def test_an_npy_that_was_cut_short_is_refused(tmp_path):
+    np.save(tmp_path / "train.npy", TOKENS)
+    os.truncate(tmp_path / "train.npy", 130)
+    with pytest.raises(BadInput, match="140 bytes long, and is 130"):
+        open_shard(tmp_path / "train.npy")
+
+
+def test_a_disk_that_fails_is_a_line(folder, monkeypatch):
+    shard = open_shard(folder / "toy_train_000001.bin")
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(BadInput, match=r"can't read .*toy_train_000001\.bin: Input/output error"):
+        shard.tokens[:3]
+
+
+def test_a_read_that_gives_less_than_asked_goes_on(folder, monkeypatch):
+    shard, preadv = open_shard(folder / "toy_train_000001.bin"), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, to, at: preadv(file, [to[0][:3]], at))
+    assert shard.tokens[1:].tolist() == TOKENS[1:].tolist()

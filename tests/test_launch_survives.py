@@ -359,7 +359,7 @@ def poisoned(tmp_path_factory, corpus_file):
     loader = Loader(open_data(config.data).train, T=4, batch_tokens=48, micro_batch=12, seed=1337)
     noise = np.random.RandomState(0)
     tokens = tokens.copy()
-    for sequence in loader.order(139):
+    for sequence in loader.sequences_of_step(139):
         tokens[sequence * 4 : sequence * 4 + 5] = noise.randint(0, 50256, 5)
     loader.close()
     for path in [*folder.glob("*.bin"), folder / "manifest.json"]:

@@ -1,0 +1,88 @@
+"""A text file becomes documents: where it says so, and nowhere else."""
+
+import doctest
+import os
+import random
+
+import numpy as np
+import pytest
+
+from data import corpus
+from data.corpus import SEPARATOR, split_blocks, split_documents, text_file
+from data.tokenizer import EOT, decode, encode
+from launch.errors import BadInput
+
+STORIES = [f"Story {i}. " + f"Once upon a time there was number {i}. " * 20 for i in range(400)]
+
+
+def documents(tokens: np.ndarray) -> list[str]:
+    begins = np.flatnonzero(tokens == EOT)
+    assert begins[0] == 0
+    return [decode(document[1:].tolist()) for document in np.split(tokens, begins[1:])]
+
+
+@pytest.fixture
+def stories(tmp_path):
+    """As TinyStories writes them."""
+    path = tmp_path / "stories.txt"
+    path.write_text(f"\n{SEPARATOR}\n".join(STORIES) + f"\n{SEPARATOR}\n")
+    return path
+
+
+def test_endoftext_in_a_text_ends_a_document(stories, capsys):
+    train, val = map(documents, text_file(stories))
+    assert sorted(train + val) == sorted(STORIES)  # none is cut
+    assert 10 <= len(val) <= 30  # a twentieth
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"stories.txt: 400 {SEPARATOR} in it" in line
+
+
+def test_endoftext_is_text_where_that_is_asked_for(stories, capsys):
+    train, _ = text_file(stories, split_eot=False)
+    assert documents(train)[0].startswith(f"\n{SEPARATOR}\n".join(STORIES[:3]))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_text_without_it_is_what_it_was(tmp_path):
+    path = tmp_path / "plain.txt"
+    path.write_text("A line of text.\n" * 5_000)
+    assert all(map(np.array_equal, text_file(path), text_file(path, split_eot=False)))
+
+
+def test_a_text_of_nothing_but_separators_is_refused(tmp_path):
+    path = tmp_path / "empty.txt"
+    path.write_text(f"{SEPARATOR}\n" * 100)
+    with pytest.raises(BadInput, match="too short to hold out"):
+        text_file(path)
+
+
+def test_no_block_ends_inside_a_separator():
+    rng = random.Random(0)
+    for _ in range(200):
+        words = rng.choices([SEPARATOR, "a", "\n", "word "], k=rng.randint(20, 400))
+        text = "".join(words)
+        blocks = split_blocks(text, [SEPARATOR, "\n"])
+        assert "".join(blocks) == text
+        assert sum(block.count(SEPARATOR) for block in blocks) == text.count(SEPARATOR)
+
+
+def test_the_example_of_split_documents():
+    (example,) = doctest.DocTestFinder().find(split_documents, globs=vars(corpus))
+    assert doctest.DocTestRunner().run(example) == (0, 1)
+
+
+def test_a_separator_is_seven_tokens_of_text():
+    assert len(encode(SEPARATOR)) == 7
+    assert EOT not in encode(SEPARATOR)
+
+
+def test_paths_that_are_no_text(tmp_path):
+    with pytest.raises(BadInput, match="is a folder: --data.dir"):
+        text_file(tmp_path)
+    os.symlink("nowhere", tmp_path / "link.txt")
+    with pytest.raises(BadInput, match=r"link\.txt: it is a link to nowhere"):
+        text_file(tmp_path / "link.txt")
+    odd = tmp_path / "[v1] it's.txt"
+    odd.write_text("A line of text.\n" * 500)
+    train, _ = text_file(odd)
+    assert train[0] == EOT
