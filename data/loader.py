@@ -6,7 +6,7 @@
     inputs, targets = batch[..., :-1], batch[..., 1:]
 
 The training tokens are cut into sequences of T (data/stream.py shows how; --data.align documents:
-data/documents.py). An epoch takes every sequence once, in an order of its own: the shards are
+data/alignment.py). An epoch takes every sequence once, in an order of its own: the shards are
 shuffled, and within each shard its sequences, so that one shard is read at a time. The epochs
 follow each other, and batch b takes the next batch_tokens / T sequences of them. Here with 7
 sequences, of which 0 to 3 begin in shard 0 and 4 to 6 in shard 1, and 4 in a batch:
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from data import corpus
-from data.documents import document_sequences
+from data.alignment import document_sequences
 from data.shard_file import Shard
 from data.shards import open_folder
 from data.stream import Align, Stream
