@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from data.rank0 import print0
-from data.tokenizer import encode_documents
+from data.tokenizer import EOT_TEXT, encode_documents
 from launch.errors import BadInput
 
 HELD_OUT = 20  # every 20th block is validation, the 10th, 30th, 50th ...
-SEPARATOR = "<|endoftext|>"  # as GPT-2's own outputs and TinyStories write it
 BLOCK_CHARS = 4_000  # of a text file; about a chapter of the embedded corpus
 
 
@@ -44,20 +43,20 @@ def bible_chapters() -> list[str]:
     return [re.sub(r"\s+", " ", text).replace("`", "'").strip() for text in chapters]
 
 
-def text_file(path: Path, split_eot: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def text_file(path: Path, split_text: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """(train, validation) tokens, uint16, of any UTF-8 text. Raises BadInput for anything else.
 
-    The file is cut into blocks of about 4,000 characters, at least 20 of them. split_eot:
+    The file is cut into blocks of about 4,000 characters, at least 20 of them. split_text:
     <|endoftext|> in it ends a document, and how many there are is printed. If False it's text.
     """
     text = read_text(path)
-    split_eot = split_eot and SEPARATOR in text
+    split_text = split_text and EOT_TEXT in text
     line_ends = ["\n"]
-    if split_eot:
-        print0(f"{path}: {text.count(SEPARATOR):,} {SEPARATOR} in it, each of which ends a "
-               "document (--data.split_eot False: they are text)")
-        text = SEPARATOR.join(split_documents(text))
-        line_ends = [SEPARATOR, "\n"]
+    if split_text:
+        print0(f"{path}: {text.count(EOT_TEXT):,} {EOT_TEXT} in it, each of which ends a "
+               "document (--data.split_text False: they are text)")
+        text = EOT_TEXT.join(split_documents(text))
+        line_ends = [EOT_TEXT, "\n"]
     train, held_out = [""], []
     for i, block in enumerate(split_blocks(text, line_ends)):
         if i % HELD_OUT == HELD_OUT // 2:
@@ -65,7 +64,7 @@ def text_file(path: Path, split_eot: bool = True) -> tuple[np.ndarray, np.ndarra
             train.append("")  # the text jumps here, so a new document begins
         else:
             train[-1] += block
-    if split_eot:
+    if split_text:
         train = [document for text in train for document in split_documents(text)]
         held_out = [document for text in held_out for document in split_documents(text)]
     train = [text for text in train if text]
@@ -81,7 +80,7 @@ def split_documents(text: str) -> list[str]:
     >>> split_documents("One day.\n<|endoftext|>\nTwo.\n\nEnd.<|endoftext|>\n")
     ['One day.', 'Two.\n\nEnd.']
     """
-    documents = [document.strip("\r\n") for document in text.split(SEPARATOR)]
+    documents = [document.strip("\r\n") for document in text.split(EOT_TEXT)]
     return [document for document in documents if document]
 
 

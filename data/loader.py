@@ -6,7 +6,7 @@
     inputs, targets = batch[..., :-1], batch[..., 1:]
 
 The training tokens are cut into sequences of T (data/stream.py shows how; --data.align documents:
-data/align.py). An epoch takes every sequence once, in an order of its own: the shards are
+data/alignment.py). An epoch takes every sequence once, in an order of its own: the shards are
 shuffled, and within each shard its sequences, so that one shard is read at a time. The epochs
 follow each other, and batch b takes the next batch_tokens / T sequences of them. Here with 7
 sequences, of which 0 to 3 begin in shard 0 and 4 to 6 in shard 1, and 4 in a batch:
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from data import corpus
-from data.align import document_sequences
+from data.alignment import document_sequences
 from data.shard_file import Shard
 from data.shards import open_folder
 from data.stream import Align, Stream
@@ -48,7 +48,7 @@ class DataConfig:
     """Folder of shards (default fineweb10B); an empty string means the embedded corpus."""
     text: str = ""
     """A text file to train on instead; every 20th block of it is held out for validation."""
-    split_eot: bool = True
+    split_text: bool = True
     """In a text, <|endoftext|> ends a document. False: it's text like any other."""
     align: Align = "stream"
     """Where training sequences begin: at every T-th token, or at the starts of documents."""
@@ -94,7 +94,7 @@ def open_data(config: DataConfig) -> Data:
         return Data(Stream(train_shards, config.align), Stream(val_shards), name)
     if config.text:
         path = Path(config.text)
-        train, val = corpus.text_file(path, config.split_eot)
+        train, val = corpus.text_file(path, config.split_text)
         name = path.name
     else:
         train, val = corpus.embedded()

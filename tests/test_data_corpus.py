@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data import corpus
-from data.corpus import SEPARATOR, split_blocks, split_documents, text_file
-from data.tokenizer import EOT, decode, encode
+from data.corpus import split_blocks, split_documents, text_file
+from data.tokenizer import EOT, EOT_TEXT, decode, encode
 from launch.errors import BadInput
 
 STORIES = [f"Story {i}. " + f"Once upon a time there was number {i}. " * 20 for i in range(400)]
@@ -25,7 +25,7 @@ def documents(tokens: np.ndarray) -> list[str]:
 def stories(tmp_path):
     """As TinyStories writes them."""
     path = tmp_path / "stories.txt"
-    path.write_text(f"\n{SEPARATOR}\n".join(STORIES) + f"\n{SEPARATOR}\n")
+    path.write_text(f"\n{EOT_TEXT}\n".join(STORIES) + f"\n{EOT_TEXT}\n")
     return path
 
 
@@ -34,24 +34,24 @@ def test_endoftext_in_a_text_ends_a_document(stories, capsys):
     assert sorted(train + val) == sorted(STORIES)  # none is cut
     assert 10 <= len(val) <= 30  # a twentieth
     (line,) = capsys.readouterr().out.splitlines()
-    assert f"stories.txt: 400 {SEPARATOR} in it" in line
+    assert f"stories.txt: 400 {EOT_TEXT} in it" in line
 
 
 def test_endoftext_is_text_where_that_is_asked_for(stories, capsys):
-    train, _ = text_file(stories, split_eot=False)
-    assert documents(train)[0].startswith(f"\n{SEPARATOR}\n".join(STORIES[:3]))
+    train, _ = text_file(stories, split_text=False)
+    assert documents(train)[0].startswith(f"\n{EOT_TEXT}\n".join(STORIES[:3]))
     assert capsys.readouterr().out == ""
 
 
 def test_a_text_without_it_is_what_it_was(tmp_path):
     path = tmp_path / "plain.txt"
     path.write_text("A line of text.\n" * 5_000)
-    assert all(map(np.array_equal, text_file(path), text_file(path, split_eot=False)))
+    assert all(map(np.array_equal, text_file(path), text_file(path, split_text=False)))
 
 
 def test_a_text_of_nothing_but_separators_is_refused(tmp_path):
     path = tmp_path / "empty.txt"
-    path.write_text(f"{SEPARATOR}\n" * 100)
+    path.write_text(f"{EOT_TEXT}\n" * 100)
     with pytest.raises(BadInput, match="too short to hold out"):
         text_file(path)
 
@@ -59,11 +59,11 @@ def test_a_text_of_nothing_but_separators_is_refused(tmp_path):
 def test_no_block_ends_inside_a_separator():
     rng = random.Random(0)
     for _ in range(200):
-        words = rng.choices([SEPARATOR, "a", "\n", "word "], k=rng.randint(20, 400))
+        words = rng.choices([EOT_TEXT, "a", "\n", "word "], k=rng.randint(20, 400))
         text = "".join(words)
-        blocks = split_blocks(text, [SEPARATOR, "\n"])
+        blocks = split_blocks(text, [EOT_TEXT, "\n"])
         assert "".join(blocks) == text
-        assert sum(block.count(SEPARATOR) for block in blocks) == text.count(SEPARATOR)
+        assert sum(block.count(EOT_TEXT) for block in blocks) == text.count(EOT_TEXT)
 
 
 def test_the_example_of_split_documents():
@@ -72,8 +72,8 @@ def test_the_example_of_split_documents():
 
 
 def test_a_separator_is_seven_tokens_of_text():
-    assert len(encode(SEPARATOR)) == 7
-    assert EOT not in encode(SEPARATOR)
+    assert len(encode(EOT_TEXT)) == 7
+    assert EOT not in encode(EOT_TEXT)
 
 
 def test_paths_that_are_no_text(tmp_path):

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.documents
+import data.alignment
 import data.stream
-from data.align import document_sequences
+from data.alignment import document_sequences
 from data.loader import (
     DataConfig,
     Loader,
@@ -354,9 +354,9 @@ def test_a_shard_cut_short_stops_the_run_after_a_save(tiny, tmp_path, corpus_fil
 
 
 def test_the_worked_example_of_documents():
-    """The picture in data/documents.py."""
+    """The picture in data/alignment.py."""
     tokens = np.array([EOT if c == "E" else ord(c) for c in "EaaaaaEbEcccccEddd"], dtype=np.uint16)
-    assert "E a a a a a E b E c c c c c E d d d" in data.documents.__doc__
+    assert "E a a a a a E b E c c c c c E d d d" in data.alignment.__doc__
     source = Stream([Shard(Path("example"), tokens)], "documents")
     assert document_sequences(source, 4).tolist() == [0, 6, 10]
 
