@@ -31,10 +31,9 @@ def find_problem() -> str:
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name in given and other not in given:
             return f"{name}={given[name]} in the environment without {other}"
-    for name, ranks in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if name in given and ranks in given and int(given[name]) >= int(given[ranks]):
-            return (f"{name}={given[name]} with {ranks}={given[ranks]} in the environment: "
-                    f"expected 0 to {ranks} - 1")
+    if "RANK" in given and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        return (f"RANK={given['RANK']} with WORLD_SIZE={given['WORLD_SIZE']} in the environment: "
+                "expected 0 to WORLD_SIZE - 1")
     if int(given.get("WORLD_SIZE", "1")) > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:

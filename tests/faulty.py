@@ -3,7 +3,8 @@
     FAULT='{"kind": "nan", "rank": 1, "step": 5}' torchrun ... -m tests.faulty FLAGS
 
 kinds: nan (the rank's loss is no number in this step), stop (SIGSTOP: the rank hangs), full (the
-disk takes no file of more than 1 MB while this step's checkpoint is written). Steps count from 1;
+disk takes no file of more than 1 MB while this step's checkpoint is written), late (the rank looks
+at the run's folder when another has changed it). Steps count from 1;
 a fault happens in the first process that gets there and not again after a restart.
 """
 
@@ -58,6 +59,8 @@ def plant() -> None:
         return loss * torch.nan if FAULT["kind"] == "nan" and happens() else loss
 
     train_gpt2.get_lr, ParallelModel.__call__ = counting, broken
+    if FAULT["kind"] == "late" and FAULT["rank"] == int(os.environ["RANK"]):
+        train_gpt2.was_stopped = lambda run: False
 
 
 if __name__ == "__main__":

@@ -182,8 +182,6 @@ ENVIRONMENTS = {
                   "RANK='first' in the environment: expected a number"),
     "negative": ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' in the environment"),
     "empty": ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment"),
-    "local": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"},
-              "LOCAL_RANK=3 with LOCAL_WORLD_SIZE=2 in the environment"),
     "nobody to meet": ({"RANK": "1", "WORLD_SIZE": "2"},
                        "WORLD_SIZE=2 in the environment without MASTER_ADDR"),
 }
