@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from data.tokenizer import EOT, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
-from model.checkpoint import load_model, write_manifest
+from model.checkpoint import load_model
 from model.gpt2 import GPT, parameter_count
 from model.hf import named_weights, to_hf, without_padding
 from model.llmc import Precision, from_llmc, to_llmc
+from model.manifest import write_manifest
 from model.nanogpt import from_nanogpt, is_pickle
 
 EOT_TEXT = "<|endoftext|>"

@@ -8,6 +8,7 @@ are transposed on the way.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def named_weights(model: GPT) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_named(model: GPT, tensors: dict[str, torch.Tensor], source: Path) -> None:
+def load_named(model: GPT, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
     """Copies weights in by OpenAI's names. Raises BadInput where a name or shape is not right."""
     own = named_weights(model)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -155,10 +156,11 @@ def load_named(model: GPT, tensors: dict[str, torch.Tensor], source: Path) -> No
         problem = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
         raise BadInput(f"{source} is no GPT-2 of {model.config.n_layer} layers: it {problem}")
     for name, weight in own.items():
-        if weight.shape != tensors[name].shape:
-            raise BadInput(f"{source}: {name} has shape {tuple(tensors[name].shape)}, "
+        given = tensors[name]  # which may read it from a file
+        if weight.shape != given.shape:
+            raise BadInput(f"{source}: {name} has shape {tuple(given.shape)}, "
                            f"expected {tuple(weight.shape)}")
-        weight.copy_(tensors[name])
+        weight.copy_(given)
 
 
 def our_name(name: str) -> str:
