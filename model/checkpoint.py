@@ -100,15 +100,16 @@ def remove(folder: Path) -> None:
 
 
 def prune(checkpoints: Path, newest: Path, keep: int) -> None:
-    """Removes checkpoints older than the `keep` newest good ones, of which `newest` is the last.
+    """Removes checkpoints older than the `keep` newest good ones, of which `newest` is the first.
 
     Newer folders are damaged or doubtful ones that the run went back from: they aren't counted, nor
     are doubtful ones in between, or they would push out the good ones.
     """
     ours = [folder for folder in list_checkpoints(checkpoints) if folder.name <= newest.name]
     good = [folder for folder in ours if not (folder / DOUBTFUL).exists()]
+    oldest = good[:keep][-1]
     for folder in ours:
-        if len(good) > keep and folder.name <= good[keep].name:
+        if folder.name < oldest.name:
             remove(folder)
 
 
