@@ -118,6 +118,7 @@ class Run:
     signals: DistributedSignalHandler
     spikes: SpikeDetector
     first_step: int  # steps that were finished before this process began
+    resumed_from: Path | None  # the checkpoint that it began with
 
 
 def train(config: TrainConfig) -> int:
@@ -247,13 +248,13 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     evaluated = world.broadcast_from_rank0(folder.prepare, path, description, newest_step)
     with world.fail_together():
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
-    saver = Saver(path, state, tracker, config.saving.keep, newest_step)
-    at_exit.callback(saver.close)
+    saver = at_exit.enter_context(closing(Saver(
+        path, state, tracker, config.saving.keep, newest_step, watchdog.heartbeat)))
     world.print0(folder.summary(description, T))
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
     return Run(config, world, path, loader, evaluator, state, saver, tracker, signals, spikes,
-               first_step)
+               first_step, source)
 
 
 def get_batch(run: Run, step: int) -> torch.Tensor:
@@ -285,7 +286,8 @@ def skip_or_roll_back(run: Run, step: int, problem: str, loss: float, norm: floa
 def roll_back(run: Run, step: int, line: str) -> int:
     """Returns to the newest checkpoint, and leaves out the batches from there to this step."""
     run.saver.wait()
-    source = run.world.broadcast_from_rank0(checkpoint.find, str(run.path))
+    source = run.world.broadcast_from_rank0(
+        checkpoint.find_rollback_checkpoint, run.path, run.resumed_from)
     with run.world.fail_together():
         saved = checkpoint.load_train_state(run.state, source)
     first = saved["step"]

@@ -27,7 +27,7 @@ from eval.loss import require_numbers
 from launch.errors import BadInput
 from launch.files import atomic_write
 from launch.world import DTYPES, Dtype, World, autocast, choose_dtype
-from model.checkpoint import load_model
+from model.checkpoint import load_resolved, resolve
 from model.generate import store_in
 from model.gpt2 import GPT
 
@@ -187,8 +187,9 @@ def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
     bf16 and fp16 are what training computes with: matrices in that format, the rest in fp32.
     """
     chosen = choose_dtype(dtype, world.device)
+    source = world.broadcast_from_rank0(resolve, checkpoint)
     with world.fail_together():
-        model = load_model(checkpoint)
+        model = load_resolved(source)
     model.to(torch.float64 if chosen == "fp64" else torch.float32)
     if chosen in ("bf16", "fp16"):
         store_in(model, DTYPES[chosen])  # cast once, and not in every pass

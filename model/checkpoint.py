@@ -1,6 +1,6 @@
 """Checkpoints: whole or absent, hashed, and readable without running anybody's code.
 
-model/saving.py writes them; this file finds, checks and loads them.
+model/saving.py writes them, model/manifest.py checks them; this file finds and loads them.
 
     runs/NAME/checkpoints/step_00000500/
         model.safetensors      OpenAI's parameter names, master dtype, 50,257 vocabulary rows
@@ -8,29 +8,38 @@ model/saving.py writes them; this file finds, checks and loads them.
         state.json             step, tokens, random states, loss scale, the spike guard's memory
         config.json            the model's shape and what must match on resume
         manifest.json          size and sha256 of each file, written last
+        DOUBTFUL               only where nothing but bad steps followed: mark_doubtful()
 
-It is written as .step_00000500.tmp, flushed, and appears by rename.
+Nothing but `step_` and eight digits is ever taken for a checkpoint. Beside them lie, hidden and
+only for moments: .step_00000500.tmp (being written), .old (set aside while a new one of the same
+step takes its place) and .deleted (on its way out).
 """
 
 import base64
+import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 import kernels
 from kernels import Operators
 from launch.errors import BadInput
-from launch.files import atomic_write, fsync, sha256
+from launch.files import Progress, atomic_write, fsync, no_progress
 from model.formats.hf import from_hf
 from model.formats.tensors import load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
+from model.manifest import MANIFEST, TRAINING, find_damage
 from model.optim import ROW_STATE, SCALAR_STATE, LossScaler
-from model.parallel import ParallelModel
+from model.parallel import ParallelModel, ParamShard
+from model.safetensors_layout import TensorFile
+
+NAME = re.compile(r"step_[0-9]{8}")
+HIDDEN = re.compile(rf"\.({NAME.pattern})\.(tmp|old|deleted)")
+DOUBTFUL = "DOUBTFUL"
 
 
 class TrainState(NamedTuple):
@@ -41,82 +50,174 @@ class TrainState(NamedTuple):
     scaler: LossScaler
 
 
+# ---- folders ----
+
+
 def folder_name(step: int) -> str:
     """500 -> step_00000500."""
     return f"step_{step:08d}"
 
 
-def write_manifest(folder: Path) -> None:
-    """Flushes every file of a checkpoint and writes the manifest that makes it one."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        fsync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    atomic_write(folder / "manifest.json", json.dumps({"files": files}, indent=2) + "\n")
+def hidden(final: Path, ending: str) -> Path:
+    """step_00000500, "tmp" -> .step_00000500.tmp beside it."""
+    return final.with_name(f".{final.name}.{ending}")
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """The checkpoint folders, newest first."""
-    return sorted(checkpoints.glob("step_*"), key=lambda p: p.name, reverse=True)
+    if not checkpoints.is_dir():
+        return []
+    found = [path for path in checkpoints.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def find_damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, in a few words; '' if every hash is right."""
+def put_in_place(work: Path, final: Path) -> None:
+    """Gives a sealed checkpoint its name: the old one of the same step aside, the new one in, and
+    only then is the old one deleted. Killed at any point, clean_up() finds one of the two whole."""
+    aside = hidden(final, "old")
+    replaces = final.exists()
+    if replaces:
+        if aside.exists():
+            remove(aside)
+        final.rename(aside)
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        for name, entry in files.items():
-            path = folder / name
-            if not path.exists():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
-            if sha256(path) != entry["sha256"]:
-                return f"{name} was altered (its sha256 differs)"
-        return "" if "model.safetensors" in files else "model.safetensors is missing"
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json can't be read: {error}"
+        work.rename(final)
+    except OSError:
+        if replaces:
+            aside.rename(final)
+        raise
+    fsync(final.parent)
+    if replaces:
+        with contextlib.suppress(OSError):  # clean_up() tries again
+            remove(aside)
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose hashes are right, and a line for each that was passed over.
+def remove(folder: Path) -> None:
+    """Takes a checkpoint out of sight at once, then deletes it."""
+    doomed = hidden(_final(folder), "deleted")
+    _delete(doomed)
+    folder.rename(doomed)
+    _delete(doomed)
 
-    None where there is no checkpoint yet. Raises BadInput where there are some and none is whole.
+
+def prune(checkpoints: Path, newest: Path, keep: int) -> None:
+    """Removes checkpoints older than the `keep` newest good ones, of which `newest` is the first.
+
+    Newer folders are damaged or doubtful ones that the run went back from: they aren't counted, nor
+    are doubtful ones in between, or they would push out the good ones.
     """
-    complaints: list[str] = []
-    for folder in list_checkpoints(checkpoints):
-        problem = find_damage(folder)
+    ours = [folder for folder in list_checkpoints(checkpoints) if folder.name <= newest.name]
+    good = [folder for folder in ours if not (folder / DOUBTFUL).exists()]
+    oldest = good[:keep][-1]
+    for folder in ours:
+        if folder.name < oldest.name:
+            remove(folder)
+
+
+def clean_up(checkpoints: Path, progress: Progress = no_progress) -> None:
+    """Ends what a kill interrupted: a sealed checkpoint gets its name, one that was set aside gets
+    it back, the rest is deleted. Only the run's owner may call this.
+
+    progress: told of bytes as a sealed checkpoint is hashed.
+    """
+    left = checkpoints.iterdir() if checkpoints.is_dir() else []
+    finals = {_final(path) for path in left if HIDDEN.fullmatch(path.name)}
+    for final in sorted(finals):
+        work, aside = hidden(final, "tmp"), hidden(final, "old")
+        if not final.exists() and work.exists() and not find_damage(work, progress):
+            work.rename(final)
+        elif not final.exists() and aside.exists():
+            aside.rename(final)
+        fsync(checkpoints)
+        for path in (work, aside, hidden(final, "deleted")):
+            _delete(path)
+
+
+def _final(path: Path) -> Path:
+    """The name without what hides it."""
+    match = HIDDEN.fullmatch(path.name)
+    return path.with_name(match[1]) if match else path
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def mark_doubtful(run: Path, step: int, reason: str) -> None:
+    """Has the next start pass over a checkpoint, while there is an older one: nothing but bad steps
+    followed it, so it may be the cause. The mark goes when the step is saved anew."""
+    folder = run / "checkpoints" / folder_name(step)
+    if folder.is_dir():
+        with contextlib.suppress(OSError):  # the run's end has a reason of its own to tell
+            atomic_write(folder / DOUBTFUL, reason + "\n")
+
+
+# ---- finding ----
+
+
+def newest_valid(
+    checkpoints: Path, progress: Progress = no_progress
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose hashes are right, and a warning about each that was passed over.
+
+    None where there is no checkpoint yet. Doubtful ones are taken where there is no other. Raises
+    BadInput where there are some and none is whole. progress: told of bytes as they are hashed.
+    """
+    all_of_them = list_checkpoints(checkpoints)
+    doubtful = [folder for folder in all_of_them if (folder / DOUBTFUL).exists()]
+    passed_over: list[str] = []
+    for folder in all_of_them:
+        if folder in doubtful:
+            passed_over.append(f"{folder} was followed by nothing but bad steps")
+            continue
+        problem = find_damage(folder, progress)
         if not problem:
-            return folder, complaints
-        complaints.append(f"{folder} is damaged: {problem}")
-    if complaints:
-        raise BadInput(f"{'; '.join(complaints)}; no older one is left: start anew with --name")
+            return folder, [f"{line}; going back to {folder}" for line in passed_over]
+        passed_over.append(f"{folder} is damaged: {problem}")
+    for folder in doubtful:
+        problem = find_damage(folder, progress)
+        if not problem:
+            return folder, [*passed_over, f"going on from {folder} all the same: no other is left"]
+        passed_over.append(f"{folder} is damaged: {problem}")
+    if passed_over:
+        raise BadInput(f"{'; '.join(passed_over)}; no older one is left: start anew with --name")
     return None, []
 
 
-def find(spec: str) -> Path:
+def _newest_valid(checkpoints: Path, progress: Progress) -> Path | None:
+    """The same, its warnings printed."""
+    found, warnings = newest_valid(checkpoints, progress)
+    for line in warnings:
+        with contextlib.suppress(OSError, ValueError):  # what can't be printed is dropped
+            print(f"warning: {line}", flush=True)
+    return found
+
+
+def find(spec: str, progress: Progress = no_progress) -> Path:
     """The checkpoint folder that `spec` names: itself, or a run folder's newest valid one."""
     folder = Path(spec)
     if (folder / "checkpoints").is_dir():
-        found, complaints = newest_valid(folder / "checkpoints")
-        for complaint in complaints:
-            print(f"warning: {complaint}; going back to {found}")
+        found = _newest_valid(folder / "checkpoints", progress)
         if found is None:
             raise BadInput(f"the run {folder} has no checkpoint yet")
         return found
-    if not any((folder / name).is_file() for name in ("manifest.json", "state.json")):
+    if not any((folder / name).is_file() for name in (MANIFEST, "state.json")):
         raise BadInput(
-            f"{spec} is no checkpoint: looked for {folder / 'manifest.json'} (a checkpoint) and "
+            f"{spec} is no checkpoint: looked for {folder / MANIFEST} (a checkpoint) and "
             f"{folder / 'checkpoints'} (a run); write hf:{spec} for a Hugging Face folder"
         )
-    problem = find_damage(folder)
+    problem = find_damage(folder, progress)
     if problem:
         raise BadInput(f"{folder} is damaged: {problem}")
     return folder
 
 
-def find_resume_checkpoint(resume: str, run: Path) -> Path | None:
+def find_resume_checkpoint(
+    resume: str, run: Path, progress: Progress = no_progress
+) -> Path | None:
     """The checkpoint that a run goes on from, its hashes checked; None for a new run.
 
     resume: "auto", "never" or a checkpoint. Raises BadInput where the run's folder forbids it.
@@ -129,15 +230,52 @@ def find_resume_checkpoint(resume: str, run: Path) -> Path | None:
     own = list_checkpoints(checkpoints)
     branched = own and Path(resume).resolve().parent != checkpoints.resolve()
     if resume == "auto" or branched:  # a run that began in another run's checkpoint goes on too
-        source, complaints = newest_valid(checkpoints)
-        for complaint in complaints:
-            print(f"warning: {complaint}; going back to {source}", flush=True)
-        return source
-    source = find(resume)
-    if own and own[0].name > source.name:
+        return _newest_valid(checkpoints, progress)
+    source = find(resume, progress)
+    if own and own[0].name > folder_name(_step(source)):
         raise BadInput(f"{run} goes on to {own[0].name}, past {source}: choose another --name "
                        "for a run that branches off there")
     return source
+
+
+def find_rollback_checkpoint(
+    run: Path, resumed_from: Path | None, progress: Progress = no_progress
+) -> Path:
+    """The checkpoint that a running run returns to: its newest, or before its first one that of
+    another run which it branched off from."""
+    if resumed_from and not list_checkpoints(run / "checkpoints"):
+        return find(str(resumed_from), progress)
+    return find(str(run), progress)
+
+
+def _step(folder: Path) -> int:
+    """The step of a checkpoint, whatever its folder is called; -1 for one without training state,
+    which is refused when it's loaded."""
+    if NAME.fullmatch(folder.name):
+        return int(folder.name.removeprefix("step_"))
+    try:
+        return int(json.loads((folder / "state.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+# ---- loading ----
+
+
+def resolve(spec: str) -> str:
+    """What load_resolved() takes: hf:DIR as it is, or the folder of the checkpoint that `spec`
+    names. On several ranks, rank 0's answer is for all: a run that is being trained saves and
+    deletes, and ranks that looked for themselves could load different checkpoints."""
+    return spec if spec.startswith("hf:") else str(find(spec))
+
+
+def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
+    """The model of a checkpoint folder, whose hashes were checked, or of hf:DIR."""
+    if source.startswith("hf:"):
+        return without_padding(from_hf(source.removeprefix("hf:"), ops), source)
+    model = GPT(model_config(Path(source)), ops)
+    load_weights(model, Path(source))
+    return model
 
 
 def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
@@ -145,12 +283,7 @@ def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
 
     Raises BadInput for another vocabulary than GPT-2's; padding rows of others are left out.
     """
-    if spec.startswith("hf:"):
-        return without_padding(from_hf(spec.removeprefix("hf:"), ops), spec)
-    folder = find(spec)
-    model = GPT(model_config(folder), ops)
-    load_weights(model, folder)
-    return model
+    return load_resolved(resolve(spec), ops)
 
 
 def model_config(folder: Path) -> GPTConfig:
@@ -165,94 +298,97 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json."""
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_bytes())  # of bytes it skips a byte order mark
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path} is no object of settings")
     return content
 
 
-def copy_weights(model: GPT, spec: str) -> None:
-    """Copies the weights that `spec` names into a model. Raises BadInput for another shape."""
-    given = load_model(spec)
+def copy_weights(model: GPT, source: str) -> None:
+    """Copies weights (resolve() says which) into a model. Raises BadInput for another shape."""
+    given = load_resolved(source)
     if given.config != model.config:
-        raise BadInput(f"{spec} is {given.config}, and the run asks for {model.config}")
+        raise BadInput(f"{source} is {given.config}, and the run asks for {model.config}")
     model.load_state_dict(given.state_dict())
 
 
 def load_weights(model: GPT, folder: Path) -> None:
     """Copies a checkpoint's weights into a model of its shape, which takes on their dtype."""
-    tensors = _read(folder / "model.safetensors")
-    if any(t.dtype == torch.float64 for t in tensors.values()):
-        model.double()
-    load_named(model, tensors, folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    try:
+        with TensorFile(path) as tensors:
+            if torch.float64 in tensors.dtypes():
+                model.double()
+            load_named(model, tensors, path, {name: tensors.shape(name) for name in tensors})
+    except (OSError, ValueError) as error:
+        raise BadInput(f"can't read {path}: {error}") from None
 
 
 @torch.no_grad()
 def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
-    """Puts back what a checkpoint of any number of ranks, in any mode, holds.
-
-    Returns its state.json.
+    """Puts back what a checkpoint of any number of ranks, in any mode, holds; returns its state.
 
     Each rank reads the rows that it holds. Raises BadInput for a converted checkpoint, which has
     weights only.
     """
-    if not (folder / "optimizer.safetensors").exists() or not (folder / "state.json").exists():
+    if not all((folder / name).exists() for name in TRAINING):
         raise BadInput(f"{folder} has weights and no optimizer state: --init {folder} starts anew "
                        "from them")
     try:
         with (
-            safe_open(folder / "model.safetensors", "pt") as weights,
-            safe_open(folder / "optimizer.safetensors", "pt") as moments,
+            TensorFile(folder / "model.safetensors") as weights,
+            TensorFile(folder / "optimizer.safetensors") as moments,
         ):
             for shard in state.model.shards:
-                _read_rows(weights, shard.name, shard.local, shard.local_start)
+                shape = stored_shape(state, shard)
+                _read_rows(weights, shard.name, shape, shard.local, shard.local_start)
                 if len(shard.optim_param) == 0:
                     continue
                 kept = state.optimizer.state[shard.optim_param]
                 for key in ROW_STATE:
-                    _read_rows(moments, f"{shard.name}.{key}", kept[key], shard.optim_start)
+                    name = f"{shard.name}.{key}"
+                    _read_rows(moments, name, shape, kept[key], shard.optim_start)
                 for key in SCALAR_STATE:
-                    kept[key].copy_(moments.get_tensor(f"{shard.name}.{key}"))
+                    kept[key].copy_(moments[f"{shard.name}.{key}"])
         saved = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError, SafetensorError) as error:
+        state.scaler.load_state_dict(saved["loss_scale"])
+        _set_random_states(saved)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"can't read {folder}: {error}") from None
-    state.scaler.load_state_dict(saved["loss_scale"])
-    torch.set_rng_state(_tensor_of(saved["rng_cpu"]))
-    if torch.cuda.is_available() and saved["rng_cuda"]:
-        torch.cuda.set_rng_state(_tensor_of(saved["rng_cuda"]))
+    except KeyError as error:
+        raise BadInput(f"can't read {folder}: there is no {error}") from None
     return saved
 
 
-def _read_rows(file: safe_open, name: str, into: torch.Tensor, first: int) -> None:
+def stored_shape(state: TrainState, shard: ParamShard) -> tuple[int, ...]:
+    """The shape in which a parameter is stored: without the vocabulary's padding rows."""
+    rows = len(shard.param)
+    if shard.name == "wte.weight":
+        rows = min(rows, state.model.module.config.n_vocab)
+    return (rows, *shard.param.shape[1:])
+
+
+def _read_rows(
+    file: TensorFile, name: str, shape: tuple[int, ...], into: torch.Tensor, first: int
+) -> None:
     """Copies the stored rows from `first` on; what isn't stored, the padding, becomes zero."""
-    stored = file.get_slice(name)
-    rows = min(len(into), max(stored.get_shape()[0] - first, 0))
+    if file.shape(name) != shape:
+        raise ValueError(f"{name} has shape {file.shape(name)}, expected {shape}")
+    end = min(first + len(into), shape[0])
     into.zero_()
-    if rows:
-        into[:rows] = stored[first : first + rows].to(into.device)
+    if first < end:
+        into[: end - first] = file.rows(name, first, end).to(into.device)
 
 
-def clean_up(checkpoints: Path) -> None:
-    """Removes what an interrupted save or prune left behind. Only the run's owner may call this."""
-    for left in [*checkpoints.glob(".step_*.tmp"), *checkpoints.glob(".step_*.old")]:
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def remove(folder: Path) -> None:
-    """Takes a checkpoint out of sight at once, then deletes it."""
-    hidden = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _set_random_states(saved: dict[str, Any]) -> None:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"can't read {path}: {error}") from None
+        torch.set_rng_state(_tensor_of(saved["rng_cpu"]))
+        if torch.cuda.is_available() and saved["rng_cuda"]:
+            torch.cuda.set_rng_state(_tensor_of(saved["rng_cuda"]))
+    except RuntimeError as error:  # a state of another size
+        raise ValueError(str(error)) from None
 
 
 def _tensor_of(text: str) -> torch.Tensor:

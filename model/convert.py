@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from data.tokenizer import EOT, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
-from model.checkpoint import load_model, write_manifest
+from model.checkpoint import load_model
 from model.formats.hf import from_hf, to_hf
 from model.formats.hub import locate
 from model.formats.llmc import Precision, from_llmc, to_llmc
@@ -38,6 +38,7 @@ from model.formats.tensors import (
     without_padding,
 )
 from model.gpt2 import GPT
+from model.manifest import write_manifest
 
 EOT_TEXT = "<|endoftext|>"
 

@@ -9,6 +9,9 @@ files at their full size; then each rank's thread writes its rows at their offse
 note, and rank 0's thread, when all notes are there, hashes, writes the manifest, renames and
 prunes. Threads exchange nothing but these notes, so they can't disturb training's collectives.
 All ranks have to see one file system.
+
+A checkpoint has failed until it's proved good: newest_step changes, on all ranks at once, when
+every rank's thread has come to its end without an error.
 """
 
 import base64
@@ -18,6 +21,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +31,17 @@ from torch import Tensor
 
 from launch import cli
 from launch.errors import Failed
-from launch.files import free_bytes, fsync
+from launch.files import flush, free_bytes, set_size
 from launch.tracker import Tracker
-from model.checkpoint import TrainState, folder_name, list_checkpoints, remove, write_manifest
+from model.checkpoint import TrainState, folder_name, hidden, prune, put_in_place, stored_shape
+from model.manifest import write_manifest
 from model.optim import ROW_STATE, SCALAR_STATE
+from model.safetensors_layout import Layout
 
-NAMES = {torch.float32: "F32", torch.float64: "F64"}  # of dtypes, in a safetensors header
-PATIENCE = 300.0  # seconds that rank 0 gives the slowest rank after its own rows are written
-LAST_PATIENCE = 10.0  # the same where this process is leaving, perhaps because a rank is dead
-LARGEST_WRITE = 1 << 30  # bytes; Linux writes at most 2^31 - 4096 at once (write(2))
+PATIENCE = 300.0  # seconds without a byte from any rank after which a save has failed
+LAST_PATIENCE = 10.0  # that rank 0 gives the others where it's leaving, perhaps for a dead rank
+POLL = 0.05  # seconds between two looks at how a save is getting on
+WRITE_CHUNK = 1 << 26  # bytes written and flushed at once: a slow disk's progress is seen
 
 
 @dataclass(frozen=True)
@@ -52,55 +58,42 @@ class SavingConfig:
         cli.within("keep", self.keep, 1, cli.MOST_STEPS)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where each tensor lies in a safetensors file: 8 bytes of length, a JSON header, the data."""
-
-    header: bytes
-    offsets: dict[str, int]
-    size: int
-
-    @classmethod
-    def of(cls, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> "Layout":
-        """Tensors one after the other, as they come. Format: huggingface/safetensors, README."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        relative, end = {}, 0
-        for name, (dtype, shape) in tensors.items():
-            relative[name] = end
-            end += dtype.itemsize * torch.Size(shape).numel()
-            place = [relative[name], end]
-            entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": place}
-        text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
-        header = len(text).to_bytes(8, "little") + text
-        return cls(header, {k: len(header) + v for k, v in relative.items()}, len(header) + end)
-
-
 @dataclass
 class Piece:
     """Rows to write: their values here, and where they belong."""
 
     file: str
+    name: str  # of the tensor
     offset: int
     values: Tensor
 
 
 class Saver:
-    """One rank's share in writing a run's checkpoints. At most one is being written at a time."""
+    """One rank's share in writing a run's checkpoints. At most one is being written at a time.
+
+    newest_step: of the newest checkpoint that is proved to be on the disk; the same on all ranks.
+    heartbeat: called while a wait makes progress, so that a long one isn't taken for a hang.
+    """
 
     def __init__(
-        self, run: Path, state: TrainState, tracker: Tracker, keep: int, newest_step: int = -1
+        self, run: Path, state: TrainState, tracker: Tracker, keep: int, newest_step: int = -1,
+        heartbeat: Callable[[], object] = lambda: None,
     ) -> None:
         self.run, self.state, self.tracker, self.keep = run, state, tracker, keep
-        self.newest_step = newest_step  # of the checkpoint on the disk, or on its way there
+        self.newest_step, self.heartbeat = newest_step, heartbeat
         self.world = tracker.world
         self.checkpoints = run / "checkpoints"
         self.layouts = _layouts(state)
         self._copies: dict[tuple[str, int], Tensor] = {}  # in memory; used again at every save
+        self._saved: list[Path] = []  # since report_finished
+        self._failed: list[Failed] = []
+        # Of the checkpoint that is being written; the thread sets _problem and counts _bytes.
+        self._step: int | None = None
         self._thread: threading.Thread | None = None
-        self._saved: list[Path] = []  # since report_finished; written by the thread
-        self._failed: list[str] = []
-        self._problem = ""  # what this rank's last write died of
+        self._problem = ""  # what this rank's share has died of
+        self._bytes = 0  # written and hashed
+        self._seen, self._seen_at = 0.0, 0.0  # bytes of all ranks, and when there were more
+        self._give_up = threading.Event()  # rank 0 needn't wait for the others' notes any longer
         self._closing = threading.Event()
 
     def save(self, step: int, progress: dict[str, Any], wait: bool) -> None:
@@ -110,31 +103,33 @@ class Saver:
         on the disk, and raise Failed on all ranks if it can't be; otherwise a failure is reported,
         and the checkpoints there were stay as they were. Does nothing where this step is saved.
         """
-        if step == self.newest_step:
-            return
         self.wait()
         self.report_finished(step)
-        self.newest_step = step
+        if step == self.newest_step:
+            return
         try:
             self._begin(step, progress)
-            if wait:
-                self.wait()
-                self.world.raise_on_all_ranks(Failed(self._problem) if self._problem else None)
         except Failed as error:
-            if wait:
-                raise
-            self._failed.append(str(error))
+            self._failed.append(error)
         if wait:
+            self.wait()
+            if self._failed:
+                raise self._failed.pop()
             self.report_finished(step)
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is on the disk, or has failed."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        """Until the checkpoint that is being written is on the disk, or has failed. All ranks call
+        it together."""
+        while self._step is not None and self._writing():
+            if self._thread:
+                self._thread.join(POLL)
+        self._settle()
 
     def report_finished(self, step: int) -> None:
-        """Says what was finished since the last call, and reports what went wrong."""
+        """Says what was finished since the last call, and reports what went wrong. All ranks call
+        it together."""
+        if self._step is not None and not self._writing():
+            self._settle()
         while self._saved:
             self.world.print0("saved", self._saved.pop(0))
         while self._failed:
@@ -143,28 +138,75 @@ class Saver:
             self.tracker.log(step, event=f"checkpoint failed: {problem}")
 
     def close(self) -> None:
-        """Lets a checkpoint that is being written come to its end, if the other ranks live."""
+        """Lets a checkpoint that is being written come to its end, if the other ranks live. Asks
+        them nothing."""
         self._closing.set()
-        self.wait()
+        before = -1
+        while self._thread and self._thread.is_alive():
+            if self._bytes > before:
+                before = self._bytes
+                self.heartbeat()
+            self._thread.join(POLL)
 
-    # ---- in the foreground ----
+    # ---- in the foreground, all ranks together ----
+
+    def _writing(self) -> bool:
+        """Whether any rank is still at it; a heartbeat where there was progress."""
+        alive = self._thread is not None and self._thread.is_alive()
+        failed = not alive and self._problem != ""
+        total, alive_ranks, failed_ranks = self.world.all_reduce_sum(self._bytes, alive, failed)
+        now = time.monotonic()
+        if total > self._seen:
+            self._seen, self._seen_at = total, now
+            self.heartbeat()
+        if failed_ranks or now - self._seen_at > PATIENCE:
+            self._give_up.set()
+        return alive_ranks > 0
+
+    def _settle(self) -> None:
+        """All ranks learn how the checkpoint came out."""
+        if self._step is None:
+            return
+        step, self._step = self._step, None
+        final = self.checkpoints / folder_name(step)
+        try:
+            self.world.raise_on_all_ranks(Failed(self._problem) if self._problem else None)
+            self.newest_step = step
+            self._saved.append(final)
+        except Failed as error:
+            self._failed.append(Failed(f"could not save {final}: {error}"))
 
     def _begin(self, step: int, progress: dict[str, Any]) -> None:
         """Makes the files, copies this rank's rows, and starts the thread."""
         scaler = self.state.scaler.state_dict()
         content = {**progress, "loss_scale": scaler, **_random_states()}  # of state.json
         work = self.world.broadcast_from_rank0(self._make_files, step, content)
-        with self.world.fail_together():
-            files = self._open(work)
+        files: dict[str, int] = {}
+        try:
+            with self.world.fail_together():
+                files = self._open(work)
+                pieces = self._copy()
+        except Failed as error:
+            _close(files)
+            if self.world.is_rank0:
+                shutil.rmtree(work, ignore_errors=True)
+            raise Failed(f"could not save {work.with_name(folder_name(step))}: {error}") from None
+        self._problem = "its thread died"  # until it has come to its end
+        self._step, self._bytes, self._seen, self._seen_at = step, 0, 0.0, time.monotonic()
+        self._give_up.clear()
         self._thread = threading.Thread(
-            target=self._write, args=(work, files, self._copy()), name="checkpoint", daemon=True
+            target=self._write, args=(step, files, pieces), name="checkpoint", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no more threads
+            self._thread, self._problem = None, str(error)
+            _close(files)
 
     def _make_files(self, step: int, content: dict[str, Any]) -> Path:
         """Rank 0 makes the folder and the files, their size final and their rows still zero."""
         final = self.checkpoints / folder_name(step)
-        work = self.checkpoints / f".{final.name}.tmp"
+        work = hidden(final, "tmp")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             needed, free = sum(x.size for x in self.layouts.values()), free_bytes(self.checkpoints)
@@ -176,7 +218,7 @@ class Saver:
             for name, layout in self.layouts.items():
                 with (work / name).open("wb") as file:
                     file.write(layout.header)
-                    file.truncate(layout.size)
+                    set_size(file, layout.size)
             (work / "state.json").write_text(json.dumps(content) + "\n")
             shutil.copyfile(self.run / "config.json", work / "config.json")
         except OSError as error:
@@ -190,10 +232,9 @@ class Saver:
         files: dict[str, int] = {}
         try:
             for name in self.layouts:
-                files[name] = os.open(work / name, os.O_WRONLY)
+                files[name] = os.open(work / name, os.O_WRONLY | os.O_CLOEXEC)
         except OSError as error:
-            for handle in files.values():
-                os.close(handle)
+            _close(files)
             raise Failed(f"{work} is not there for every rank ({error.strerror}): --out_dir must "
                          "be on a file system that all ranks share") from None
         return files
@@ -201,16 +242,19 @@ class Saver:
     def _copy(self) -> list[Piece]:
         """Copies what this rank writes into memory of its own."""
         pieces = []
-        for file, name, row, values in self._rows():
-            offset = self.layouts[file].offsets[name] + row * values[:1].nbytes
-            key = (file, offset)
-            if key not in self._copies:
-                pinned = values.device.type == "cuda"
-                self._copies[key] = torch.empty_like(values, device="cpu", pin_memory=pinned)
-            self._copies[key].copy_(values, non_blocking=True)
-            pieces.append(Piece(file, offset, self._copies[key]))
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
+        try:
+            for file, name, row, values in self._rows():
+                offset = self.layouts[file].offsets[name] + row * values[:1].nbytes
+                key = (file, offset)
+                if key not in self._copies:
+                    pinned = values.device.type == "cuda"
+                    self._copies[key] = torch.empty_like(values, device="cpu", pin_memory=pinned)
+                self._copies[key].copy_(values, non_blocking=True)
+                pieces.append(Piece(file, name, offset, self._copies[key]))
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize()
+        except (MemoryError, RuntimeError) as error:  # torch's words for a full memory
+            raise Failed(f"no copy in memory could be made: {error}") from None
         return pieces
 
     def _rows(self) -> list[tuple[str, str, int, Tensor]]:
@@ -218,7 +262,7 @@ class Saver:
         rows = []
         for shard in self.state.model.shards:
             first = shard.save_rows.start
-            end = _stored_rows(self.state, shard.name, shard.save_rows.stop)
+            end = min(shard.save_rows.stop, stored_shape(self.state, shard)[0])
             kept = self.state.optimizer.state.get(shard.optim_param, {})
             if first < end:
                 weights = shard.local[first - shard.local_start : end - shard.local_start]
@@ -234,35 +278,56 @@ class Saver:
 
     # ---- in the thread ----
 
-    def _write(self, work: Path, files: dict[str, int], pieces: list[Piece]) -> None:
-        """Writes this rank's rows; rank 0 finishes the checkpoint."""
-        final = work.with_name(work.name[1:].removesuffix(".tmp"))
-        problem = _write_rows(files, pieces)
-        if self.world.is_rank0:
-            try:
-                if not problem:
+    def _write(self, step: int, files: dict[str, int], pieces: list[Piece]) -> None:
+        """Writes this rank's rows; rank 0 finishes the checkpoint. _problem is empty at the end of
+        a share that came out well, and never before."""
+        final = self.checkpoints / folder_name(step)
+        work = hidden(final, "tmp")
+        try:
+            problem = _not_finite(pieces)
+            if not problem:
+                self._write_rows(work, files, pieces)
+                if self.world.is_rank0:
                     problem = self._others_notes(work)
-                if not problem:
-                    self._finish(work, final)
-            except OSError as error:
-                problem = str(error)
-            if problem:
-                problem = f"could not save {final}: {problem}"
-                shutil.rmtree(work, ignore_errors=True)
-                self._failed.append(problem)
-            else:
-                self._saved.append(final)
-        else:
+            if not problem and self.world.is_rank0:
+                self._finish(work, final)
+        except BaseException as error:  # a full memory too: nothing may pass for a good checkpoint
+            problem = str(error) if isinstance(error, OSError) else repr(error)
+        finally:
+            _close(files)
+        if not self.world.is_rank0:
             # A name says it all, for on a full disk that may be all there's room for.
             note = work / f"rank_{self.world.rank}{'.failed' * bool(problem)}"
-            with contextlib.suppress(OSError):  # rank 0 has given up, or will lose patience
+            with contextlib.suppress(OSError):  # rank 0 has given up, or hears it in _writing()
                 note.write_text(problem)
+        elif problem:
+            shutil.rmtree(work, ignore_errors=True)
         self._problem = problem
+
+    def _write_rows(self, work: Path, files: dict[str, int], pieces: list[Piece]) -> None:
+        """Writes and flushes, piece by piece.
+
+        On a network file system ranks of other nodes write beside these bytes: no file is read
+        back, so no stale page is ever written over theirs.
+        """
+        unflushed = 0
+        for piece in pieces:
+            left, offset = memoryview(piece.values.view(-1).numpy()).cast("B"), piece.offset  # type: ignore[arg-type]
+            while left:
+                written = os.pwrite(files[piece.file], left[:WRITE_CHUNK], offset)
+                left, offset = left[written:], offset + written
+                unflushed += written
+                if unflushed >= WRITE_CHUNK:
+                    flush(files[piece.file], work)
+                    self._bytes, unflushed = self._bytes + unflushed, 0
+        for handle in files.values():
+            flush(handle, work)
+        self._bytes += unflushed
 
     def _others_notes(self, work: Path) -> str:
         """Waits for a note of every other rank and takes it away; returns what went wrong."""
-        patience, began = PATIENCE, time.monotonic()
         missing = set(range(1, self.world.size))
+        closing_since = None
         while missing:
             for rank in sorted(missing):
                 failed = work / f"rank_{rank}.failed"
@@ -271,24 +336,22 @@ class Saver:
                 if (work / f"rank_{rank}").exists():
                     (work / f"rank_{rank}").unlink()
                     missing.remove(rank)
-            if self._closing.is_set():
-                patience = LAST_PATIENCE
-            if missing and time.monotonic() - began > patience:
-                return f"rank {min(missing)} has not written its rows {patience:.0f} s after rank 0"
+            if self._closing.is_set() and closing_since is None:
+                closing_since = time.monotonic()
+            out_of_time = closing_since and time.monotonic() - closing_since > LAST_PATIENCE
+            if missing and (out_of_time or self._give_up.is_set()):
+                return f"rank {min(missing)} has not written its rows"
             time.sleep(0.02)
         return ""
 
     def _finish(self, work: Path, final: Path) -> None:
-        write_manifest(work)
-        if final.exists():  # a damaged one of the same step, which the run went back from
-            remove(final)
-        work.rename(final)
-        fsync(self.checkpoints)
+        write_manifest(work, self._count)
+        put_in_place(work, final)
         with contextlib.suppress(OSError):  # what can't be pruned now will be after the next save
-            # Newer folders are damaged ones that the run went back from: they aren't counted.
-            kept = [c for c in list_checkpoints(self.checkpoints) if c.name <= final.name]
-            for old in kept[self.keep :]:
-                remove(old)
+            prune(self.checkpoints, final, self.keep)
+
+    def _count(self, done: int) -> None:
+        self._bytes += done
 
 
 def _layouts(state: TrainState) -> dict[str, Layout]:
@@ -297,7 +360,7 @@ def _layouts(state: TrainState) -> dict[str, Layout]:
     optimizer: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for shard in state.model.shards:
         p = shard.param
-        shape = (_stored_rows(state, shard.name, len(p)), *p.shape[1:])
+        shape = stored_shape(state, shard)
         weights[shard.name] = (p.dtype, shape)
         for key in ROW_STATE:
             optimizer[f"{shard.name}.{key}"] = (p.dtype, shape)
@@ -306,31 +369,22 @@ def _layouts(state: TrainState) -> dict[str, Layout]:
     return {"model.safetensors": Layout.of(weights), "optimizer.safetensors": Layout.of(optimizer)}
 
 
-def _stored_rows(state: TrainState, name: str, rows: int) -> int:
-    """How many of a parameter's first `rows` rows are stored: the embedding's padding is not."""
-    return min(rows, state.model.module.config.n_vocab) if name == "wte.weight" else rows
-
-
-def _write_rows(files: dict[str, int], pieces: list[Piece]) -> str:
-    """Writes and flushes; returns what went wrong. Closes the files.
-
-    On a network file system ranks of other nodes write beside these bytes: no file is read back,
-    so no stale page is ever written over theirs.
-    """
-    try:
-        for piece in pieces:
-            left, offset = memoryview(piece.values.view(-1).numpy()).cast("B"), piece.offset  # type: ignore[arg-type]
-            while left:
-                written = os.pwrite(files[piece.file], left[:LARGEST_WRITE], offset)
-                left, offset = left[written:], offset + written
-        for handle in files.values():
-            os.fsync(handle)
-    except OSError as error:
-        return str(error)
-    finally:
-        for handle in files.values():
-            os.close(handle)
+def _not_finite(pieces: list[Piece]) -> str:
+    """Names a weight with an infinity or a NaN: such a checkpoint is worth less than none, for it
+    would push out a good one. Moments may overflow and recover."""
+    for piece in pieces:
+        if piece.file == "model.safetensors":
+            smallest, largest = torch.aminmax(piece.values)  # each NaN where there is one
+            if not (smallest.isfinite() and largest.isfinite()):
+                return f"{piece.name} holds values that are no numbers (infinite or NaN)"
     return ""
+
+
+def _close(files: dict[str, int]) -> None:
+    """Closes what is open, once."""
+    while files:
+        with contextlib.suppress(OSError):
+            os.close(files.popitem()[1])
 
 
 def _random_states() -> dict[str, str | None]:

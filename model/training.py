@@ -50,10 +50,11 @@ def build_train_state(
     """
     weights = torch.float64 if dtype == "fp64" else torch.float32
     ops = choose_operators(shape, compute.kernels, weights, world)
+    given = world.broadcast_from_rank0(checkpoint.resolve, init) if init and not source else ""
     with world.fail_together():
         module = new_model(shape, compute, ops, weights, seed, world)
-        if init and not source:
-            checkpoint.copy_weights(module, init)
+        if given:
+            checkpoint.copy_weights(module, given)
     if compute.compiled(world.device):
         module.compile_blocks()
     model = ParallelModel(module, compute.parallel, world, dtype)

@@ -4,6 +4,7 @@ import os
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when a kernel is defined, so before torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
@@ -24,6 +25,7 @@ from model.saving import SavingConfig
 from model.training import ComputeConfig
 from tests.documents import texts, write_parquet
 from tests.running import CONFIG
+from tests.saved import make_run
 from train_gpt2 import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +72,20 @@ def make_config(folder: Path, text: Path, **changes) -> TrainConfig:
 def tiny(tmp_path, corpus_file):
     """tiny(steps=3, ...) is a configuration of a run in this test's own folder."""
     return partial(make_config, tmp_path, corpus_file)
+
+
+@pytest.fixture(scope="session")
+def saved_once(tmp_path_factory) -> Path:
+    """What `run` copies."""
+    folder = tmp_path_factory.mktemp("saved")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run(saved_once, tmp_path) -> Path:
+    """This test's own run folder, with checkpoints of steps 1 and 2."""
+    return copytree(saved_once, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture

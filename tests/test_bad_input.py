@@ -421,11 +421,11 @@ def test_a_disk_that_fills_in_mid_run_is_reported_and_training_goes_on(tiny, tmp
                                                                       capsys):
     original, calls = saving.write_manifest, []
 
-    def full_once(folder):
+    def full_once(folder, progress):
         calls.append(folder)
         if len(calls) == 2:  # step 3; step 0 was saved
             raise OSError(28, "No space left on device")
-        original(folder)
+        original(folder, progress)
 
     monkeypatch.setattr(saving, "write_manifest", full_once)
     assert train(tiny()) == 0
@@ -438,7 +438,7 @@ def test_a_disk_that_fills_in_mid_run_is_reported_and_training_goes_on(tiny, tmp
 
 
 def test_a_disk_that_is_full_at_the_start_stops_the_run(tiny, monkeypatch):
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving, "write_manifest", full)

@@ -90,10 +90,16 @@ def check_shapes(
 
 
 @torch.no_grad()
-def load_named(model: GPT, tensors: dict[str, Tensor], source: Path | str) -> None:
-    """Copies weights in by OpenAI's names. Raises BadInput where a name or shape is not right."""
+def load_named(
+    model: GPT, tensors: Mapping[str, Tensor], source: Path | str,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Copies weights in by OpenAI's names. Raises BadInput where a name or shape is not right.
+
+    shapes: of the tensors, where asking them for theirs would read them from a file.
+    """
     own = named_weights(model)
-    problem = _difference(_shapes_of(tensors), _shapes_of(own))
+    problem = _difference(shapes or _shapes_of(tensors), _shapes_of(own))
     if problem:
         raise BadInput(f"{source} is no GPT-2 of {model.config.n_layer} layers: {problem}")
     for name, weight in own.items():
