@@ -23,7 +23,7 @@ from data.loader import DataConfig, Loader, fit_micro_batch, open_data
 from data.tokenizer import VOCAB
 from eval.evaluator import EvalConfig, Evaluator
 from eval.report import plot_losses
-from launch import cli, folder, plan, preflight
+from launch import cli, folder, plan, preflight, recovery
 from launch.errors import BadInput, exit_process, one_line_errors
 from launch.files import folder_lock
 from launch.signals import DistributedSignalHandler, was_stopped, write_stopped_file
@@ -95,9 +95,8 @@ PRESETS = {
         model=GPTConfig(n_layer=24, n_head=16, n_embd=1024), optim=OptimConfig(lr=3e-4)),
     "gpt2-774m": TrainConfig(name="gpt2-774m", steps=286_102, micro_batch=16,
         model=GPTConfig(n_layer=36, n_head=20, n_embd=1280), optim=OptimConfig(lr=2.5e-4)),
-    "gpt2-1558m": TrainConfig(name="gpt2-1558m", steps=32_000, batch_tokens=1_048_576,
-        model=GPTConfig(n_layer=48, n_head=25, n_embd=1600), optim=OptimConfig(final_lr=0.1),
-        micro_batch=8),
+    "gpt2-1558m": TrainConfig(name="gpt2-1558m", steps=32_000, batch_tokens=2**20, micro_batch=8,
+        model=GPTConfig(n_layer=48, n_head=25, n_embd=1600), optim=OptimConfig(final_lr=0.1)),
     "gpt3-125m": TrainConfig(name="gpt3-125m", steps=572_204, micro_batch=32,
         model=GPTConfig(n_ctx=2048), optim=OptimConfig(final_lr=0.1)),
 }
@@ -118,7 +117,12 @@ class Run:
     signals: DistributedSignalHandler
     spikes: SpikeDetector
     first_step: int  # steps that were finished before this process began
-    resumed_from: Path | None  # the checkpoint that it began with
+
+    def save(self, step: int, wait: bool) -> None:
+        """Begins a checkpoint, if there is none of this step; wait: until it is on the disk."""
+        progress = {"step": step, "tokens": step * self.config.batch_tokens,
+                    "skipped": self.loader.skipped_batches, **self.spikes.state_dict()}
+        self.saver.save(step, progress, wait)
 
 
 def train(config: TrainConfig) -> int:
@@ -148,7 +152,7 @@ def train(config: TrainConfig) -> int:
             # once in a while, and before leaving: save a checkpoint
             save_due = step % config.saving.save_every == 0 and run.spikes.in_a_row == 0
             if save_due or last_step or stopping:
-                save_checkpoint(run, step, wait=last_step or stopping or step == 0)
+                run.save(step, wait=last_step or stopping or step == 0)
 
             if last_step or stopping:
                 return finish(run, step)
@@ -182,7 +186,7 @@ def train(config: TrainConfig) -> int:
                 run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
             elif problem := run.spikes.check(step, mean_loss, norm.item()):
                 model.zero_grad()
-                step = skip_or_roll_back(run, step, problem, mean_loss, norm.item())
+                step = recovery.after_bad_step(run, step, problem, mean_loss, norm.item())
                 continue
             else:
                 model.clip_gradients(norm, config.optim.clip)
@@ -249,56 +253,21 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     with world.fail_together():
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
     saver = at_exit.enter_context(closing(Saver(
-        path, state, tracker, config.saving.keep, newest_step, watchdog.heartbeat)))
+        path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat)))
     world.print0(folder.summary(description, T))
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
     return Run(config, world, path, loader, evaluator, state, saver, tracker, signals, spikes,
-               first_step, source)
+               first_step)
 
 
 def get_batch(run: Run, step: int) -> torch.Tensor:
     """This rank's tokens. Data that can't be read on any rank stops them all, after a save."""
     batch, error = run.loader.try_get_batch(step)
     if run.world.all_reduce_max(error is not None):
-        save_checkpoint(run, step, wait=True)
+        run.save(step, wait=True)
         run.world.raise_on_all_ranks(error)
     return batch.to(run.world.device, non_blocking=True)
-
-
-def save_checkpoint(run: Run, step: int, wait: bool) -> None:
-    """Begins a checkpoint, if there is none of this step yet; wait: until it is on the disk."""
-    progress = {"step": step, "tokens": step * run.config.batch_tokens,
-                "skipped": run.loader.skipped_batches, **run.spikes.state_dict()}
-    run.saver.save(step, progress, wait)
-
-
-def skip_or_roll_back(run: Run, step: int, problem: str, loss: float, norm: float) -> int:
-    """After a step that would do harm: the step to go on with, as --on_spike says."""
-    run.spikes.raise_if_fatal(step + 1, problem, loss, norm)
-    line = f"step {step + 1}: {problem}"
-    if run.config.spikes.on_spike == "rollback":
-        return roll_back(run, step, line)
-    run.tracker.log_event(step + 1, f"skipped {line}", train_loss=loss, grad_norm=norm)
-    return step + 1
-
-
-def roll_back(run: Run, step: int, line: str) -> int:
-    """Returns to the newest checkpoint, and leaves out the batches from there to this step."""
-    run.saver.wait()
-    source = run.world.broadcast_from_rank0(
-        checkpoint.find_rollback_checkpoint, run.path, run.resumed_from)
-    with run.world.fail_together():
-        saved = checkpoint.load_train_state(run.state, source)
-    first = saved["step"]
-    run.loader.skip_batches(first, step + 1)
-    run.spikes.rewind(saved)
-    run.tracker.drop_after(first)
-    event = f"rolled back to step {first} and left out the batches up to {line}"
-    run.tracker.log_event(first, event)
-    run.saver.newest_step = -1
-    save_checkpoint(run, first, wait=True)  # with the skipped batches, if the run is killed now
-    return first
 
 
 def finish(run: Run, step: int) -> int:

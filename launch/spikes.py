@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launch import cli
-from launch.errors import Failed
 
 Policy = Literal["skip", "rollback", "stop", "ignore"]
 WINDOW = 128  # steps that make the normal range (llm.c, llmc/outlier_detector.h)
@@ -54,7 +53,8 @@ class SpikeDetector:
         self.losses: deque[float] = deque(maxlen=WINDOW)  # of good steps
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.total = 0  # bad steps in the run
-        self.in_a_row = 0  # bad steps since the last good one
+        self.in_a_row = 0  # bad steps since a good one, not counting the way back after a rollback
+        self.streak = 0  # bad steps since any good one
         self.last = -1  # the last bad step
 
     def check(self, step: int, loss: float, norm: float) -> str:
@@ -63,25 +63,28 @@ class SpikeDetector:
         if problem:
             self.total += 1
             self.in_a_row += 1
+            self.streak += 1
             self.last = step
         else:
             self.losses.append(loss)
             self.norms.append(norm)
+            self.streak = 0
             if step > self.last:  # and not on the way back to it after a rollback
                 self.in_a_row = 0
         return problem
 
-    def raise_if_fatal(self, step: int, problem: str, loss: float, norm: float) -> None:
-        """Raises Failed where the policy, or too many bad steps in a row, end the run."""
+    def reason_to_end(self, step: int, problem: str, loss: float, norm: float) -> str:
+        """Why the policy, or too many bad steps in a row, end the run; '' where they don't."""
         finite = math.isfinite(loss) and math.isfinite(norm)
         if (
             self.policy == "stop"
             or self.policy == "ignore" and not finite
             or self.in_a_row > self.max_in_a_row
         ):
-            raise Failed(f"step {step}: {problem}; the run ends (--on_spike {self.policy}, "
-                         f"{self.in_a_row} in a row with --max_spikes {self.max_in_a_row}). A "
-                         "lower --optim.lr or another --seed may get past it")
+            return (f"step {step}: {problem}; the run ends (--on_spike {self.policy}, "
+                    f"{self.in_a_row} in a row with --max_spikes {self.max_in_a_row}). A lower "
+                    "--optim.lr or another --seed may get past it")
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """For state.json: a run that goes on judges as if it had never stopped."""

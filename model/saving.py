@@ -33,7 +33,17 @@ from launch import cli
 from launch.errors import Failed
 from launch.files import flush, free_bytes, set_size
 from launch.tracker import Tracker
-from model.checkpoint import TrainState, folder_name, hidden, prune, put_in_place, stored_shape
+from model.checkpoint import (
+    TrainState,
+    find_rollback_checkpoint,
+    folder_name,
+    hidden,
+    load_train_state,
+    mark_doubtful,
+    prune,
+    put_in_place,
+    stored_shape,
+)
 from model.manifest import write_manifest
 from model.optim import ROW_STATE, SCALAR_STATE
 from model.safetensors_layout import Layout
@@ -72,15 +82,16 @@ class Saver:
     """One rank's share in writing a run's checkpoints. At most one is being written at a time.
 
     newest_step: of the newest checkpoint that is proved to be on the disk; the same on all ranks.
+    resumed_from: the checkpoint that the run began with, perhaps another run's.
     heartbeat: called while a wait makes progress, so that a long one isn't taken for a hang.
     """
 
     def __init__(
         self, run: Path, state: TrainState, tracker: Tracker, keep: int, newest_step: int = -1,
-        heartbeat: Callable[[], object] = lambda: None,
+        resumed_from: Path | None = None, heartbeat: Callable[[], object] = lambda: None,
     ) -> None:
         self.run, self.state, self.tracker, self.keep = run, state, tracker, keep
-        self.newest_step, self.heartbeat = newest_step, heartbeat
+        self.newest_step, self.resumed_from, self.heartbeat = newest_step, resumed_from, heartbeat
         self.world = tracker.world
         self.checkpoints = run / "checkpoints"
         self.layouts = _layouts(state)
@@ -136,6 +147,28 @@ class Saver:
             problem = self._failed.pop(0)
             self.world.print0(f"warning: {problem}; training goes on, earlier checkpoints are good")
             self.tracker.log(step, event=f"checkpoint failed: {problem}")
+
+    def load_newest(self) -> dict[str, Any]:
+        """Goes back to the newest checkpoint; returns its state.json. All ranks call it together.
+
+        The next save() of that step writes it anew.
+        """
+        self.wait()
+        source = self.world.broadcast_from_rank0(
+            find_rollback_checkpoint, self.run, self.resumed_from
+        )
+        with self.world.fail_together():
+            saved = load_train_state(self.state, source)
+        self.newest_step = -1
+        return saved
+
+    def doubt_newest(self, bad_steps: int, step: int, reason: str) -> None:
+        """Where nothing but bad steps have followed the newest checkpoint, up to `step`, the next
+        start passes over it: it may be the cause. All ranks call it together."""
+        self.wait()
+        newest = self.newest_step
+        if 0 <= newest and bad_steps >= step - newest:
+            self.world.broadcast_from_rank0(mark_doubtful, self.run, newest, reason)
 
     def close(self) -> None:
         """Lets a checkpoint that is being written come to its end, if the other ranks live. Asks

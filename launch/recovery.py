@@ -1,0 +1,35 @@
+"""What follows a step that would do harm, as --on_spike says: skip it, roll back, or end the run.
+
+`run` is train_gpt2.py's Run: this room knows no model and no data, and asks the run's saver,
+loader, tracker and spike detector to do it. All ranks come here together, with one verdict.
+"""
+
+from typing import Any
+
+from launch.errors import Failed
+
+
+def after_bad_step(run: Any, step: int, problem: str, loss: float, norm: float) -> int:
+    """The step to go on with. Raises Failed where policy or too many bad steps end the run."""
+    reason = run.spikes.reason_to_end(step + 1, problem, loss, norm)
+    if reason:
+        run.saver.doubt_newest(bad_steps=run.spikes.streak, step=step + 1, reason=reason)
+        raise Failed(reason)
+    line = f"step {step + 1}: {problem}"
+    if run.spikes.policy == "rollback":
+        return roll_back(run, step, line)
+    run.tracker.log_event(step + 1, f"skipped {line}", train_loss=loss, grad_norm=norm)
+    return step + 1
+
+
+def roll_back(run: Any, step: int, line: str) -> int:
+    """Returns to the newest checkpoint, and leaves out the batches from there to this step."""
+    saved = run.saver.load_newest()  # its state.json
+    first = saved["step"]
+    run.loader.skip_batches(first, step + 1)
+    run.spikes.rewind(saved)
+    run.tracker.drop_after(first)
+    event = f"rolled back to step {first} and left out the batches up to {line}"
+    run.tracker.log_event(first, event)
+    run.save(first, wait=True)  # with the skipped batches, for a run that is killed now
+    return first
