@@ -74,7 +74,7 @@ def test_a_checkpoint_that_a_good_step_followed_is_taken_again(tiny, tmp_path, b
     bad_from(5)
     for _ in range(2):
         with pytest.raises(Failed, match="3 in a row"):
-            train(tiny(max_spikes=2))
+            train(tiny(max_spikes=2, steps=9))
     assert "resumed on 1 ranks" in capsys.readouterr().out
     assert not (tmp_path / "tiny/checkpoints/step_00000003/DOUBTFUL").exists()
 
