@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tyro.conf import OmitArgPrefixes
 
-from data.loader import DataConfig, Loader, fit_micro_batch, open_data
+from data.loader import DataConfig, Loader, fingerprint, fit_micro_batch, open_data
 from data.tokenizer import VOCAB
 from eval.evaluator import EvalConfig, Evaluator
 from eval.report import plot_losses
@@ -214,7 +214,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     with world.fail_together():  # what fails on one rank fails on all
         data = open_data(config.data)
-    world.require_same("the training data", data.fingerprint())
+    world.require_same("the data", f"{data.fingerprint()} and {fingerprint(data.val)}")
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world)
     loader = at_exit.enter_context(closing(Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
@@ -283,7 +283,7 @@ def finish(run: Run, step: int) -> int:
     if not completed:
         return run.signals.exit_code
     prompt = shlex.quote(run.config.evaluation.prompt)
-    world.print0(f"next: python -m eval.sample {run.path} --prompt {prompt}")
+    world.print0(f"next: python -m eval.sample {shlex.quote(str(run.path))} --prompt {prompt}")
     return 0
 
 

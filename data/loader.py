@@ -73,17 +73,19 @@ class Data:
     name: str
 
     def fingerprint(self) -> str:
-        """Names the training tokens, and changes with them but not with the path to them.
+        """Names the training tokens, and changes with them but not with the path to them."""
+        return fingerprint(self.train)
 
-        The hash is taken from each shard's length and first and last 1,024 tokens. How sequences
-        are cut belongs to it: a run can't go on with other sequences.
-        """
-        digest = hashlib.sha256()
-        for shard in self.train.shards:
-            digest.update(str(len(shard.tokens)).encode())
-            digest.update(shard.tokens[:1024].tobytes() + shard.tokens[-1024:].tobytes())
-        aligned = ", cut at documents" if self.train.align == "documents" else ""
-        return f"{len(self.train):,} tokens ({digest.hexdigest()[:16]}){aligned}"
+
+def fingerprint(stream: Stream) -> str:
+    """Names a stream's tokens by their number and a hash of each shard's length and first and last
+    1,024 tokens. How sequences are cut belongs to it: a run can't go on with other sequences."""
+    digest = hashlib.sha256()
+    for shard in stream.shards:
+        digest.update(str(len(shard.tokens)).encode())
+        digest.update(shard.tokens[:1024].tobytes() + shard.tokens[-1024:].tobytes())
+    aligned = ", cut at documents" if stream.align == "documents" else ""
+    return f"{len(stream):,} tokens ({digest.hexdigest()[:16]}){aligned}"
 
 
 def open_data(config: DataConfig) -> Data:

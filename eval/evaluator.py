@@ -118,8 +118,7 @@ def read_questions(source: str, world: World) -> list[hellaswag.Question]:
         world.print0("no HellaSwag in this run: minutes on a CPU; --hellaswag FILE asks for it")
         return []
     if source != "auto":
-        with world.fail_together():
-            return hellaswag.read_questions(Path(source))
+        return world.broadcast_from_rank0(hellaswag.read_questions, Path(source))
     try:
         path = world.broadcast_from_rank0(hellaswag.fetch)
         return world.broadcast_from_rank0(hellaswag.read_questions, path)
