@@ -35,6 +35,8 @@ CARD = dict(sm_80="a100", sm_86="3090", sm_89="4090", sm_90="h100", sm_100="b200
             gfx942="mi300x")
 
 VOCAB = 50257  # of GPT-2, padded to GPT2.V
+ATTENTION = ("attention_forward", "attention_dq", "attention_dkdv")
+IDENTITY = ("kernel", "arch", "size", "default")  # of a row of the table; one of these ships
 
 # Per SM and clock, from "Arithmetic Instructions" in the CUDA C++ Programming Guide: exponentials
 # and their like on every architecture; fp32 lanes are on the card; four schedulers issue one each.
@@ -101,8 +103,9 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         constants = dict(V=VOCAB, Vp=GPT2.V, BLOCK=tile.n, GRADIENT=True)
     else:
         fn = getattr(layernorm, kernel)
-        types = dict.fromkeys("x total weight bias mean rstd dtotal dx dweight dbias".split(), fp32)
-        types |= dict.fromkeys("branch y dy dbranch".split(), bf16) | dict(C=i32, N=i32, eps="fp32")
+        wide = ("x", "total", "weight", "bias", "mean", "rstd", "dtotal", "dx", "dweight", "dbias")
+        types = dict.fromkeys(wide, fp32) | dict.fromkeys(("branch", "y", "dy", "dbranch"), bf16)
+        types |= dict(C=i32, N=i32, eps="fp32")
         constants = dict(BLOCK=size, BRANCH=True, DTOTAL=True, DBRANCH=True)
     names = fn.arg_names
     return (
@@ -241,13 +244,12 @@ def faults(row: dict) -> list[str]:
     """The limits that a tile breaks; none may, of those that ship. One sentence for each."""
     found = []
     kernel, arch, card = row["kernel"], row["arch"], CARDS[CARD[row["arch"]]]
-    attention = kernel in ("attention_forward", "attention_dq", "attention_dkdv")
     if row["spills"] or row["stack"]:
         found.append(f"spills: {row['spills']} instructions, {row['stack']} bytes of stack")
     if row["shared_bytes"] > card.shared_per_cta:
         found.append(f"{row['shared_bytes']} bytes of shared memory, of {card.shared_per_cta}")
     mma = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}.get(arch, "HMMA")
-    if attention and row["mma"] != mma:
+    if kernel in ATTENTION and row["mma"] != mma:
         found.append(f"matrix instructions {row['mma'] or 'none'}, not {mma}")
     if arch.startswith("gfx"):
         return found
@@ -258,11 +260,13 @@ def faults(row: dict) -> list[str]:
         if row["registers"] > 190 and row["ctas_per_sm"] < 2:
             found.append(f"{row['registers']} registers (190) at {row['ctas_per_sm']} CTA/SM (2)")
     allowed = {32, 128} if kernel in STATISTICS else {128}
-    if not kernel.endswith("_fp32") and (narrow := set(row["load_widths"]) - allowed):
+    narrow = set(row["load_widths"]) - allowed
+    if narrow and not kernel.endswith("_fp32"):
         found.append(f"loads of {sorted(narrow)} bits in the inner loop")
-    count, most = max((i["narrow_loads"] for i in row["loops"]), default=0), STATISTICS.get(kernel)
-    if most is not None and count > most:
-        found.append(f"{count} loads of less than 128 bits in the inner loop, of {most}")
+    if kernel in STATISTICS:
+        count, most = max((i["narrow_loads"] for i in row["loops"]), default=0), STATISTICS[kernel]
+        if count > most:
+            found.append(f"{count} loads of less than 128 bits in the inner loop, of {most}")
     if any((loop["mma_waste"] or 1) > 1 for loop in row["loops"]):
         found.append("warps repeat each other's matrix products")
     return found
@@ -328,8 +332,8 @@ def table(rows: list[dict]) -> str:
 def floors(rows: list[dict]) -> list[dict]:
     """Bytes, FLOP and least times of each kernel at GPT-2 124M with 64 x 1,024 tokens."""
     found = []
-    sizes = dict(layer_norm_forward=1024, layer_norm_backward=1024, cross_entropy=65536, lm_head=0)
-    for kernel in ("attention_forward", "attention_dq", "attention_dkdv", *sizes):
+    norms = ("layer_norm_forward", "layer_norm_backward")
+    for kernel in (*ATTENTION, *norms, "cross_entropy", "lm_head"):
         need = work(kernel, GPT2)
         row: dict[str, Any] = dict(
             kernel=kernel, megabytes=need.bytes / 1e6, gigaflop=need.flops / 1e9
@@ -338,14 +342,13 @@ def floors(rows: list[dict]) -> list[dict]:
             card = CARDS[CARD[arch]]
             seconds, by = floor(need, card)
             row[card.key] = dict(microseconds=seconds * 1e6, by=by)
-            size = sizes.get(kernel, 64)
-            for r in rows:
-                if (r["kernel"], r["arch"], r["size"], r["default"]) == (kernel, arch, size, True):
-                    if kernel.startswith("attention"):
-                        m, n = map(int, r["tile"].split()[0].split("x"))
-                        cycles = [float(max(loop["cycles"].values())) for loop in r["loops"]]
-                        loop = loop_floor(kernel, GPT2, m, n, cycles, card)
-                        row[card.key]["loop_microseconds"] = loop * 1e6
+            if kernel.startswith("attention"):
+                ships = (kernel, arch, 64, True)
+                (r,) = (r for r in rows if tuple(r[key] for key in IDENTITY) == ships)
+                m, n = map(int, r["tile"].split()[0].split("x"))  # 128x64 w4 s2
+                cycles = [float(max(loop["cycles"].values())) for loop in r["loops"]]
+                loop = loop_floor(kernel, GPT2, m, n, cycles, card)
+                row[card.key]["loop_microseconds"] = loop * 1e6
         found.append(row)
     return found
 
@@ -359,7 +362,9 @@ def floor_table(found: list[dict]) -> str:
             at = row[key]
             loop = at.get("loop_microseconds")
             text = f"{at['microseconds']:.0f} us {at['by']}"
-            line += f"{text + (f', loops {loop:.0f}' if loop else ''):>32}"
+            if loop:
+                text += f", loops {loop:.0f}"
+            line += f"{text:>32}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -106,18 +107,19 @@ def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callab
     both = Work(sum(p.bytes for p in parts.values()), 3.5 * parts["attention_forward"].flops)
     norms = [work(f"layer_norm_{d}", s) for d in ("forward", "backward")]
     losses = work("cross_entropy", s), work("lm_head", s)
+    norm_both = Work(norms[0].bytes + norms[1].bytes, 0.0)
+    loss_both = Work(losses[0].bytes + losses[1].bytes, losses[1].flops)
+    norm_inputs = [x, weight, bias, branch]
     rows: list[tuple[str, str, Callable, Work]] = []
     for by, f in attention.items():
-        rows.append(("attention", by, lambda f=f: no_grad(f, [qkv]), parts["attention_forward"]))
-        rows.append(("attention + backward", by, lambda f=f: forward_backward(f, [qkv]), both))
-    inputs = [x, weight, bias, branch]
+        rows.append(("attention", by, partial(no_grad, f, [qkv]), parts["attention_forward"]))
+        rows.append(("attention + backward", by, partial(forward_backward, f, [qkv]), both))
     for by, f in layer_norm.items():
-        rows.append(("layer_norm", by, lambda f=f: no_grad(f, inputs), norms[0]))
-        total = Work(norms[0].bytes + norms[1].bytes, 0.0)
-        rows.append(("layer_norm + backward", by, lambda f=f: forward_backward(f, inputs), total))
+        rows.append(("layer_norm", by, partial(no_grad, f, norm_inputs), norms[0]))
+        prepare = partial(forward_backward, f, norm_inputs)
+        rows.append(("layer_norm + backward", by, prepare, norm_both))
     for by, f in loss.items():
-        total = Work(losses[0].bytes + losses[1].bytes, losses[1].flops)
-        rows.append(("loss + backward", by, lambda f=f: forward_backward(f, [h, head]), total))
+        rows.append(("loss + backward", by, partial(forward_backward, f, [h, head]), loss_both))
     return rows
 
 

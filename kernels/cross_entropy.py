@@ -47,7 +47,7 @@ def _logits(row, start, V: tl.constexpr, Vp: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit
 def _take(z, top, total):
-    """The running maximum and the running sum of 2^(z - maximum) with the block z taken in."""
+    """(top, total) with the block z taken in: top = max_j z_j, total = sum_j 2^(z_j - top)."""
     new_top = tl.maximum(top, tl.max(z))
     return new_top, total * tl.exp2(top - new_top) + tl.sum(tl.exp2(z - new_top))
 
@@ -57,7 +57,8 @@ def _softmax(
     row, start, lse, V: tl.constexpr, Vp: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr
 ):
     """Puts the probabilities in the place of the BLOCK logits from start on, 0 in the padding."""
-    p = tl.exp2(_logits(row, start, V, Vp, BLOCK, EDGE) - lse).to(row.dtype.element_ty)
+    z = _logits(row, start, V, Vp, BLOCK, EDGE)
+    p = tl.exp2(z - lse).to(row.dtype.element_ty)  # softmax(z)
     columns = start + tl.arange(0, BLOCK)
     if EDGE:
         tl.store(row + columns, p, mask=columns < Vp)
@@ -78,9 +79,9 @@ def cross_entropy(
     warp reaches before any writes; a probability is written by the thread that read that logit for
     it; and the target's is overwritten behind a barrier of its own.
     """
-    at = tl.program_id(0).to(tl.int64)  # rows * Vp passes 2^31 at 42,691 rows of GPT-2
-    row = logits + at * Vp
-    target = tl.load(targets + at)
+    token = tl.program_id(0).to(tl.int64)  # rows * Vp passes 2^31 at 42,691 rows of GPT-2
+    row = logits + token * Vp
+    target = tl.load(targets + token)
     valid = target != NO_TARGET
     z_target = tl.load(row + tl.where(valid, target, 0)).to(tl.float32) * LOG2E
     WHOLE: tl.constexpr = V // BLOCK * BLOCK
@@ -90,8 +91,9 @@ def cross_entropy(
         top, total = _take(_logits(row, start, V, Vp, BLOCK, False), top, total)
     for start in tl.static_range(WHOLE, V, BLOCK):
         top, total = _take(_logits(row, start, V, Vp, BLOCK, True), top, total)
-    lse = top + tl.log2(total)
-    tl.store(losses + at, tl.where(valid, (lse - z_target) / LOG2E, 0.0))
+    lse = top + tl.log2(total)  # log2 sum_j exp(z_j)
+    loss = (lse - z_target) / LOG2E  # loss = log sum_j exp(z_j) - z_t
+    tl.store(losses + token, tl.where(valid, loss, 0.0))
     if GRADIENT:
         shift = tl.where(valid, lse, float("inf"))  # 2^-inf: no gradient without a target
         # Last to first: what was read last is the likeliest to be in the L2 cache still.
@@ -100,7 +102,7 @@ def cross_entropy(
         for done in range(0, WHOLE, BLOCK):  # a negative step would hide that start is aligned
             _softmax(row, WHOLE - BLOCK - done, shift, V, Vp, BLOCK, False)
         tl.debug_barrier()
-        dz_target = tl.exp2(z_target - lse) - 1  # subtracted before it is rounded
+        dz_target = tl.exp2(z_target - lse) - 1  # p_t - 1, subtracted before it is rounded
         tl.store(row + target, dz_target.to(row.dtype.element_ty), mask=valid)
 
 

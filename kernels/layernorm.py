@@ -41,21 +41,22 @@ def layer_norm_forward(
     row = tl.program_id(0).to(tl.int64)  # N * C passes 2^31 at 2.8 million tokens of width 768
     columns = tl.arange(0, BLOCK)
     inside = columns < C
-    at = row * C + columns
-    s = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    cells = row * C + columns
+    s = tl.load(x + cells, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
-        s += tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        s += tl.load(branch + cells, mask=inside, other=0.0).to(tl.float32)  # s = x + r
         stored = s.to(total.dtype.element_ty)
-        tl.store(total + at, stored, mask=inside)
+        tl.store(total + cells, stored, mask=inside)
         s = stored.to(tl.float32)  # what backward will read, and what the next layer adds to
-    m = tl.sum(s) / C
-    d = tl.where(inside, s - m, 0.0)
-    r = 1 / tl.sqrt(tl.sum(d * d) / C + eps)
+    mean_row = tl.sum(s) / C  # mean = sum s / C
+    centred = tl.where(inside, s - mean_row, 0.0)
+    rstd_row = 1 / tl.sqrt(tl.sum(centred * centred) / C + eps)
+    n = centred * rstd_row  # n = (s - mean) rstd
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, (d * r * w + b).to(y.dtype.element_ty), mask=inside)
-    tl.store(mean + row, m)
-    tl.store(rstd + row, r)
+    tl.store(y + cells, (n * w + b).to(y.dtype.element_ty), mask=inside)  # y = n w + b
+    tl.store(mean + row, mean_row)
+    tl.store(rstd + row, rstd_row)
 
 
 @triton.jit
@@ -76,22 +77,23 @@ def layer_norm_backward(
     dw = tl.zeros([BLOCK], tl.float32)
     db = tl.zeros([BLOCK], tl.float32)
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
-        at = tl.cast(row, tl.int64) * C + columns
-        s = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row)
-        n = (s - tl.load(mean + row)) * r
-        db += g
-        dw += g * n  # 0 outside the row, where g is
+        cells = tl.cast(row, tl.int64) * C + columns
+        s = tl.load(total + cells, mask=inside, other=0.0).to(tl.float32)
+        dy_row = tl.load(dy + cells, mask=inside, other=0.0).to(tl.float32)
+        rstd_row = tl.load(rstd + row)
+        n = (s - tl.load(mean + row)) * rstd_row  # n = (s - mean) rstd
+        db += dy_row  # db = sum dy
+        dw += dy_row * n  # dw = sum dy n; 0 outside the row, where dy is
         if BLOCK > 4096:  # too long to stay in registers: read again for every row, out of L1
             w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-        g *= w
-        ds = (g - tl.sum(g) / C - n * (tl.sum(g * n) / C)) * r
+        g = dy_row * w  # g = dy w
+        # ds = rstd (g - mean(g) - n mean(g n)) + ds_residual
+        ds = (g - tl.sum(g) / C - n * (tl.sum(g * n) / C)) * rstd_row
         if DTOTAL:
-            ds += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + at, ds.to(dx.dtype.element_ty), mask=inside)
+            ds += tl.load(dtotal + cells, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + cells, ds.to(dx.dtype.element_ty), mask=inside)
         if DBRANCH:
-            tl.store(dbranch + at, ds.to(dbranch.dtype.element_ty), mask=inside)
+            tl.store(dbranch + cells, ds.to(dbranch.dtype.element_ty), mask=inside)
     partial = tl.program_id(0) * C + columns
     tl.store(dweight + partial, dw, mask=inside)
     tl.store(dbias + partial, db, mask=inside)

@@ -28,9 +28,11 @@ def _causal_mask(T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What a matrix product takes: the autocast dtype where that is on, else the tensor's own.
 
-    fp64 stays fp64, as torch.autocast leaves it.
+    fp64 stays fp64, as torch.autocast leaves it; the meta device knows no autocast.
     """
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
+        return dtype
+    if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return dtype
 

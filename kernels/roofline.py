@@ -7,6 +7,7 @@ The bytes are those that must cross the memory bus once, at bf16 activations and
 stream; the FLOP those of the matrix products, with the causal half of attention's scores.
 """
 
+import math
 from typing import NamedTuple
 
 from kernels.cards import Card
@@ -56,8 +57,9 @@ def work(kernel: str, s: Shape) -> Work:
 
 def floor(work: Work, card: Card) -> tuple[float, str]:
     """Seconds that the card needs at its printed rates, and what for."""
-    memory, tensor = work.bytes / card.memory_bandwidth, work.flops / card.bf16_flops
-    return max((memory, "memory"), (tensor, "tensor"))
+    memory = work.bytes / card.memory_bandwidth
+    tensor = work.flops / card.bf16_flops
+    return (memory, "memory") if memory > tensor else (tensor, "tensor")
 
 
 def loop_floor(kernel: str, s: Shape, m: int, n: int, loops: list[float], card: Card) -> float:
@@ -66,13 +68,15 @@ def loop_floor(kernel: str, s: Shape, m: int, n: int, loops: list[float], card: 
     loops: cycles of one pass of the unmasked loop and of the one across the diagonal, or of the
     one loop that does both.
     """
-    rows, step = (n, m) if kernel == "attention_dkdv" else (m, n)
+    transposed = kernel == "attention_dkdv"  # a tile of keys, and steps of queries
+    rows, step = (n, m) if transposed else (m, n)
     whole = masked = 0
-    for tile in range(-(-s.T // rows)):
-        across = -(-min(rows, s.T - tile * rows) // step)
-        before = tile * rows // step
-        after = max(0, -(-(s.T - (tile + 1) * rows) // step))
-        whole += after if kernel == "attention_dkdv" else before
-        masked += across
+    for start in range(0, s.T, rows):
+        end = min(start + rows, s.T)
+        masked += math.ceil((end - start) / step)  # across the diagonal
+        if transposed:
+            whole += math.ceil((s.T - end) / step)  # the queries after these keys
+        else:
+            whole += start // step  # the keys before these queries
     cycles = s.B * s.H * (whole * loops[0] + masked * loops[-1])
     return cycles / card.sms / card.clock_hz

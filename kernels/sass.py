@@ -39,9 +39,10 @@ class Instruction:
 
         tcgen05 keeps its shape in a register, where nobody can read it.
         """
-        if shape := re.search(r"^HMMA\.(16)(8)(16|8|32)", self.full):
-            pass
-        elif not (shape := re.search(r"^HGMMA\.(\d+)x(\d+)x(\d+)", self.full)):
+        warp = re.search(r"^HMMA\.(16)(8)(16|8|32)", self.full)  # HMMA.16816
+        group = re.search(r"^HGMMA\.(\d+)x(\d+)x(\d+)", self.full)  # HGMMA.64x64x16
+        shape = warp or group
+        if shape is None:
             return 0
         m, n, k = map(int, shape.groups())
         return 2 * m * n * k
@@ -100,18 +101,22 @@ class Code:
 
         A loop of a handful of instructions only waits on a barrier, and is left out.
         """
-        at, spans = {}, []
+        labels: dict[str, int] = {}
+        spans = []  # (first, last) instruction of each branch backwards
         for position, i in enumerate(self.instructions):
             if i.opcode == "LABEL":
-                at[i.full] = position
-            elif i.opcode == "BRA" and i.target in at:
-                spans.append((at[i.target], position))
-        inner = [
-            s for s in spans if not any(s != t and s[0] <= t[0] <= t[1] <= s[1] for t in spans)
-        ]
-        bodies = [self.instructions[first : last + 1] for first, last in inner]
-        loops = [Code(tuple(i for i in body if i.opcode != "LABEL")) for body in bodies]
-        loops = [loop for loop in loops if loop.count > 16]
+                labels[i.full] = position
+            elif i.opcode == "BRA" and i.target in labels:
+                spans.append((labels[i.target], position))
+        loops = []
+        for first, last in spans:
+            inside = [(a, b) for a, b in spans if first <= a and b <= last]
+            if len(inside) > 1:  # holds another loop beside itself
+                continue
+            body = self.instructions[first : last + 1]
+            loop = Code(tuple(i for i in body if i.opcode != "LABEL"))
+            if loop.count > 16:
+                loops.append(loop)
         return sorted(loops, key=lambda loop: (-sum(loop.mma.values()), loop.count))
 
 

@@ -101,6 +101,14 @@ def test_fp64_is_never_downcast(autocast):
             run(lambda *z, o=operator: o(OPS, *z), wide, autocast)
 
 
+def test_the_meta_device_has_dtypes_too():
+    """A model of shapes alone runs forward (tests count by it), though meta knows no autocast."""
+    x, weight = torch.empty(3, 64, device="meta", dtype=BF16), torch.empty(64, device="meta")
+    total, y = reference.layer_norm(x, weight, weight, x.float())
+    assert total.dtype == y.dtype == FP32
+    assert reference.attention(torch.empty(1, 5, 192, device="meta"), 1).dtype == FP32
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_short_attention_rounds_once(autocast):
     """bf16 with the spiked softmax of scores of about 9: all but the results is fp32.
