@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import SHORT
+from kernels.constants import SHORT
+from kernels.reference import at_least_fp32, short_attention
 
 PREFIX, NOBODY = 0, -1  # owners of a place in the grid; continuations are 1, 2, ...
 
@@ -69,8 +70,7 @@ class PackedRequests:
         q, k, v = qkv.view(3, H, B, T, D)  # each (H, B, T, D)
         if q.device.type == "cpu" and T <= SHORT:  # as in kernels/reference.py
             q, k, v = (z.reshape(H * B, T, D) for z in (q, k, v))
-            scores = torch.baddbmm(self._bias(H, q.dtype), q, k.mT, alpha=D**-0.5)  # (H B, T, T)
-            y = scores.softmax(-1) @ v  # (H B, T, D)
+            y = short_attention(q, k, v, self._bias(H, at_least_fp32(q.dtype)))  # (H B, T, D)
         else:
             y = F.scaled_dot_product_attention(q, k, v, self.sees)  # (H, B, T, D)
         y = y.reshape(H, B * T, D).index_select(1, self.place)  # (H, N, D)

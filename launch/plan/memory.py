@@ -9,6 +9,7 @@ e: bytes of a number in the matrix products (Job.itemsize).
 from typing import NamedTuple
 
 from kernels.cards import MIB, Card
+from kernels.constants import CHUNK_ELEMENTS, TRITON_CHUNK_ELEMENTS
 from launch.plan.job import FP32, Job, gpus_of_moments, gpus_of_shard, sequences_per_gpu
 
 # Peak reserved over peak allocated by PyTorch's caching allocator in nine runs of GPT-2 (124M to
@@ -17,8 +18,8 @@ from launch.plan.job import FP32, Job, gpus_of_moments, gpus_of_shard, sequences
 FRAGMENTATION = 0.07
 CONTEXT = 600 * MIB  # assumed: CUDA context and loaded kernels, cuBLAS's workspace (32 MiB, Hopper)
 NCCL = 400 * MIB  # assumed: its buffers, where there is more than one GPU
-LOGITS = 2**28  # held at once by the Triton loss: kernels/cross_entropy.py, CHUNK_ELEMENTS
-LOGITS_TORCH = 2**25  # by the reference: kernels/reference.py, CHUNK_ELEMENTS
+LOGITS = TRITON_CHUNK_ELEMENTS  # held at once by the Triton loss
+LOGITS_TORCH = CHUNK_ELEMENTS  # by the reference
 TILE_ROWS = 128  # the Triton loss holds its logits in whole tiles of so many tokens
 
 
