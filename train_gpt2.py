@@ -141,7 +141,7 @@ def train(config: TrainConfig) -> int:
         while True:
             run.saver.report_finished(step)
             last_step = step == config.steps
-            stopping = run.signals.stop_requested()  # on any rank
+            stopping = run.signals.stop_requested()  # on any rank; a heartbeat for the watchdog too
 
             # once in a while, and at the end: evaluate the model
             evaluation_due = step % config.evaluation.eval_every == 0 and not stopping
@@ -172,25 +172,26 @@ def train(config: TrainConfig) -> int:
                     micro_loss = model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
                     (micro_loss * scaler.scale).backward()
                 loss = loss + micro_loss.detach()
-                if not last_micro_step and run.signals.stop_requested_between_micro_steps():
+                interrupted = not last_micro_step and run.signals.stop_requested_in_step()
+                if interrupted:
                     break
-            if not last_micro_step:  # a signal came: this step is not applied
+            if interrupted:  # by a signal: this step is not applied, and comes again on resume
                 model.zero_grad()
                 continue
-            mean_loss = world.all_reduce_sum(loss.item())[0] / world.size
+            mean_loss = world.all_reduce_mean(loss.item())
             model.unscale_gradients(scaler.scale)
             norm = model.gradient_norm()
 
             # the update, unless it would do harm
-            if overflow := scaler.update(mean_loss, norm.item()):  # fp16's own affair
+            if overflow := scaler.update(mean_loss, norm.item()):  # in fp16: counts, isn't applied
                 run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
             elif problem := run.spikes.check(step, mean_loss, norm.item()):
-                model.zero_grad()
+                model.zero_grad()  # and then, as --on_spike says: skip, roll back, or end the run
                 step = recovery.after_bad_step(run, step, problem, mean_loss, norm.item())
                 continue
             else:
                 model.clip_gradients(norm, config.optim.clip)
-                model.optimizer_step(optimizer)
+                model.optimizer_step(optimizer)  # and under zero1 all ranks gather the new rows
             model.zero_grad()
             step += 1
 
@@ -225,7 +226,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     description = folder.describe(  # of config.json
         asdict(config), world, data.fingerprint(), dtype=dtype,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
-        accumulation=len(loader), epochs=loader.epoch(config.steps), val_set=evaluator.val_set,
+        accumulation=loader.micro_steps, epochs=loader.epoch(config.steps), val_set=evaluator.val_set,
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))
@@ -239,7 +240,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
                                      config.seed, config.init, source, world)
     spikes = SpikeDetector(config.spikes)
-    newest_step = saved.get("step", -1)  # of the checkpoints
+    newest_step = saved.get("step", -1)  # of source, or -1: a new run has saved nothing
     first_step = max(newest_step, 0)
     if source:
         loader.load_skipped_batches(saved["skipped"])

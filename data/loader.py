@@ -145,8 +145,9 @@ class Loader:
         self._next: tuple[int, Future[torch.Tensor]] | None = None  # step, its batch
         self._permutation = functools.lru_cache(maxsize=6)(self._shuffle)
 
-    def __len__(self) -> int:
-        """Micro-steps in a step."""
+    @property
+    def micro_steps(self) -> int:
+        """Forward and backward passes of a rank in a step."""
         return self.batch_shape[0]
 
     def get_batch(self, step: int) -> torch.Tensor:

@@ -74,8 +74,9 @@ class DistributedSignalHandler:
             self.agreed = int(self.world.all_reduce_max(self.received))
         return self.agreed != 0
 
-    def stop_requested_between_micro_steps(self) -> bool:
-        """The same; but several GPUs finish a step in seconds, and don't wait for one another."""
+    def stop_requested_in_step(self) -> bool:
+        """The same between the micro-steps of a step; but several GPUs finish one in seconds, and
+        don't wait for one another: False."""
         if self.world.size > 1 and self.world.device.type == "cuda":
             self.watchdog.heartbeat()
             return False

@@ -71,6 +71,10 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def all_reduce_mean(self, value: float) -> float:
+        """The mean over all ranks: the same number on every rank."""
+        return self.all_reduce_sum(value)[0] / self.size
+
     def all_reduce_max(self, value: float) -> float:
         """The largest value of any rank."""
         if self.size == 1:
