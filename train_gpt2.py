@@ -226,7 +226,8 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     description = folder.describe(  # of config.json
         asdict(config), world, data.fingerprint(), dtype=dtype,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
-        accumulation=loader.micro_steps, epochs=loader.epoch(config.steps), val_set=evaluator.val_set,
+        accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
+        val_set=evaluator.val_set,
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))
