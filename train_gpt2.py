@@ -131,7 +131,7 @@ def train(config: TrainConfig) -> int:
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
-    if config.planning.preflight:
+    if config.planning.preflight:  # data.resolve(): the default folder, unless another is given
         return preflight.of_run(asdict(replace(config, data=config.data.resolve())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
@@ -139,7 +139,7 @@ def train(config: TrainConfig) -> int:
         model, optimizer, scaler = run.state  # ParallelModel, AdamW, LossScaler (for fp16)
 
         while True:
-            run.saver.report_finished(step)
+            run.saver.report_finished(step)  # saves in the background: a failed one is a warning
             last_step = step == config.steps
             stopping = run.signals.stop_requested()  # on any rank; a heartbeat for the watchdog too
 
@@ -172,6 +172,7 @@ def train(config: TrainConfig) -> int:
                     micro_loss = model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
                     (micro_loss * scaler.scale).backward()
                 loss = loss + micro_loss.detach()
+                # Asks all ranks, but not several GPUs, which finish a step in seconds.
                 interrupted = not last_micro_step and run.signals.stop_requested_in_step()
                 if interrupted:
                     break
@@ -182,11 +183,12 @@ def train(config: TrainConfig) -> int:
             model.unscale_gradients(scaler.scale)
             norm = model.gradient_norm()
 
-            # the update, unless it would do harm
-            if overflow := scaler.update(mean_loss, norm.item()):  # in fp16: counts, isn't applied
+            # the update, unless it would do harm; too many fp16 overflows in a row raise Failed
+            if overflow := scaler.update(mean_loss, norm.item()):  # fp16: counts, isn't applied
                 run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
             elif problem := run.spikes.check(step, mean_loss, norm.item()):
-                model.zero_grad()  # and then, as --on_spike says: skip, roll back, or end the run
+                model.zero_grad()
+                # --on_spike decides: step + 1 (skip), an earlier step (rollback), or Failed.
                 step = recovery.after_bad_step(run, step, problem, mean_loss, norm.item())
                 continue
             else:
@@ -205,9 +207,10 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     world = init_distributed(config.compute.deterministic)
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
     watchdog = at_exit.enter_context(closing(Watchdog(world, path, config.watchdog)))
+    # Signals print a line and raise a flag; a second Ctrl-C ends the process at once.
     signals = at_exit.enter_context(closing(DistributedSignalHandler(world, watchdog)))
     at_exit.push(world)  # leaves the process group
-    watchdog.heartbeat(setting_up=True)
+    watchdog.heartbeat(setting_up=True)  # which starts its thread, with more patience
 
     # data
     dtype = choose_dtype(config.compute.dtype, world.device)
@@ -216,7 +219,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     with world.fail_together():  # what fails on one rank fails on all
         data = open_data(config.data)
     world.require_same("the data", f"{data.fingerprint()} and {fingerprint(data.val)}")
-    evaluator = Evaluator(config.evaluation, data, T, micro_batch, world)
+    evaluator = Evaluator(config.evaluation, data, T, micro_batch, world)  # may fetch HellaSwag
     loader = at_exit.enter_context(closing(Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
         seed=config.seed, rank=world.rank, ranks=world.size, pin=world.device.type == "cuda",
@@ -231,6 +234,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))
+    # What a kill interrupted in the folder is completed, put back or deleted.
     world.broadcast_from_rank0(checkpoint.clean_up, path / "checkpoints")
     source = world.broadcast_from_rank0(checkpoint.find_resume_checkpoint, config.resume, path)
     if source:
@@ -254,7 +258,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     evaluated = world.broadcast_from_rank0(folder.prepare, path, description, newest_step)
     with world.fail_together():
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
-    saver = at_exit.enter_context(closing(Saver(
+    saver = at_exit.enter_context(closing(Saver(  # source: for a rollback before the first save
         path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat)))
     world.print0(folder.summary(description, T))
     if first_step:
@@ -283,12 +287,13 @@ def finish(run: Run, step: int) -> int:
     if picture := world.broadcast_from_rank0(plot_losses, run.path):
         world.print0("plot:", picture)
     if not completed:
-        return run.signals.exit_code
+        return run.signals.exit_code  # 130 after Ctrl-C, 0 after any other signal
     prompt = shlex.quote(run.config.evaluation.prompt)
     world.print0(f"next: python -m eval.sample {shlex.quote(str(run.path))} --prompt {prompt}")
     return 0
 
 
 if __name__ == "__main__":
-    with one_line_errors(output_may_fail=True):
+    with one_line_errors(output_may_fail=True):  # what a full or closed stdout refuses is dropped
+        # A preset's warm-up keeps its share of the run where --steps is given alone.
         exit_process(train(cli.parse(TrainConfig, PRESETS)))

@@ -41,7 +41,7 @@ def read_progress(out: Path) -> Progress | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return Progress(**content | {
             "counts": Counts(**content["counts"]), "position": tuple(content["position"]),
             "files": [tuple(file) for file in content["files"]],

@@ -287,7 +287,7 @@ def cache_file() -> Path:
 def audit_all(wanted: list[Case]) -> list[dict]:
     """Rows of all cases, from the cache or compiled, one process to a core."""
     file = cache_file()
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     missing = [case for case in wanted if case.id not in known]
     if missing:
         with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -298,7 +298,7 @@ def audit_all(wanted: list[Case]) -> list[dict]:
                     print(f"\r{done}/{len(missing)} compiled", end="", file=sys.stderr)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(known))
+        partial.write_text(json.dumps(known), encoding="utf-8")
         partial.replace(file)
     return [known[case.id] | {"default": case.default} for case in wanted]
 

@@ -242,7 +242,8 @@ def open_files() -> list[Line]:
 def versions(constraints: Path = ROOT / "constraints.txt") -> list[Line]:
     """Installed packages against the pinned ones; local tags such as +cu130 don't count."""
     try:
-        pins = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", constraints.read_text(), re.MULTILINE))
+        text = constraints.read_text(encoding="utf-8")
+        pins = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", text, re.MULTILINE))
     except OSError as error:
         return [Line("versions", "warn", f"{constraints}: {error.strerror}", "bring it here")]
     others, same = [], 0

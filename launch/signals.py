@@ -107,9 +107,12 @@ def write_stopped_file(run: Path, reason: str) -> None:
     """Leaves word in the run folder that the run stopped on purpose.
 
     torchrun exits with 1 after a signal even when every rank saved and left with 0, so the exit
-    code alone can't tell.
+    code alone can't tell. On a full disk there is no such word, and the run ends as it would.
     """
-    atomic_write(run / STOPPED_FILE, reason + "\n")
+    try:
+        atomic_write(run / STOPPED_FILE, reason + "\n")
+    except OSError as error:
+        print(f"warning: can't write {run / STOPPED_FILE}: {error.strerror}", flush=True)
 
 
 def remove_stopped_file(run: Path) -> None:

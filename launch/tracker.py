@@ -61,7 +61,7 @@ class Tracker:
         self.profiler: Any = None
         if world.is_rank0:
             self.path = run / "metrics.jsonl"
-            self.file = self.path.open("a", buffering=1)
+            self.file = self.path.open("a", buffering=1, encoding="utf-8")
             extra = config["tracker"]
             if extra["wandb"] != "disabled":
                 self.wandb = _start_wandb(run, extra["wandb"], description)
@@ -118,9 +118,13 @@ class Tracker:
         """Drops the rows past `step`, to which the run has returned."""
         self.evaluated_steps = {s for s in self.evaluated_steps if s <= step}
         if self.file:
-            self.file.close()
-            cut_after(self.path, step)
-            self.file = self.path.open("a", buffering=1)
+            try:
+                self.file.close()
+                cut_after(self.path, step)
+            except OSError as error:  # a row too many is not worth a run
+                self.world.print0(f"warning: metrics.jsonl keeps rows past step {step}: "
+                                  f"{error.strerror}")
+            self.file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def close(self) -> None:
         """Closes the file, and the wandb run."""
@@ -183,8 +187,8 @@ def _start_wandb(run: Path, mode: Mode, config: dict) -> Any:
         atomic_write(id_file, f"{name}-{time.time_ns():x}")
     try:
         started = wandb.init(
-            project="gpt2", name=run.name, id=id_file.read_text(), resume="allow", mode=mode,
-            dir=str(run), config=config,
+            project="gpt2", name=run.name, id=id_file.read_text(encoding="utf-8"),
+            resume="allow", mode=mode, dir=str(run), config=config,
         )
         started.define_metric("step")
         started.define_metric("*", step_metric="step")

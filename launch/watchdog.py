@@ -89,7 +89,7 @@ class Watchdog:
     def _end(self) -> None:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._note(self.world.rank).write_text(self._where())
+            self._note(self.world.rank).write_text(self._where(), encoding="utf-8")
         time.sleep(ANSWER)
         notes = {rank: self._read(rank) for rank in range(self.world.size)}
         if self.world.rank == min((r for r, note in notes.items() if note), default=-1):
@@ -113,7 +113,7 @@ class Watchdog:
 
     def _read(self, rank: int) -> str:
         try:
-            return self._note(rank).read_text()
+            return self._note(rank).read_text(encoding="utf-8")
         except OSError:
             return ""
 

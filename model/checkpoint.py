@@ -254,7 +254,7 @@ def _step(folder: Path) -> int:
     if NAME.fullmatch(folder.name):
         return int(folder.name.removeprefix("step_"))
     try:
-        return int(json.loads((folder / "state.json").read_text())["step"])
+        return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 
@@ -352,7 +352,7 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
                     _read_rows(moments, name, shape, kept[key], shard.optim_start)
                 for key in SCALAR_STATE:
                     kept[key].copy_(moments[f"{shard.name}.{key}"])
-        saved = json.loads((folder / "state.json").read_text())
+        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         state.scaler.load_state_dict(saved["loss_scale"])
         _set_random_states(saved)
     except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -65,7 +65,7 @@ def _damage(folder: Path, progress: Progress) -> str:
 
 
 def _files(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())["files"]
+    return json.loads(path.read_text(encoding="utf-8"))["files"]
 
 
 def _entry(entry: dict[str, Any]) -> tuple[int, str]:

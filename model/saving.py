@@ -252,7 +252,7 @@ class Saver:
                 with (work / name).open("wb") as file:
                     file.write(layout.header)
                     set_size(file, layout.size)
-            (work / "state.json").write_text(json.dumps(content) + "\n")
+            (work / "state.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
             shutil.copyfile(self.run / "config.json", work / "config.json")
         except OSError as error:
             shutil.rmtree(work, ignore_errors=True)
@@ -332,7 +332,7 @@ class Saver:
             # A name says it all, for on a full disk that may be all there's room for.
             note = work / f"rank_{self.world.rank}{'.failed' * bool(problem)}"
             with contextlib.suppress(OSError):  # rank 0 has given up, or hears it in _writing()
-                note.write_text(problem)
+                note.write_text(problem, encoding="utf-8")
         elif problem:
             shutil.rmtree(work, ignore_errors=True)
         self._problem = problem
@@ -365,7 +365,8 @@ class Saver:
             for rank in sorted(missing):
                 failed = work / f"rank_{rank}.failed"
                 if failed.exists():
-                    return f"rank {rank}: {failed.read_text() or 'could not write its rows'}"
+                    problem = failed.read_text(encoding="utf-8") or "could not write its rows"
+                    return f"rank {rank}: {problem}"
                 if (work / f"rank_{rank}").exists():
                     (work / f"rank_{rank}").unlink()
                     missing.remove(rank)
