@@ -62,7 +62,7 @@ def test_the_validation_shard_has_a_size_of_its_own(corpus, tmp_path):
     assert stream == encode_documents(corpus[1]).tolist()
     refused("val_tokens was 300 and is 400", out=tmp_path / "out", source=corpus[0],
             val_tokens=400, shard_tokens=2000)
-    refused("--val_tokens is at least 1", out=tmp_path / "none", source=corpus[0], val_tokens=0)
+    refused("--val_tokens 0: expected 1 to", out=tmp_path / "none", source=corpus[0], val_tokens=0)
 
 
 def test_no_last_shard_is_too_short_to_be_read(corpus, tmp_path, monkeypatch):

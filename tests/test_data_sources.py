@@ -95,7 +95,7 @@ def test_bad_sources_are_one_clear_line(corpus, tmp_path):
     refused(r"empty\.jsonl: no documents", out=out, source=str(tmp_path / "empty.jsonl"))
     refused("nothing is left to train on: --shard_tokens", out=out, source=source,
             shard_tokens=10**8)
-    refused("at least 1", out=out, source=source, shard_tokens=0)
+    refused("--shard_tokens 0: expected 1 to", out=out, source=source, shard_tokens=0)
     refused("at least 1", out=out, source=source, workers=0)
     assert not list(out.glob("*.bin")) + list(out.glob(".*.tmp"))
 
