@@ -99,7 +99,7 @@ def test_the_same_on_any_number_of_ranks(model, monkeypatch, ranks):
     hidden = model.hidden
 
     class Deaf(World):
-        def sum(self, *values):
+        def all_reduce_sum(self, *values):
             partial.append(values)
             return list(values)
 
