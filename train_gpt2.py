@@ -137,6 +137,7 @@ def train(config: TrainConfig) -> int:
         run = set_up(config, at_exit)
         world, step = run.world, run.first_step
         model, optimizer, scaler = run.state  # ParallelModel, AdamW, LossScaler (for fp16)
+        save_due = False
 
         while True:
             run.saver.report_finished(step)
@@ -148,11 +149,14 @@ def train(config: TrainConfig) -> int:
             if evaluation_due or last_step:
                 stop = run.signals.stop_requested  # a signal in the middle of it is heeded
                 stopping = not run.evaluator.evaluate(model, step, run.tracker, stop)
+            if last_step and run.evaluator.problem:
+                recovery.end(run, step, run.evaluator.problem)
 
-            # once in a while, and before leaving: save a checkpoint
-            save_due = step % config.saving.save_every == 0 and run.spikes.in_a_row == 0
-            if save_due or last_step or stopping:
+            # once in a while, but not while steps are bad, and before leaving: save a checkpoint
+            save_due = save_due or step % config.saving.save_every == 0
+            if save_due and run.spikes.in_a_row == 0 or last_step or stopping:
                 run.save(step, wait=last_step or stopping or step == 0)
+                save_due = False
 
             if last_step or stopping:
                 return finish(run, step)
