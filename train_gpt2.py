@@ -135,7 +135,7 @@ def train(config: TrainConfig) -> int:
         return preflight.of_run(asdict(replace(config, data=config.data.resolve())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
-        world, step = run.world, run.first_step
+        world, step, save_due = run.world, run.first_step, False
         model, optimizer, scaler = run.state  # ParallelModel, AdamW, LossScaler (for fp16)
 
         while True:
@@ -146,13 +146,13 @@ def train(config: TrainConfig) -> int:
             # once in a while, and at the end: evaluate the model
             evaluation_due = step % config.evaluation.eval_every == 0 and not stopping
             if evaluation_due or last_step:
-                stop = run.signals.stop_requested  # a signal in the middle of it is heeded
-                stopping = not run.evaluator.evaluate(model, step, run.tracker, stop)
+                stopping = not recovery.evaluate_or_end(run, step)  # a signal is heeded in it
 
-            # once in a while, and before leaving: save a checkpoint
-            save_due = step % config.saving.save_every == 0 and run.spikes.in_a_row == 0
-            if save_due or last_step or stopping:
+            # once in a while, but not while steps are bad, and before leaving: save a checkpoint
+            save_due = save_due or step % config.saving.save_every == 0
+            if save_due and run.spikes.in_a_row == 0 or last_step or stopping:
                 run.save(step, wait=last_step or stopping or step == 0)
+                save_due = False
 
             if last_step or stopping:
                 return finish(run, step)

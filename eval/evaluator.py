@@ -60,6 +60,7 @@ class Evaluator:
             self.val_sequences = validation_sequences(data.val, T, config.val_tokens)
         self.val_set = f"{data.name}, {self.val_sequences * T:,} tokens"
         self.questions = read_questions(config.hellaswag, world)
+        self.problem = ""  # why the latest evaluation gave no numbers
 
     def evaluate(
         self, model: ParallelModel, step: int, tracker: Tracker, stop: Callable[[], bool]
@@ -70,11 +71,13 @@ class Evaluator:
         """
         if step in tracker.evaluated_steps:  # before this process began
             return True
+        self.problem = ""
         try:
             with model.summon_full_params(), model.autocast():
                 row = self.results(model.module, stop, with_hellaswag=step > 0)
         except Failed as error:  # broken weights, before the spike detector has come to its verdict
-            tracker.log_event(step, f"no evaluation of step {step}: {error}")
+            self.problem = f"no evaluation of step {step}: {error}"
+            tracker.log_event(step, self.problem)
             tracker.evaluated_steps.add(step)
             return True
         if row is None:

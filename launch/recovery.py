@@ -4,7 +4,7 @@
 loader, tracker and spike detector to do it. All ranks come here together, with one verdict.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from launch.errors import Failed
 
@@ -13,13 +13,28 @@ def after_bad_step(run: Any, step: int, problem: str, loss: float, norm: float) 
     """The step to go on with. Raises Failed where policy or too many bad steps end the run."""
     reason = run.spikes.reason_to_end(step + 1, problem, loss, norm)
     if reason:
-        run.saver.doubt_newest(bad_steps=run.spikes.streak, step=step + 1, reason=reason)
-        raise Failed(reason)
+        end(run, step + 1, reason)
     line = f"step {step + 1}: {problem}"
     if run.spikes.policy == "rollback":
         return roll_back(run, step, line)
     run.tracker.log_event(step + 1, f"skipped {line}", train_loss=loss, grad_norm=norm)
     return step + 1
+
+
+def evaluate_or_end(run: Any, step: int) -> bool:
+    """Evaluates the run's model; False where a signal came meanwhile. Raises Failed where the last
+    step's weights give no numbers: the run has nothing to show."""
+    stop = run.signals.stop_requested
+    finished = run.evaluator.evaluate(run.state.model, step, run.tracker, stop)
+    if step == run.config.steps and run.evaluator.problem:
+        end(run, step, run.evaluator.problem)
+    return finished
+
+
+def end(run: Any, step: int, reason: str) -> NoReturn:
+    """Ends the run after `step`. What was saved since the last good step is doubtful."""
+    run.saver.doubt_since(step - run.spikes.streak, reason)
+    raise Failed(reason)
 
 
 def roll_back(run: Any, step: int, line: str) -> int:

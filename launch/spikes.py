@@ -54,7 +54,7 @@ class SpikeDetector:
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.total = 0  # bad steps in the run
         self.in_a_row = 0  # bad steps since a good one, not counting the way back after a rollback
-        self.streak = 0  # bad steps since any good one
+        self.streak = 0  # the latest steps that were all bad: the weights are as before them
         self.last = -1  # the last bad step
 
     def check(self, step: int, loss: float, norm: float) -> str:
@@ -89,7 +89,7 @@ class SpikeDetector:
     def state_dict(self) -> dict[str, Any]:
         """For state.json: a run that goes on judges as if it had never stopped."""
         return {"losses": list(self.losses), "norms": list(self.norms), "spikes": self.total,
-                "in_a_row": self.in_a_row, "last_spike": self.last}
+                "in_a_row": self.in_a_row, "last_spike": self.last, "streak": self.streak}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what state_dict() gave."""
@@ -99,9 +99,11 @@ class SpikeDetector:
         self.last = state["last_spike"]
 
     def rewind(self, state: dict[str, Any]) -> None:
-        """Puts back what is normal, and that alone: after a rollback the spikes still count."""
+        """Puts back what belongs to the weights, and that alone: after a rollback the spikes still
+        count."""
         self.losses = deque(state["losses"], maxlen=WINDOW)
         self.norms = deque(state["norms"], maxlen=WINDOW)
+        self.streak = state.get("streak", 0)  # older runs didn't keep it
 
     def _problem(self, loss: float, norm: float) -> str:
         if not math.isfinite(loss):

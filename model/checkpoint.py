@@ -147,12 +147,13 @@ def _delete(path: Path) -> None:
 
 
 def mark_doubtful(run: Path, step: int, reason: str) -> None:
-    """Has the next start pass over a checkpoint, while there is an older one: nothing but bad steps
-    followed it, so it may be the cause. The mark goes when the step is saved anew."""
-    folder = run / "checkpoints" / folder_name(step)
-    if folder.is_dir():
-        with contextlib.suppress(OSError):  # the run's end has a reason of its own to tell
-            atomic_write(folder / DOUBTFUL, reason + "\n")
+    """Has the next start pass over the checkpoints of `step` and later, while there is an older
+    one: nothing but bad steps followed them, so they may be the cause. The mark goes when a step is
+    saved anew."""
+    for folder in list_checkpoints(run / "checkpoints"):
+        if folder.name >= folder_name(step):
+            with contextlib.suppress(OSError):  # the run's end has a reason of its own to tell
+                atomic_write(folder / DOUBTFUL, reason + "\n")
 
 
 # ---- finding ----

@@ -101,6 +101,7 @@ class Saver:
         # Of the checkpoint that is being written; the thread sets _problem and counts _bytes.
         self._step: int | None = None
         self._thread: threading.Thread | None = None
+        self._in_streak = False  # made after bad steps, so it may push out nothing
         self._problem = ""  # what this rank's share has died of
         self._bytes = 0  # written and hashed
         self._seen, self._seen_at = 0.0, 0.0  # bytes of all ranks, and when there were more
@@ -162,13 +163,11 @@ class Saver:
         self.newest_step = -1
         return saved
 
-    def doubt_newest(self, bad_steps: int, step: int, reason: str) -> None:
-        """Where nothing but bad steps have followed the newest checkpoint, up to `step`, the next
-        start passes over it: it may be the cause. All ranks call it together."""
+    def doubt_since(self, step: int, reason: str) -> None:
+        """The next start passes over the checkpoints of this step and later, which nothing but bad
+        steps have followed: they may be the cause. All ranks call it together."""
         self.wait()
-        newest = self.newest_step
-        if 0 <= newest and bad_steps >= step - newest:
-            self.world.broadcast_from_rank0(mark_doubtful, self.run, newest, reason)
+        self.world.broadcast_from_rank0(mark_doubtful, self.run, step, reason)
 
     def close(self) -> None:
         """Lets a checkpoint that is being written come to its end, if the other ranks live. Asks
@@ -224,6 +223,7 @@ class Saver:
             if self.world.is_rank0:
                 shutil.rmtree(work, ignore_errors=True)
             raise Failed(f"could not save {work.with_name(folder_name(step))}: {error}") from None
+        self._in_streak = progress.get("streak", 0) > 0
         self._problem = "its thread died"  # until it has come to its end
         self._step, self._bytes, self._seen, self._seen_at = step, 0, 0.0, time.monotonic()
         self._give_up.clear()
@@ -381,6 +381,8 @@ class Saver:
     def _finish(self, work: Path, final: Path) -> None:
         write_manifest(work, self._count)
         put_in_place(work, final)
+        if self._in_streak:
+            return
         with contextlib.suppress(OSError):  # what can't be pruned now will be after the next save
             prune(self.checkpoints, final, self.keep)
 

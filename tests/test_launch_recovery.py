@@ -2,10 +2,12 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
 
+from eval.evaluator import Evaluator
 from launch.errors import Failed
 from launch.spikes import EARLY_STEPS, SpikeConfig, SpikeDetector
 from launch.tracker import read_rows
@@ -16,12 +18,15 @@ from train_gpt2 import train
 
 @pytest.fixture
 def bad_from(monkeypatch):
-    """bad_from(4, 6): the gradient's norm is no number in steps 4 to 6, as often as they come."""
+    """bad_from(4, 6): the gradient's norm is no number in steps 4 to 6, as often as they come.
+    stop_in: steps in which a SIGTERM comes."""
     import train_gpt2
 
     norm, rate, now = ParallelModel.gradient_norm, train_gpt2.get_lr, [0]
 
-    def plant(first: int, last: int = 10**9, times: int = 10**9) -> None:
+    def plant(
+        first: int, last: int = 10**9, times: int = 10**9, stop_in: tuple[int, ...] = ()
+    ) -> None:
         left = [times]
 
         def counting(step, *rest):
@@ -29,6 +34,8 @@ def bad_from(monkeypatch):
             return rate(step, *rest)
 
         def broken(self):
+            if now[0] in stop_in:
+                signal.raise_signal(signal.SIGTERM)
             if first <= now[0] <= last and left[0] > 0:
                 left[0] -= 1
                 return torch.tensor(math.nan)
@@ -45,9 +52,40 @@ def names(folder) -> list[str]:
 
 
 def test_nothing_is_saved_while_steps_are_bad(tiny, tmp_path, bad_from):
+    """The save that was due after step 6 comes after step 7, the next good one."""
     bad_from(4, 6)
-    assert train(tiny(steps=9)) == 0
-    assert names(tmp_path / "tiny") == ["step_00000000", "step_00000003", "step_00000009"]
+    assert train(tiny(steps=8)) == 0
+    assert names(tmp_path / "tiny") == [f"step_{step:08d}" for step in (3, 7, 8)]
+
+
+def test_stops_among_bad_steps_push_out_no_good_checkpoint(tiny, tmp_path, bad_from, capsys):
+    """Every stop saves; but what was saved since the last good step is doubted with the rest."""
+    config = tiny(steps=20, save_every=3, keep=1, max_spikes=4)
+    bad_from(4, stop_in=(5, 7))
+    assert train(config) == train(config) == 0
+    assert names(tmp_path / "tiny") == [f"step_{step:08d}" for step in (3, 5, 7)]
+    with pytest.raises(Failed, match="step 8.*5 in a row"):
+        train(config)
+    doubtful = (tmp_path / "tiny" / "checkpoints").glob("step_*/DOUBTFUL")
+    assert sorted(path.parent.name[5:] for path in doubtful) == ["00000003", "00000005", "00000007"]
+
+
+def test_a_run_whose_last_weights_give_no_numbers_has_failed(tiny, tmp_path, bad_from, monkeypatch):
+    """Two bad steps are borne, but they were the last ones, and there is nothing to show."""
+    bad_from(5)
+    results = Evaluator.results
+
+    def broken(self, *rest, with_hellaswag):
+        if (tmp_path / "tiny/checkpoints/step_00000004").exists():
+            raise Failed("the model's losses are no numbers")
+        return results(self, *rest, with_hellaswag=with_hellaswag)
+
+    monkeypatch.setattr(Evaluator, "results", broken)
+    with pytest.raises(Failed, match="no evaluation of step 6: the model's losses"):
+        train(tiny(save_every=2))
+    assert names(tmp_path / "tiny") == ["step_00000000", "step_00000002", "step_00000004"]
+    assert (tmp_path / "tiny/checkpoints/step_00000004/DOUBTFUL").exists()
+    assert not (tmp_path / "tiny/checkpoints/step_00000002/DOUBTFUL").exists()
 
 
 def test_a_restart_goes_past_a_checkpoint_that_only_bad_steps_followed(
