@@ -119,7 +119,7 @@ class Run:
     first_step: int  # steps that were finished before this process began
 
     def save(self, step: int, wait: bool) -> None:
-        """Begins a checkpoint, if there is none of this step; wait: until it is on the disk."""
+        """All ranks begin a checkpoint, if this step has none; wait: till it's there, or Failed."""
         progress = {"step": step, "tokens": step * self.config.batch_tokens,
                     "skipped": self.loader.skipped_batches, **self.spikes.state_dict()}
         self.saver.save(step, progress, wait)
@@ -131,7 +131,7 @@ def train(config: TrainConfig) -> int:
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
-    if config.planning.preflight:  # data.resolve(): the default folder, unless another is given
+    if config.planning.preflight:  # all ranks and their links; resolve(): the default folder
         return preflight.of_run(asdict(replace(config, data=config.data.resolve())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
@@ -139,14 +139,14 @@ def train(config: TrainConfig) -> int:
         model, optimizer, scaler = run.state  # ParallelModel, AdamW, LossScaler (for fp16)
 
         while True:
-            run.saver.report_finished(step)  # saves in the background: a failed one is a warning
+            run.saver.report_finished(step)  # all ranks; a save that failed is only a warning
             last_step = step == config.steps
             stopping = run.signals.stop_requested()  # on any rank; a heartbeat for the watchdog too
 
             # once in a while, and at the end: evaluate the model
-            evaluation_due = step % config.evaluation.eval_every == 0 and not stopping
-            if evaluation_due or last_step:
-                stopping = not recovery.evaluate_or_end(run, step)  # a signal is heeded in it
+            if (step % config.evaluation.eval_every == 0 and not stopping) or last_step:
+                # False where a signal came first; broken weights are logged, and count as done.
+                stopping = not run.evaluator.evaluate(model, step, run.tracker)
 
             # once in a while, but not while steps are bad, and before leaving: save a checkpoint
             save_due = save_due or step % config.saving.save_every == 0
@@ -172,9 +172,8 @@ def train(config: TrainConfig) -> int:
                     micro_loss = model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
                     (micro_loss * scaler.scale).backward()
                 loss = loss + micro_loss.detach()
-                # Asks all ranks, but not several GPUs, which finish a step in seconds.
                 interrupted = not last_micro_step and run.signals.stop_requested_in_step()
-                if interrupted:
+                if interrupted:  # asked of all ranks, but not of several GPUs: theirs are fast
                     break
             if interrupted:  # by a signal: this step is not applied, and comes again on resume
                 model.zero_grad()
@@ -184,11 +183,11 @@ def train(config: TrainConfig) -> int:
             norm = model.gradient_norm()
 
             # the update, unless it would do harm; too many fp16 overflows in a row raise Failed
-            if overflow := scaler.update(mean_loss, norm.item()):  # fp16: counts, isn't applied
+            if overflow := scaler.update(mean_loss, norm.item()):  # the norm is inf, not the loss
                 run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
             elif problem := run.spikes.check(step, mean_loss, norm.item()):
                 model.zero_grad()
-                # --on_spike decides: step + 1 (skip), an earlier step (rollback), or Failed.
+                # --on_spike: step + 1, or back to a checkpoint; Failed after --max_spikes in a row.
                 step = recovery.after_bad_step(run, step, problem, mean_loss, norm.item())
                 continue
             else:
@@ -197,14 +196,14 @@ def train(config: TrainConfig) -> int:
             model.zero_grad()
             step += 1
 
-            # ---- everything that follows is diagnostics ----
+            # ---- everything that follows is diagnostics: a line for each step ----
             seconds = time.perf_counter() - started
             run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(), seconds=seconds)
 
 
 def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     """Opens data and run folder, builds the model, and loads the checkpoint to go on from."""
-    world = init_distributed(config.compute.deterministic)
+    world = init_distributed(config.compute.deterministic)  # ranks now leave if torchrun dies
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
     watchdog = at_exit.enter_context(closing(Watchdog(world, path, config.watchdog)))
     # Signals print a line and raise a flag; a second Ctrl-C ends the process at once.
@@ -213,13 +212,14 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     watchdog.heartbeat(setting_up=True)  # which starts its thread, with more patience
 
     # data
-    dtype = choose_dtype(config.compute.dtype, world.device)
+    dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, on new CPUs too
     world.require_same("--dtype", dtype)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     with world.fail_together():  # what fails on one rank fails on all
-        data = open_data(config.data)
-    world.require_same("the data", f"{data.fingerprint()} and {fingerprint(data.val)}")
-    evaluator = Evaluator(config.evaluation, data, T, micro_batch, world)  # may fetch HellaSwag
+        data = open_data(config.data)  # shards aren't memory-mapped; a text is tokenised anew
+    contents = fingerprint(data.train)  # of lengths and tokens, not of file names
+    world.require_same("the data", f"{contents} and {fingerprint(data.val)}")
+    evaluator = Evaluator(config.evaluation, data, T, micro_batch, world, signals.stop_requested)
     loader = at_exit.enter_context(closing(Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
         seed=config.seed, rank=world.rank, ranks=world.size, pin=world.device.type == "cuda",
@@ -227,21 +227,19 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
 
     # the run's folder, which no other process may use, and the checkpoint to go on from
     description = folder.describe(  # of config.json
-        asdict(config), world, data.fingerprint(), dtype=dtype,
+        asdict(config), world, contents, dtype=dtype,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
         accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
         val_set=evaluator.val_set,
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))
-    # What a kill interrupted in the folder is completed, put back or deleted.
-    world.broadcast_from_rank0(checkpoint.clean_up, path / "checkpoints")
+    world.broadcast_from_rank0(checkpoint.clean_up, path / "checkpoints")  # mends what a kill left
+    # The folder's own newest, or before there is one --resume PATH; damaged ones are passed over.
     source = world.broadcast_from_rank0(checkpoint.find_resume_checkpoint, config.resume, path)
     if source:
-        with world.fail_together():
-            folder.require_same_run(source, description)
+        world.broadcast_from_rank0(folder.require_same_run, source, description)
 
-    # model, optimizer and loss scaler, from the seed or the checkpoint
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
                                      config.seed, config.init, source, world)
     spikes = SpikeDetector(config.spikes)
@@ -254,7 +252,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         world.print0(f"{path} is finished: {config.steps} steps. For another run: --name")
         sys.exit(0)
 
-    # what is written: config.json, metrics.jsonl, checkpoints
+    # what is written: config.json (and metrics past newest_step are cut), metrics, checkpoints
     evaluated = world.broadcast_from_rank0(folder.prepare, path, description, newest_step)
     with world.fail_together():
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
@@ -278,8 +276,10 @@ def get_batch(run: Run, step: int) -> torch.Tensor:
 
 def finish(run: Run, step: int) -> int:
     """Says how the run ended: the plot, STOPPED after a signal, the next command to try."""
-    world = run.world
-    completed = step == run.config.steps and step in run.tracker.evaluated_steps
+    world, last_step = run.world, step == run.config.steps
+    if last_step and run.evaluator.problem:  # the weights are broken
+        recovery.end(run, step, run.evaluator.problem)
+    completed = last_step and step in run.tracker.evaluated_steps
     if not completed:
         reason = f"stopped by {run.signals.name} at step {step}"
         world.broadcast_from_rank0(write_stopped_file, run.path, reason)

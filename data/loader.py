@@ -72,10 +72,6 @@ class Data:
     val: Stream
     name: str
 
-    def fingerprint(self) -> str:
-        """Names the training tokens, and changes with them but not with the path to them."""
-        return fingerprint(self.train)
-
 
 def fingerprint(stream: Stream) -> str:
     """Names a stream's tokens by their number and a hash of each shard's length and first and last

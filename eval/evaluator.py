@@ -51,9 +51,15 @@ class Evaluator:
     """
 
     def __init__(
-        self, config: EvalConfig, data: Data, T: int, micro_batch: int, world: World
+        self, config: EvalConfig, data: Data, T: int, micro_batch: int, world: World,
+        stop: Callable[[], bool],
     ) -> None:
-        """Raises BadInput where the validation set or the file of questions is unusable."""
+        """Fetches HellaSwag's questions if there is a GPU, or unless --hellaswag says otherwise.
+
+        stop: called by all ranks together, between batches and tokens; ends an evaluation. Raises
+        BadInput where the validation set or the file of questions is unusable.
+        """
+        self.stop = stop
         self.world, self.micro_batch, self.prompt = world, micro_batch, config.prompt
         self.val_stream = data.val
         with world.fail_together():
@@ -62,19 +68,17 @@ class Evaluator:
         self.questions = read_questions(config.hellaswag, world)
         self.problem = ""  # why the latest evaluation gave no numbers
 
-    def evaluate(
-        self, model: ParallelModel, step: int, tracker: Tracker, stop: Callable[[], bool]
-    ) -> bool:
+    def evaluate(self, model: ParallelModel, step: int, tracker: Tracker) -> bool:
         """Evaluates a run's model, if this step isn't on record yet; prints and logs the results.
 
-        False where `stop` said so, which all ranks call together, between batches and tokens.
+        False where `stop` said so. Weights that give no numbers are an event, and True.
         """
         if step in tracker.evaluated_steps:  # before this process began
             return True
         self.problem = ""
         try:
             with model.summon_full_params(), model.autocast():
-                row = self.results(model.module, stop, with_hellaswag=step > 0)
+                row = self.results(model.module, with_hellaswag=step > 0)
         except Failed as error:  # broken weights, before the spike detector has come to its verdict
             self.problem = f"no evaluation of step {step}: {error}"
             tracker.log_event(step, self.problem)
@@ -85,12 +89,10 @@ class Evaluator:
         tracker.log(step, **row)
         return True
 
-    def results(
-        self, model: GPT, stop: Callable[[], bool], with_hellaswag: bool
-    ) -> dict[str, Any] | None:
+    def results(self, model: GPT, with_hellaswag: bool) -> dict[str, Any] | None:
         """The row for metrics.jsonl, printed too; None where `stop` said so."""
         loss = validation_loss(model, self.val_stream, self.val_sequences, self.micro_batch,
-                               self.world, stop)
+                               self.world, self.stop)
         if loss is None:
             return None
         self.world.print0(f"val loss {loss:.4f} ({self.val_set})")
@@ -98,14 +100,14 @@ class Evaluator:
         with torch.compiler.set_stance("force_eager"):  # every sentence has another length
             if with_hellaswag and self.questions:
                 try:
-                    score = hellaswag.evaluate(model, self.questions, self.world, stop)
+                    score = hellaswag.evaluate(model, self.questions, self.world, self.stop)
                 except Stopped:
                     return None
                 row["hellaswag_acc"] = score.acc
                 row["hellaswag_acc_norm"] = score.acc_norm
                 self.world.print0(f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}, "
                                   f"{score.n} questions")
-            text = sample_text(model, self.prompt, self.world, stop)
+            text = sample_text(model, self.prompt, self.world, self.stop)
         if text is None:
             return None
         row["sample"] = self.prompt + text

@@ -21,16 +21,6 @@ def after_bad_step(run: Any, step: int, problem: str, loss: float, norm: float) 
     return step + 1
 
 
-def evaluate_or_end(run: Any, step: int) -> bool:
-    """Evaluates the run's model; False where a signal came meanwhile. Raises Failed where the last
-    step's weights give no numbers: the run has nothing to show."""
-    stop = run.signals.stop_requested
-    finished = run.evaluator.evaluate(run.state.model, step, run.tracker, stop)
-    if step == run.config.steps and run.evaluator.problem:
-        end(run, step, run.evaluator.problem)
-    return finished
-
-
 def end(run: Any, step: int, reason: str) -> NoReturn:
     """Ends the run after `step`. What was saved since the last good step is doubtful."""
     run.saver.doubt_since(step - run.spikes.streak, reason)

@@ -19,6 +19,7 @@ from data.loader import (
     DataConfig,
     Loader,
     Stream,
+    fingerprint,
     fit_micro_batch,
     open_data,
     validation_batch,
@@ -176,8 +177,8 @@ def test_every_format_is_aligned_alike_and_validation_is_not(tmp_path):
 
 
 def test_how_sequences_are_cut_belongs_to_the_training_data(corpus_file):
-    plain = open_data(DataConfig(text=str(corpus_file))).fingerprint()
-    aligned = open_data(DataConfig(text=str(corpus_file), align="documents")).fingerprint()
+    plain = fingerprint(open_data(DataConfig(text=str(corpus_file))).train)
+    aligned = fingerprint(open_data(DataConfig(text=str(corpus_file), align="documents")).train)
     assert aligned == plain + ", cut at documents"
 
 
