@@ -3,11 +3,14 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two stamps on one environment: what training needs, and what tests and linters need beside it.
+RUNTIME := .venv/runtime
 READY := .venv/ready
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .PHONY: train test lint audit clean
 
-train: $(READY)
+train: $(RUNTIME)
 	@$(BIN)/python train_gpt2.py demo $(ARGS)
 
 test: $(READY)
@@ -24,9 +27,14 @@ audit: $(READY)
 clean:
 	rm -rf .venv
 
-$(READY): setup.cfg pyproject.toml constraints.txt
+$(RUNTIME): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	@echo "setting up .venv (once; torch is large)"
+	@echo "setting up .venv (once, some minutes; PyTorch is large)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $(READY)
+	@$(INSTALL) .
+	@touch $@
+
+$(READY): $(RUNTIME)
+	@echo "adding what tests and linters need to .venv (once, a minute or two)"
+	@$(INSTALL) '.[dev]'
+	@touch $@

@@ -11,7 +11,7 @@ from model.formats.hf import from_hf, to_hf
 from model.gpt2 import GPT, Block, GPTConfig, flops_per_token, parameter_count
 from model.optim import OptimConfig, configure_optimizers, get_lr
 from model.parallel import ParallelModel
-from tests.test_model_checkpoint import ALONE
+from tests.running import ALONE
 from train_gpt2 import PRESETS
 
 # Three shapes: head width 16, 64 with an odd context, and a vocabulary that fills its padding.
