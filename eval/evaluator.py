@@ -12,7 +12,8 @@ from data.tokenizer import EOT, decode
 from eval import hellaswag
 from eval.likelihood import Stopped
 from eval.loss import validation_loss
-from eval.sample import prompt_tokens
+from eval.sample import crop_note, prompt_tokens
+from eval.wrap import indented
 from launch import cli
 from launch.errors import Failed
 from launch.tracker import Tracker
@@ -39,10 +40,6 @@ class EvalConfig:
         cli.within("eval_every", self.eval_every, 1, cli.MOST_STEPS)
         cli.within("val_tokens", self.val_tokens, 1, 10**12)
 
-    def check(self, n_ctx: int) -> None:
-        """Raises BadInput where a model with this context can't be evaluated like this."""
-        prompt_tokens(self.prompt, n_ctx)
-
 
 class Evaluator:
     """Evaluates a run's model, on all ranks, on the same things each time.
@@ -60,6 +57,9 @@ class Evaluator:
             self.val_sequences = validation_sequences(data.val, T, config.val_tokens)
         self.val_set = f"{data.name}, {self.val_sequences * T:,} tokens"
         self.questions = read_questions(config.hellaswag, world)
+        note = crop_note(config.prompt, T)
+        if note:
+            world.print0(f"note: {note}")
 
     def evaluate(
         self, model: ParallelModel, step: int, tracker: Tracker, stop: Callable[[], bool]
@@ -106,7 +106,7 @@ class Evaluator:
         if text is None:
             return None
         row["sample"] = self.prompt + text
-        self.world.print0(f"sample: {row['sample']!r}")
+        self.world.print0(f"sample:\n{indented(row['sample'])}")
         return row
 
 
