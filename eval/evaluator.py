@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from data.loader import Data, validation_sequences
-from data.tokenizer import EOT, decode
+from data.tokenizer import EOT, decode, encode
 from eval import hellaswag
 from eval.likelihood import Stopped
 from eval.loss import validation_loss
@@ -57,7 +57,7 @@ class Evaluator:
             self.val_sequences = validation_sequences(data.val, T, config.val_tokens)
         self.val_set = f"{data.name}, {self.val_sequences * T:,} tokens"
         self.questions = read_questions(config.hellaswag, world)
-        note = crop_note(config.prompt, T)
+        note = crop_note(len(encode(config.prompt)), T)
         if note:
             world.print0(f"note: {note}")
 

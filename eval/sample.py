@@ -76,9 +76,8 @@ def prompt_tokens(prompt: str, n_ctx: int) -> list[int]:
     return (encode(prompt) or [EOT])[-n_ctx:]
 
 
-def crop_note(prompt: str, n_ctx: int) -> str:
-    """What is to be said of a prompt that prompt_tokens() crops; '' for one that fits."""
-    tokens = len(encode(prompt))
+def crop_note(tokens: int, n_ctx: int) -> str:
+    """What is to be said of a prompt of so many tokens; '' for one that prompt_tokens() keeps."""
     if tokens <= n_ctx:
         return ""
     return (f"the prompt has {tokens:,} tokens, and the model's context {n_ctx:,}: the model "
@@ -167,7 +166,7 @@ def stream(model: GPT, prompt: str, config: SampleConfig, device: torch.device) 
 def answer(model: GPT, prompts: list[str], arguments: Arguments, device: torch.device) -> None:
     """Prints what the arguments ask for, and on standard error how fast it came."""
     for prompt in prompts:
-        note = crop_note(prompt, model.config.n_ctx)
+        note = crop_note(len(encode(prompt)), model.config.n_ctx)
         if note:
             print(f"note: {note}", file=sys.stderr)
     start, count = time.perf_counter(), 0

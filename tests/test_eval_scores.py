@@ -95,9 +95,8 @@ def test_streamed_text_waits_for_whole_characters():
 def test_an_empty_prompt_begins_a_document_and_a_long_one_is_cropped():
     assert prompt_tokens("", 8) == [50256]
     assert prompt_tokens(" b" + " a" * 8, 8) == encode(" a" * 8)
-    note = crop_note(" a" * 9, 8)
-    assert "9 tokens, and the model's context 8: the model reads the last 8" in note
-    assert crop_note(" a" * 8, 8) == ""
+    assert "9 tokens, and the model's context 8: the model reads the last 8" in crop_note(9, 8)
+    assert crop_note(8, 8) == ""
 
 
 def test_the_picture_is_drawn_from_the_rows(tmp_path):
