@@ -41,10 +41,10 @@ class Browser:
         commands, self.write_to = os.pipe()
         self.read_from, answers = os.pipe()
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        # The shell puts the pipes where the browser looks for them, whatever their numbers here.
+        # bash puts the pipes where the browser looks for them, whatever their numbers here.
         script = f'exec 3<&{commands} 4>&{answers}; exec "$@"'
         self.process = subprocess.Popen(
-            ["sh", "-c", script, "sh", find_browser(),
+            ["bash", "-c", script, "bash", find_browser(),
              "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
              "--no-first-run", "--disable-background-networking", "--disable-component-update",
              "--remote-debugging-pipe", f"--user-data-dir={self.profile.name}", "about:blank"],
