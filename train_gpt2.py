@@ -78,7 +78,6 @@ class TrainConfig:
         if self.model.n_vocab != VOCAB:
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
         folder.check_name(self.name)
-        self.evaluation.check(self.model.n_ctx)
 
 
 # Hyper-parameters of llm.c's scripts/run_gpt2_{350M,774M,1558M}.sh and run_gpt3_125M.sh; shapes of

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from data.loader import Data, validation_sequences
-from data.tokenizer import EOT, decode
+from data.tokenizer import EOT, decode, encode
 from eval import hellaswag
 from eval.likelihood import Stopped
 from eval.loss import validation_loss
-from eval.sample import prompt_tokens
+from eval.sample import crop_note, prompt_tokens
+from eval.wrap import indented
 from launch import cli
 from launch.errors import Failed
 from launch.tracker import Tracker
@@ -39,10 +40,6 @@ class EvalConfig:
         cli.within("eval_every", self.eval_every, 1, cli.MOST_STEPS)
         cli.within("val_tokens", self.val_tokens, 1, 10**12)
 
-    def check(self, n_ctx: int) -> None:
-        """Raises BadInput where a model with this context can't be evaluated like this."""
-        prompt_tokens(self.prompt, n_ctx)
-
 
 class Evaluator:
     """Evaluates a run's model, on all ranks, on the same things each time.
@@ -67,6 +64,9 @@ class Evaluator:
         self.val_set = f"{data.name}, {self.val_sequences * T:,} tokens"
         self.questions = read_questions(config.hellaswag, world)
         self.problem = ""  # why the latest evaluation gave no numbers
+        note = crop_note(len(encode(config.prompt)), T)
+        if note:
+            world.print0(f"note: {note}")
 
     def evaluate(self, model: ParallelModel, step: int, tracker: Tracker) -> bool:
         """Evaluates a run's model, if this step isn't on record yet; prints and logs the results.
@@ -111,7 +111,7 @@ class Evaluator:
         if text is None:
             return None
         row["sample"] = self.prompt + text
-        self.world.print0(f"sample: {row['sample']!r}")
+        self.world.print0(f"sample:\n{indented(row['sample'])}")
         return row
 
 

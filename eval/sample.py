@@ -2,14 +2,17 @@
 
     python -m eval.sample runs/demo --prompt "In the beginning"
     python -m eval.sample runs/demo                     # on a terminal: asks for prompts
+    echo "In the beginning" | python -m eval.sample runs/demo
     python -m eval.sample hf:gpt2 --prompt "Hello, I'm a language model," --num 3
     python -m eval.sample hf:gpt2 --prompts prompts.txt --json True > samples.jsonl
 
-Text goes to standard output, tokens/s to standard error.
+Text goes to standard output, wrapped where that is a terminal and exact where it is a pipe or a
+file; tokens/s go to standard error.
 """
 
 import codecs
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -22,6 +25,7 @@ import torch
 import tyro
 
 from data.tokenizer import EOT, decode, encode, encoding
+from eval.wrap import console_width, wrap
 from launch import cli
 from launch.errors import BadInput, one_line_errors
 from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
@@ -34,12 +38,13 @@ ROWS_AT_ONCE = 32  # texts drawn side by side
 
 @dataclass(frozen=True)
 class Arguments(SampleConfig):
-    """Continues prompts. Without one, on a terminal, it asks for them."""
+    """Continues prompts. Without one it asks for them on a terminal, or reads standard input."""
 
     checkpoint: Annotated[str, tyro.conf.Positional] = ""
     """A checkpoint folder, a run folder (its newest checkpoint), or hf:DIR."""
     prompt: str = ""
-    """What to continue; nothing: a document from its beginning."""
+    """What to continue. Without it: standard input, or on a terminal what is typed there; where
+    that is empty, a document from its beginning."""
     prompts: str = ""
     """A file of prompts, one a line, drawn side by side."""
     num: int = 1
@@ -58,13 +63,34 @@ class Continuation(NamedTuple):
     tokens: int  # drawn, the end of the text not counted
 
 
+def load_for_sampling(checkpoint: str, dtype: str, device: torch.device) -> GPT:
+    """A checkpoint's model, its matrices in the number format that autocast will compute in."""
+    model = load_model(checkpoint).to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
+    if dtype in ("bf16", "fp16"):
+        store_in(model, DTYPES[dtype])
+    return model.to(device).eval()
+
+
 def prompt_tokens(prompt: str, n_ctx: int) -> list[int]:
-    """A prompt's tokens; an empty one begins a document. Raises BadInput where it's too long."""
-    tokens = encode(prompt) or [EOT]
-    if len(tokens) > n_ctx:
-        raise BadInput(f"the prompt has {len(tokens):,} tokens, and the model's context {n_ctx:,}: "
-                       "shorten it")
-    return tokens
+    """The last n_ctx tokens of a prompt, as nanoGPT crops it; an empty one begins a document."""
+    return (encode(prompt) or [EOT])[-n_ctx:]
+
+
+def crop_note(tokens: int, n_ctx: int) -> str:
+    """What is to be said of a prompt of so many tokens; '' for one that prompt_tokens() keeps."""
+    if tokens <= n_ctx:
+        return ""
+    return (f"the prompt has {tokens:,} tokens, and the model's context {n_ctx:,}: the model "
+            f"reads the last {n_ctx:,}")
+
+
+def read_stdin() -> str:
+    """Standard input as one prompt, without the line break that ends it. Raises BadInput."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"can't read a prompt from standard input: {error}") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -111,6 +137,17 @@ def stream_text(tokens: Iterable[int]) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
+def print_text(pieces: Iterable[str]) -> None:
+    """Prints a text as it comes: wrapped on a terminal, exact in a pipe or a file."""
+    if sys.stdout.isatty():
+        pieces = wrap(pieces, console_width())
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)  # an error or the next prompt begins on a line of its own
+
+
 def stream(model: GPT, prompt: str, config: SampleConfig, device: torch.device) -> int:
     """Prints a prompt and its continuation as it is drawn; returns the number of tokens."""
     idx = torch.tensor([prompt_tokens(prompt, model.config.n_ctx)], device=device)
@@ -122,17 +159,16 @@ def stream(model: GPT, prompt: str, config: SampleConfig, device: torch.device) 
                 drawn.append(int(step))
                 yield drawn[-1]
 
-    print(prompt, end="", flush=True)
-    try:
-        for piece in stream_text(tokens()):
-            print(piece, end="", flush=True)
-    finally:
-        print()  # an error or the next prompt begins on a line of its own
+    print_text(itertools.chain([prompt], stream_text(tokens())))
     return len(drawn)
 
 
 def answer(model: GPT, prompts: list[str], arguments: Arguments, device: torch.device) -> None:
     """Prints what the arguments ask for, and on standard error how fast it came."""
+    for prompt in prompts:
+        note = crop_note(len(encode(prompt)), model.config.n_ctx)
+        if note:
+            print(f"note: {note}", file=sys.stderr)
     start, count = time.perf_counter(), 0
     asked = [prompt for prompt in prompts for _ in range(arguments.num)]
     if len(asked) == 1 and not arguments.json:
@@ -148,7 +184,7 @@ def answer(model: GPT, prompts: list[str], arguments: Arguments, device: torch.d
                 else:
                     if i > 0:
                         print("---")
-                    print(made.prompt + made.text, flush=True)
+                    print_text([made.prompt + made.text])
                 count += made.tokens
     taken = time.perf_counter() - start
     print(f"{count:,} tokens in {taken:.2f} s: {count / taken:,.1f} tokens/s", file=sys.stderr)
@@ -181,19 +217,19 @@ def main(arguments: Arguments) -> None:
     cli.within("num", arguments.num, 1, 1_000_000)
     if arguments.prompt and arguments.prompts:
         raise BadInput("--prompt and --prompts: give one of them")
-    prompts = read_prompts(Path(arguments.prompts)) if arguments.prompts else [arguments.prompt]
+    prompts, ask = [arguments.prompt], False
+    if arguments.prompts:
+        prompts = read_prompts(Path(arguments.prompts))
+    elif not arguments.prompt and not sys.stdin.isatty():
+        prompts = [read_stdin()]
+    elif not arguments.prompt and not arguments.json:
+        ask = sys.stdout.isatty()
     device = choose_device()
     keep_freed_memory()
     dtype = choose_dtype(arguments.dtype, device)
-    model = load_model(arguments.checkpoint).to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
-    if dtype in ("bf16", "fp16"):
-        store_in(model, DTYPES[dtype])
-    model = model.to(device).eval()
-    for prompt in prompts:
-        prompt_tokens(prompt, model.config.n_ctx)  # a long one is refused before any work
+    model = load_for_sampling(arguments.checkpoint, dtype, device)
     with autocast(device, dtype):
-        asked = arguments.prompt or arguments.prompts or arguments.json
-        if not asked and sys.stdin.isatty() and sys.stdout.isatty():
+        if ask:
             converse(model, arguments, device)
         else:
             answer(model, prompts, arguments, device)

@@ -29,6 +29,7 @@ import kernels
 from kernels import Operators
 from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
+from model.formats import foreign
 from model.formats.hf import from_hf
 from model.formats.tensors import load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
@@ -207,7 +208,8 @@ def find(spec: str, progress: Progress = no_progress) -> Path:
         return found
     if not any((folder / name).is_file() for name in (MANIFEST, "state.json")):
         raise BadInput(
-            f"{spec} is no checkpoint: looked for {folder / MANIFEST} (a checkpoint) and "
+            foreign.advice(folder)
+            or f"{spec} is no checkpoint: looked for {folder / MANIFEST} (a checkpoint) and "
             f"{folder / 'checkpoints'} (a run); write hf:{spec} for a Hugging Face folder"
         )
     problem = find_damage(folder, progress)

@@ -121,7 +121,6 @@ class KVCache:
         return y.transpose(1, 2).reshape(B, t, C3 // 3)  # (B, H, t, D) -> (B, t, C)
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     idx: Tensor,
@@ -130,7 +129,22 @@ def generate(
     use_cache: bool = True,
     lengths: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yields (B,) tokens until max_tokens are drawn or every row has ended.
+    """The tokens of generate_with_logits() alone: (B,) each time."""
+    for tokens, _logits in generate_with_logits(model, idx, config, eot, use_cache, lengths):
+        yield tokens
+
+
+@torch.no_grad()
+def generate_with_logits(
+    model: GPT,
+    idx: Tensor,
+    config: SampleConfig,
+    eot: int | None = None,
+    use_cache: bool = True,
+    lengths: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (B,) tokens and the (B, V) logits that they were drawn from, until max_tokens are
+    drawn or every row has ended.
 
     idx: (B, T) prompt of at most n_ctx tokens. A row that has drawn `eot` goes on as `eot`.
     lengths: (B,) tokens of each row's prompt, where they differ; what stands after them in idx
@@ -167,7 +181,7 @@ def generate(
         if eot is not None:
             tokens = torch.where(ended, eot, tokens)
             ended |= tokens == eot
-        yield tokens
+        yield tokens, logits
         if bool(ended.all()):
             return
         window = torch.cat([window, tokens[:, None]], 1)  # (B, t + 1)

@@ -1,6 +1,7 @@
 """Reading aloud: many prompts side by side say what each says alone, in every form of output."""
 
 import copy
+import io
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from data.tokenizer import EOT
 from eval import sample
 from eval.sample import Arguments, continue_prompts, converse
+from eval.wrap import wrap
 from launch.errors import BadInput, one_line_errors
 from launch.world import autocast
 from model.convert import write_ours
@@ -101,7 +103,7 @@ def test_a_single_text_is_streamed_as_it_is_computed(folder, capsys, dtype):
     assert streamed == row["prompt"] + row["text"] + "\n"
 
 
-def test_a_conversation_goes_on_after_a_prompt_that_is_too_long(model, capsys, monkeypatch):
+def test_a_conversation_crops_a_prompt_that_is_too_long_and_says_so(model, capsys, monkeypatch):
     lines = iter(["one", "a " * 20, "", EOFError()])
 
     def typed(_):
@@ -114,15 +116,14 @@ def test_a_conversation_goes_on_after_a_prompt_that_is_too_long(model, capsys, m
     converse(model, Arguments(max_tokens=3), CPU)
     printed = capsys.readouterr()
     assert printed.out.splitlines()[1].startswith("one")
-    assert "model's context 16" in printed.err
-    assert printed.err.count("tokens/s") == 2
+    assert "has 21 tokens, and the model's context 16: the model reads the last 16" in printed.err
+    assert printed.err.count("tokens/s") == 3
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "can't read prompts"), (b"\n \n", "holds no prompt"), (b"\xff", "can't read prompts"),
-     (b"a\n" + b"b " * 20, "model's context 16")],
-    ids=["absent", "empty", "binary", "long"],
+    [(None, "can't read prompts"), (b"\n \n", "holds no prompt"), (b"\xff", "can't read prompts")],
+    ids=["absent", "empty", "binary"],
 )
 def test_prompts_that_are_none(folder, tmp_path, content, words):
     path = tmp_path / "prompts.txt"
@@ -161,3 +162,47 @@ def test_a_conversation_with_broken_weights_ends(model, monkeypatch):
 def test_more_than_one_text_is_parted_by_a_line(folder, capsys):
     sample.main(Arguments(max_tokens=2, checkpoint=folder, prompt="one", num=3))
     assert capsys.readouterr().out.count("---\n") == 2
+
+
+def test_standard_input_is_one_prompt_without_its_last_line_break(folder, capsys, monkeypatch):
+    arguments = Arguments(max_tokens=4, checkpoint=folder, json=True)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("In the\nbeginning ☃\n".encode())))
+    sample.main(arguments)
+    assert json.loads(capsys.readouterr().out)["prompt"] == "In the\nbeginning ☃"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    with pytest.raises(BadInput, match="can't read a prompt from standard input"):
+        sample.main(arguments)
+
+
+def test_a_long_prompt_is_continued_as_its_end_is(model, capsys):
+    """The model reads its last 16 tokens; all of it is printed."""
+    long = " word" * 10 + " a" * 16
+    config = SampleConfig(5, temperature=0)
+    made, of_its_end = continue_prompts(model, [long, " a" * 16], config, CPU)
+    assert (made.prompt, made.text) == (long, of_its_end.text)
+
+
+def test_a_terminal_gets_whole_words_and_a_file_the_exact_text(model, capsys, monkeypatch):
+    text = "In the beginning " * 10 + "\x1b[31m"
+    sample.print_text([text])
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    sample.print_text([text])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "In the beginning In the beginning In the"
+    assert lines[-1].endswith("\\x1b[31m")
+    assert max(map(len, lines)) == 40
+
+
+TEXT = "In the  beginning, God created\n\n  the heavens: antidisestablishmentarianism "
+
+
+@pytest.mark.parametrize("width", [1, 8, 20, 80])
+def test_wrapping_keeps_every_word_and_does_not_depend_on_the_pieces(width):
+    whole = "".join(wrap([TEXT], width))
+    assert whole == "".join(wrap(TEXT, width))  # a character at a time
+    assert max(map(len, whole.split("\n"))) <= width
+    assert "".join(whole.split()) == "".join(TEXT.split())
+    if width == 80:
+        assert whole == TEXT.rstrip(" ")

@@ -14,8 +14,8 @@ from data.shards import Shard
 from data.tokenizer import encode
 from eval import hellaswag, report
 from eval.loss import validation_loss
-from eval.sample import prompt_tokens, stream_text
-from launch.errors import BadInput, Failed
+from eval.sample import crop_note, prompt_tokens, stream_text
+from launch.errors import Failed
 from launch.world import World
 from model.gpt2 import GPT, GPTConfig
 from tests.running import ALONE
@@ -92,10 +92,11 @@ def test_streamed_text_waits_for_whole_characters():
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_an_empty_prompt_begins_a_document_and_a_long_one_is_refused():
+def test_an_empty_prompt_begins_a_document_and_a_long_one_is_cropped():
     assert prompt_tokens("", 8) == [50256]
-    with pytest.raises(BadInput, match="9 tokens, and the model's context 8"):
-        prompt_tokens(" a" * 9, 8)
+    assert prompt_tokens(" b" + " a" * 8, 8) == encode(" a" * 8)
+    assert "9 tokens, and the model's context 8: the model reads the last 8" in crop_note(9, 8)
+    assert crop_note(8, 8) == ""
 
 
 def test_the_picture_is_drawn_from_the_rows(tmp_path):

@@ -406,3 +406,29 @@ def test_a_run_returns_to_where_it_branched_off_before_its_first_save(run, tmp_p
     own = branch / "checkpoints" / "step_00000002"
     shutil.copytree(run / "checkpoints" / "step_00000002", own)
     assert checkpoint.find_rollback_checkpoint(branch, source) == own
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("model.bin", "python -m model.convert {}/model.bin model_converted --to ours"),
+        ("out/ckpt.pt", "python -m model.convert {}/out/ckpt.pt ckpt_converted --to ours"),
+        ("out", "holds ckpt.pt: `python -m model.convert {}/out/ckpt.pt"),
+        ("hub/model.safetensors", "only the weights: name its folder, hf:{}/hub"),
+        ("hub", "write hf:{}/hub for a Hugging Face folder"),
+        ("checkpoints/step_00000002/model.safetensors", "name {}/checkpoints/step_00000002"),
+        ("nothing", "is no checkpoint: looked for {}/nothing/manifest.json"),
+    ],
+)
+def test_what_is_no_checkpoint_is_answered_with_what_to_do(run, named, words):
+    for folder in ("out", "hub"):
+        (run / folder).mkdir()
+    for name in ("model.bin", "out/ckpt.pt", "hub/model.safetensors", "hub/config.json"):
+        (run / name).write_bytes(b"")
+    with pytest.raises(BadInput) as refused:
+        checkpoint.load_model(str(run / named))
+    assert words.format(run) in str(refused.value)
+    if (run / named).is_file():
+        with pytest.raises(BadInput) as refused:
+            checkpoint.load_model(f"hf:{run / named}")
+        assert words.format(run) in str(refused.value)

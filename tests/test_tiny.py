@@ -10,6 +10,7 @@ import torch
 
 import train_gpt2
 from eval.sample import continue_prompts
+from eval.wrap import indented
 from launch.tracker import read_rows
 from model.checkpoint import load_model
 from model.generate import SampleConfig
@@ -37,11 +38,20 @@ def test_a_run_from_first_step_to_sample(tiny, capsys):
     printed = capsys.readouterr().out
     assert "step      6/6" in printed
     assert "next: python -m eval.sample" in printed
+    assert f"sample:\n{indented(rows[-1]['sample'])}\n" in printed  # on record it is exact
 
     model = load_model(str(run))
     texts = continue_prompts(model, ["the"] * 2, SampleConfig(max_tokens=8), torch.device("cpu"))
     assert len(texts) == 2
     assert all(made.text for made in texts)
+
+
+def test_a_run_crops_a_prompt_that_is_too_long_and_says_so(tiny, capsys):
+    config = tiny(steps=1, prompt="the face of the deep\n" * 10)
+    assert train(config) == 0
+    assert "the model's context 16: the model reads the last 16" in capsys.readouterr().out
+    rows = read_rows(train_gpt2.Path(config.out_dir) / "tiny" / "metrics.jsonl")
+    assert rows[-1]["sample"].startswith(config.evaluation.prompt)
 
 
 def test_initial_loss_is_that_of_gpt2s_init(tiny):

@@ -6,4 +6,5 @@
     llmc.py       to and from llm.c's model file
     nanogpt.py    out of nanoGPT's and build-nanogpt's checkpoints
     pickles.py    what torch.save wrote, read without running it
+    foreign.py    what to do with weights that were named as a checkpoint and are none
 """

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from launch.errors import BadInput, Failed
+from model.formats import foreign
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 SHARDS = {SAFETENSORS: "model-*-of-*.safetensors", PICKLE: "pytorch_model-*-of-*.bin"}
@@ -27,6 +28,8 @@ def locate(source: str, allow_pickle: bool = False) -> tuple[Path, str]:
     folder = Path(source)
     if folder.is_dir():
         return folder, ""
+    if folder.is_file():
+        raise BadInput(foreign.advice(folder))
     name, _, revision = source.partition("@")
     folder = _fetch(name, revision or None, allow_pickle)
     commit = folder.name  # of .../snapshots/COMMIT
