@@ -198,8 +198,8 @@ def test_a_bf16_folder_is_half_as_large_and_transformers_loads_it_so(sources, tm
     assert sizes["bf16"] == pytest.approx(sizes["fp32"] / 2, abs=header)
     exported = GPT2LMHeadModel.from_pretrained(tmp_path / "bf16", dtype="auto")
     weights = convert.read_source(f"hf:{tmp_path / 'bf16'}").state_dict()
-    assert exported.transformer.wte.weight.dtype == torch.bfloat16
-    assert torch.equal(exported.transformer.wte.weight.float(), weights["wte.weight"])
+    assert exported.transformer.wpe.weight.dtype == torch.bfloat16
+    assert torch.equal(exported.transformer.wpe.weight.float(), weights["wpe.weight"])
 
 
 def test_nanogpts_weights_are_trained_on_with_their_gelu(sources, tiny, tmp_path):
