@@ -148,14 +148,15 @@ def train(config: TrainConfig) -> int:
             if evaluation_due or last_step:
                 stop = run.signals.stop_requested  # a signal in the middle of it is heeded
                 stopping = not run.evaluator.evaluate(model, step, run.tracker, stop)
+            last_step = last_step or run.evaluator.stops_early(step, run.tracker)
 
             # once in a while, and before leaving: save a checkpoint
-            save_due = step % config.saving.save_every == 0 and run.spikes.in_a_row == 0
-            if save_due or last_step or stopping:
+            save_due = step % config.saving.save_every == 0 or run.saver.is_best(step)
+            if (save_due and run.spikes.in_a_row == 0) or last_step or stopping:
                 run.save(step, wait=last_step or stopping or step == 0)
 
             if last_step or stopping:
-                return finish(run, step)
+                return finish(run, step, last_step)
 
             # ---- one training step ----
             started = time.perf_counter()
@@ -255,7 +256,8 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     with world.fail_together():
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
     saver = at_exit.enter_context(closing(Saver(
-        path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat)))
+        path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat,
+        config.saving.keep_best)))
     world.print0(folder.summary(description, T))
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
@@ -272,10 +274,10 @@ def get_batch(run: Run, step: int) -> torch.Tensor:
     return batch.to(run.world.device, non_blocking=True)
 
 
-def finish(run: Run, step: int) -> int:
+def finish(run: Run, step: int, last_step: bool) -> int:
     """Says how the run ended: the plot, STOPPED after a signal, the next command to try."""
     world = run.world
-    completed = step == run.config.steps and step in run.tracker.evaluated_steps
+    completed = last_step and step in run.tracker.evaluated_steps
     if not completed:
         reason = f"stopped by {run.signals.name} at step {step}"
         world.broadcast_from_rank0(write_stopped_file, run.path, reason)

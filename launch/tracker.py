@@ -42,13 +42,13 @@ class TrackerConfig:
 class Tracker:
     """Keeps the record of a run on rank 0; on the other ranks every call does nothing.
 
-    description: what config.json holds. evaluated_steps: those whose validation loss is on record,
-    known on every rank. The MFU is left out where the card's peak isn't known.
+    description: what config.json holds. evaluations: the rows on record that have a validation
+    loss, known on every rank. The MFU is left out where the card's peak isn't known.
     """
 
     def __init__(
         self, run: Path, world: World, description: dict[str, Any],
-        evaluated_steps: Iterable[int] = (),
+        evaluations: Iterable[dict[str, Any]] = (),
     ) -> None:
         config, resolved = description["config"], description["resolved"]
         peak = peak_flops(world.device, resolved["dtype"])
@@ -57,7 +57,13 @@ class Tracker:
         self.batch_tokens = config["batch_tokens"]
         self.flops_per_token = resolved["flops_per_token"]
         self.peak_flops = peak * world.size if peak else None  # of all ranks
-        self.evaluated_steps = set(evaluated_steps)  # steps whose validation loss is on record
+        evaluations = list(evaluations)
+        self.evaluated_steps = {row["step"] for row in evaluations}
+        # Step -> validation loss. A resumed run may have another validation set than before, and
+        # losses of the two can't be compared.
+        val_set = resolved["val_set"]
+        self.val_losses: dict[int, float] = {
+            row["step"]: row["val_loss"] for row in evaluations if row.get("val_set") == val_set}
         self.smooth_seconds = 0.0  # a step, for the first ones are slow
         self.file: Any = None
         self.wandb: Any = None
@@ -79,6 +85,7 @@ class Tracker:
         """Appends a row; values that are None are left out."""
         if "val_loss" in values:
             self.evaluated_steps.add(step)
+            self.val_losses[step] = values["val_loss"]
         if not self.file:
             return
         row = {"step": step, "tokens": step * self.batch_tokens}
@@ -134,9 +141,14 @@ class Tracker:
         if self.profiler:
             self.profiler.step()
 
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss on record, the first of equal ones."""
+        return min(sorted(self.val_losses), key=self.val_losses.__getitem__, default=None)
+
     def drop_after(self, step: int) -> None:
         """Drops the rows past `step`, to which the run has returned."""
         self.evaluated_steps = {s for s in self.evaluated_steps if s <= step}
+        self.val_losses = {s: loss for s, loss in self.val_losses.items() if s <= step}
         if self.file:
             self.file.close()
             cut_after(self.path, step)
