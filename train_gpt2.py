@@ -136,7 +136,6 @@ def train(config: TrainConfig) -> int:
         run = set_up(config, at_exit)
         world, step, save_due = run.world, run.first_step, False
         model, optimizer, scaler = run.state  # ParallelModel, AdamW, LossScaler (for fp16)
-
         while True:
             run.saver.report_finished(step)  # all ranks; a save that failed is only a warning
             last_step = step == config.steps
@@ -146,15 +145,16 @@ def train(config: TrainConfig) -> int:
             if (step % config.evaluation.eval_every == 0 and not stopping) or last_step:
                 # False where a signal came first; broken weights are logged, and count as done.
                 stopping = not run.evaluator.evaluate(model, step, run.tracker)
+            last_step = last_step or run.evaluator.stops_early(step, run.tracker)
 
             # once in a while, but not while steps are bad, and before leaving: save a checkpoint
-            save_due = save_due or step % config.saving.save_every == 0
+            save_due |= step % config.saving.save_every == 0 or run.saver.is_best(step)
             if save_due and run.spikes.in_a_row == 0 or last_step or stopping:
                 run.save(step, wait=last_step or stopping or step == 0)
                 save_due = False
 
             if last_step or stopping:
-                return finish(run, step)
+                return finish(run, step, last_step)
 
             # ---- one training step ----
             started = time.perf_counter()
@@ -256,7 +256,8 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     with world.fail_together():
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
     saver = at_exit.enter_context(closing(Saver(  # source: for a rollback before the first save
-        path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat)))
+        path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat,
+        config.saving.keep_best)))
     world.print0(folder.summary(description, T))
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
@@ -273,9 +274,9 @@ def get_batch(run: Run, step: int) -> torch.Tensor:
     return batch.to(run.world.device, non_blocking=True)
 
 
-def finish(run: Run, step: int) -> int:
+def finish(run: Run, step: int, last_step: bool) -> int:
     """Says how the run ended: the plot, STOPPED after a signal, the next command to try."""
-    world, last_step = run.world, step == run.config.steps
+    world = run.world
     if last_step and run.evaluator.problem:  # the weights are broken
         recovery.end(run, step, run.evaluator.problem)
     completed = last_step and step in run.tracker.evaluated_steps

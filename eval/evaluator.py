@@ -35,10 +35,13 @@ class EvalConfig:
     """A JSONL file of questions, off, or auto: downloaded for runs on GPUs."""
     prompt: str = "Hello, I'm a language model,"
     """What the samples continue."""
+    early_stop: int = 0
+    """End the run after so many evaluations in a row without a lower validation loss; 0: never."""
 
     def __post_init__(self) -> None:
         cli.within("eval_every", self.eval_every, 1, cli.MOST_STEPS)
         cli.within("val_tokens", self.val_tokens, 1, 10**12)
+        cli.within("early_stop", self.early_stop, 0, cli.MOST_STEPS)
 
 
 class Evaluator:
@@ -58,6 +61,7 @@ class Evaluator:
         """
         self.stop = stop
         self.world, self.micro_batch, self.prompt = world, micro_batch, config.prompt
+        self.early_stop = config.early_stop
         self.val_stream = data.val
         with world.fail_together():
             self.val_sequences = validation_sequences(data.val, T, config.val_tokens)
@@ -87,6 +91,22 @@ class Evaluator:
         if row is None:
             return False
         tracker.log(step, **row)
+        return True
+
+    def stops_early(self, step: int, tracker: Tracker) -> bool:
+        """Whether this step's evaluation is the last that --early_stop waits for; says so if it is.
+
+        It follows from the record alone: on resume the answer is the same, on every rank.
+        """
+        best = tracker.best_step()
+        if not self.early_stop or best is None or step not in tracker.val_losses:
+            return False
+        without_improvement = sum(evaluated > best for evaluated in tracker.val_losses)
+        if without_improvement < self.early_stop:
+            return False
+        tracker.log_event(step, f"stopped early at step {step}: {without_improvement} evaluations "
+                          f"without a lower validation loss than {tracker.val_losses[best]:.4f} of "
+                          f"step {best} (a larger --early_stop goes on)")
         return True
 
     def results(self, model: GPT, with_hellaswag: bool) -> dict[str, Any] | None:

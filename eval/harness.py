@@ -4,9 +4,10 @@
     python -m eval.harness runs/gpt2-124m --tasks hellaswag,lambada_openai,wikitext
     python -m eval.harness hf:gpt2 --tasks my_task --include_path my_tasks/    # YAMLs of one's own
 
-The harness fetches its tasks' data from the Hub; with a task that reads local files it needs no
-network. Its HellaSwag asks another text than eval.hellaswag (see there). The last line is JSON: for
-each task its metrics, null where one is no number.
+The harness fetches its tasks' data from the Hub and keeps them in HF_HOME, ~/.cache/huggingface if
+not set: a copy of that folder from a machine with a network serves one without, and a task that
+reads local files needs neither. Its HellaSwag asks another text than eval.hellaswag (see there).
+The last line is JSON: for each task its metrics, null where one is no number.
 """
 
 import json
@@ -21,7 +22,7 @@ from data.tokenizer import EOT, decode, encode
 from eval import choice
 from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, Failed, one_line_errors
 from launch.world import Dtype, World, init_distributed
 from model.generate import SampleConfig, generate
 from model.gpt2 import GPT
@@ -29,6 +30,8 @@ from model.gpt2 import GPT
 with one_line_errors():
     try:
         import lm_eval
+        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.utils.logging import set_verbosity_error
         from lm_eval.api.model import TemplateLM
         from lm_eval.tasks import TaskManager
     except ImportError as missing:
@@ -132,15 +135,25 @@ class Adapter(TemplateLM):
 def evaluate(
     model: GPT, tasks: list[str], world: World, manager: TaskManager, limit: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """The harness's metrics of each task that the manager knows."""
+    """The harness's metrics of each task that the manager knows.
+
+    Raises BadInput for another one, Failed where its data can't be fetched.
+    """
     for name in tasks:
         if name not in manager.all_tasks:
             raise BadInput(f"lm-evaluation-harness has no task {name!r}; `lm-eval ls tasks` lists "
                            "them, --include_path adds a folder of your own")
-    found = lm_eval.simple_evaluate(
-        model=Adapter(model, world), tasks=tasks, task_manager=manager, limit=limit or None,
-        bootstrap_iters=0, log_samples=False,
-    )
+    try:
+        found = lm_eval.simple_evaluate(
+            model=Adapter(model, world), tasks=tasks, task_manager=manager, limit=limit or None,
+            bootstrap_iters=0, log_samples=False,
+        )
+    except (ConnectionError, LocalEntryNotFoundError) as error:
+        raise Failed(
+            f"the data of {', '.join(tasks)} can't be fetched: {error}. Offline: give the same "
+            "command where there is a network, and copy its folder ~/.cache/huggingface here "
+            "(HF_HOME names another place); or judge by a local file: python -m eval.tasks --help"
+        ) from None
     return found["results"]
 
 
@@ -165,6 +178,7 @@ def main(
     world = init_distributed()
     if world.size > 1:
         raise BadInput("the harness asks one process: start it without torchrun")
+    set_verbosity_error()  # without a network it would tell of each of its attempts
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with choice.open_model(checkpoint, dtype, world) as model:

@@ -50,15 +50,15 @@ def describe(
     }
 
 
-def prepare(path: Path, description: dict[str, Any], last_step: int) -> set[int]:
+def prepare(path: Path, description: dict[str, Any], last_step: int) -> list[dict[str, Any]]:
     """Writes config.json, drops what a stop left behind and metrics past the step `last_step`.
 
-    Returns the steps whose validation loss is on record, which need no second evaluation.
+    Returns the rows with a validation loss, whose steps need no second evaluation.
     """
     remove_stopped_file(path)
     atomic_write(path / "config.json", json.dumps(description, indent=2) + "\n")
     cut_after(path / "metrics.jsonl", last_step)
-    return {row["step"] for row in read_rows(path / "metrics.jsonl") if "val_loss" in row}
+    return [row for row in read_rows(path / "metrics.jsonl") if "val_loss" in row]
 
 
 def summary(description: dict[str, Any], T: int) -> str:

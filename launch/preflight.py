@@ -321,7 +321,8 @@ def of_run(settings: Mapping, parameters: int) -> int:
     return run(Needs(
         data=Path(source) if source else None, out_dir=Path(settings["out_dir"]),
         checkpoint_bytes=12 * parameters,  # weights and two moments in fp32
-        keep=settings["saving"]["keep"], head_width=model["n_embd"] // model["n_head"],
+        keep=settings["saving"]["keep"] + settings["saving"]["keep_best"],
+        head_width=model["n_embd"] // model["n_head"],
         wandb=settings["tracker"]["wandb"],
     ))
 

@@ -1,4 +1,5 @@
-"""What a run says about itself: a console line a step, metrics.jsonl, and Weights & Biases.
+"""What a run says about itself: a console line a step, metrics.jsonl, and on request TensorBoard
+and Weights & Biases.
 
 metrics.jsonl holds one JSON object a line, each with `step` (finished updates) and `tokens`
 (trained on until then), and any of train_loss lr grad_norm tokens_per_second mfu step_ms
@@ -29,6 +30,8 @@ class TrackerConfig:
 
     wandb: Mode = "disabled"
     """Weights & Biases beside metrics.jsonl."""
+    tensorboard: bool = False
+    """TensorBoard beside metrics.jsonl: `tensorboard --logdir runs` compares runs."""
     profile: int = 0
     """Steps to record with torch.profiler."""
 
@@ -39,13 +42,13 @@ class TrackerConfig:
 class Tracker:
     """Keeps the record of a run on rank 0; on the other ranks every call does nothing.
 
-    description: what config.json holds. evaluated_steps: those whose validation loss is on record,
-    known on every rank. The MFU is left out where the card's peak isn't known.
+    description: what config.json holds. evaluations: the rows on record that have a validation
+    loss, known on every rank. The MFU is left out where the card's peak isn't known.
     """
 
     def __init__(
         self, run: Path, world: World, description: dict[str, Any],
-        evaluated_steps: Iterable[int] = (),
+        evaluations: Iterable[dict[str, Any]] = (),
     ) -> None:
         config, resolved = description["config"], description["resolved"]
         peak = peak_flops(world.device, resolved["dtype"])
@@ -54,10 +57,17 @@ class Tracker:
         self.batch_tokens = config["batch_tokens"]
         self.flops_per_token = resolved["flops_per_token"]
         self.peak_flops = peak * world.size if peak else None  # of all ranks
-        self.evaluated_steps = set(evaluated_steps)  # steps whose validation loss is on record
+        evaluations = list(evaluations)
+        self.evaluated_steps = {row["step"] for row in evaluations}
+        # Step -> validation loss. A resumed run may have another validation set than before, and
+        # losses of the two can't be compared.
+        val_set = resolved["val_set"]
+        self.val_losses: dict[int, float] = {
+            row["step"]: row["val_loss"] for row in evaluations if row.get("val_set") == val_set}
         self.smooth_seconds = 0.0  # a step, for the first ones are slow
         self.file: Any = None
         self.wandb: Any = None
+        self.tensorboard: Any = None
         self.profiler: Any = None
         if world.is_rank0:
             self.path = run / "metrics.jsonl"
@@ -65,6 +75,9 @@ class Tracker:
             extra = config["tracker"]
             if extra["wandb"] != "disabled":
                 self.wandb = _start_wandb(run, extra["wandb"], description)
+            if extra["tensorboard"]:
+                last_step = max((row["step"] for row in read_rows(self.path)), default=-1)
+                self.tensorboard = _start_tensorboard(run, last_step)
             if extra["profile"]:
                 self.profiler = _start_profiler(run, extra["profile"])
 
@@ -72,6 +85,7 @@ class Tracker:
         """Appends a row; values that are None are left out."""
         if "val_loss" in values:
             self.evaluated_steps.add(step)
+            self.val_losses[step] = values["val_loss"]
         if not self.file:
             return
         row = {"step": step, "tokens": step * self.batch_tokens}
@@ -83,6 +97,19 @@ class Tracker:
             self.world.print0(f"warning: metrics.jsonl misses step {step}: {error.strerror}")
         if self.wandb:
             self.wandb.log(row)  # its own step only ever grows: a rollback's rows would be lost
+        if self.tensorboard:
+            self._log_to_tensorboard(row)
+
+    def _log_to_tensorboard(self, row: dict[str, Any]) -> None:
+        try:
+            for key, value in row.items():
+                if isinstance(value, str):
+                    self.tensorboard.add_text(key, value, row["step"])
+                elif key != "step":
+                    self.tensorboard.add_scalar(key, value, row["step"])
+        except OSError as error:
+            self.world.print0(f"warning: TensorBoard gets no more rows: {error.strerror}")
+            self.tensorboard = None
 
     def log_event(self, step: int, text: str, **values: Any) -> None:
         """Prints what happened, and logs it with these values."""
@@ -114,9 +141,14 @@ class Tracker:
         if self.profiler:
             self.profiler.step()
 
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss on record, the first of equal ones."""
+        return min(sorted(self.val_losses), key=self.val_losses.__getitem__, default=None)
+
     def drop_after(self, step: int) -> None:
         """Drops the rows past `step`, to which the run has returned."""
         self.evaluated_steps = {s for s in self.evaluated_steps if s <= step}
+        self.val_losses = {s: loss for s, loss in self.val_losses.items() if s <= step}
         if self.file:
             try:
                 self.file.close()
@@ -125,6 +157,9 @@ class Tracker:
                 self.world.print0(f"warning: metrics.jsonl keeps rows past step {step}: "
                                   f"{error.strerror}")
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
+        if self.tensorboard:
+            self.tensorboard.close()
+            self.tensorboard = _start_tensorboard(self.path.parent, step)
 
     def close(self) -> None:
         """Closes the file, and the wandb run."""
@@ -138,6 +173,9 @@ class Tracker:
                 self.world.print0("no profile: it takes three steps more than --profile says")
         if self.wandb:
             self.wandb.finish()
+        if self.tensorboard:
+            with contextlib.suppress(OSError):
+                self.tensorboard.close()
 
 
 def _can_be_written(value: Any) -> bool:
@@ -197,6 +235,20 @@ def _start_wandb(run: Path, mode: Mode, config: dict) -> Any:
         raise Failed(f"wandb: {error}; `wandb login` first, or --wandb offline") from None
     except (wandb.errors.Error, ValueError) as error:
         raise Failed(f"wandb: {error}; --wandb disabled goes without") from None
+
+
+def _start_tensorboard(run: Path, last_step: int) -> Any:
+    """A writer into the run folder's tensorboard/.
+
+    Whatever earlier writers put there past last_step, TensorBoard hides: it's trained again.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs the tensorboard package: pip install -c "
+                       "constraints.txt -e '.[tensorboard]'") from None
+    folder = str(run / "tensorboard")
+    return SummaryWriter(folder, purge_step=last_step + 1, flush_secs=10)
 
 
 def _start_profiler(run: Path, steps: int) -> Any:

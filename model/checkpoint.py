@@ -9,6 +9,7 @@ model/saving.py writes them, model/manifest.py checks them; this file finds and 
         config.json            the model's shape and what must match on resume
         manifest.json          size and sha256 of each file, written last
         DOUBTFUL               only where nothing but bad steps followed: mark_doubtful()
+    runs/NAME/checkpoints/best.json    which of them is the best, under --keep_best: model/best.py
 
 Nothing but `step_` and eight digits is ever taken for a checkpoint. Beside them lie, hidden and
 only for moments: .step_00000500.tmp (being written), .old (set aside while a new one of the same
@@ -101,8 +102,9 @@ def remove(folder: Path) -> None:
     _delete(doomed)
 
 
-def prune(checkpoints: Path, newest: Path, keep: int) -> None:
+def prune(checkpoints: Path, newest: Path, keep: int, best: Path | None = None) -> None:
     """Removes checkpoints older than the `keep` newest good ones, of which `newest` is the first.
+    `best` stays in any case.
 
     Newer folders are damaged or doubtful ones that the run went back from: they aren't counted, nor
     are doubtful ones in between, or they would push out the good ones.
@@ -111,7 +113,7 @@ def prune(checkpoints: Path, newest: Path, keep: int) -> None:
     good = [folder for folder in ours if not (folder / DOUBTFUL).exists()]
     oldest = good[:keep][-1]
     for folder in ours:
-        if folder.name < oldest.name:
+        if folder.name < oldest.name and folder != best:
             remove(folder)
 
 
@@ -235,7 +237,7 @@ def find_resume_checkpoint(
     if resume == "auto" or branched:  # a run that began in another run's checkpoint goes on too
         return _newest_valid(checkpoints, progress)
     source = find(resume, progress)
-    if own and own[0].name > folder_name(_step(source)):
+    if own and own[0].name > folder_name(step_of(source)):
         raise BadInput(f"{run} goes on to {own[0].name}, past {source}: choose another --name "
                        "for a run that branches off there")
     return source
@@ -251,7 +253,7 @@ def find_rollback_checkpoint(
     return find(str(run), progress)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     """The step of a checkpoint, whatever its folder is called; -1 for one without training state,
     which is refused when it's loaded."""
     if NAME.fullmatch(folder.name):

@@ -1,11 +1,12 @@
 """Moves weights between the field's formats.
 
     python -m model.convert runs/gpt2-124m exported --to hf      # transformers, vLLM, lm-eval
-    python -m model.convert runs/gpt2-124m model.bin --to llmc   # llm.c; --dtype bf16 halves it
+    python -m model.convert runs/gpt2-124m model.bin --to llmc   # llm.c
     python -m model.convert out/ckpt.pt converted --to ours      # eval.*, --init
 
 SRC is a checkpoint folder, a run folder (its newest), hf:DIR or hf:NAME, llm.c's .bin, or a .pt of
-nanoGPT or build-nanogpt: files are recognised by what is in them. fp32 weights keep every bit.
+nanoGPT or build-nanogpt: files are recognised by what is in them. fp32 weights keep every bit;
+--dtype bf16 makes a hf folder or llm.c's file half as large.
 DST appears whole or not at all, and nothing is overwritten. Optimizer state stays behind. What came
 from the Hub is written down with its commit: "source" in config.json (ours), or in the header of
 model.safetensors (hf).
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,6 +27,7 @@ from safetensors.torch import save_file
 from data.tokenizer import EOT, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
+from launch.world import DTYPES
 from model.checkpoint import load_model
 from model.formats.hf import from_hf, to_hf
 from model.formats.hub import locate
@@ -62,9 +65,11 @@ def read_source(spec: str, allow_pickle: bool = False) -> GPT:
     return without_padding(model, spec)
 
 
-def write_hf(model: GPT, folder: Path, source: str = "") -> None:
+def write_hf(
+    model: GPT, folder: Path, source: str = "", dtype: torch.dtype = torch.float32
+) -> None:
     """A Hugging Face folder with everything that AutoModel, AutoTokenizer and pipeline read."""
-    to_hf(model, folder, source)
+    to_hf(model, folder, source, dtype)
     end = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT}
     _write_json(folder / "generation_config.json", end)
     for name, content in tokenizer_files(model.config.n_ctx).items():
@@ -171,14 +176,15 @@ def main(
         src: A checkpoint folder, a run folder, hf:DIR, llm.c's .bin, or nanoGPT's .pt.
         dst: What to make; must not exist.
         to: Hugging Face folder, llm.c's .bin, or a checkpoint folder of this project.
-        dtype: Number format of llm.c's file.
+        dtype: Number format of the weights; bf16 for hf and llmc.
         allow_pickle: Read the pytorch_model.bin of a Hugging Face folder that has nothing else.
     """
     path = Path(dst)
     if path.exists() or path.is_symlink():
         raise BadInput(f"{dst} is there already, and nothing is overwritten: name another")
-    if dtype != "fp32" and to != "llmc":
-        raise BadInput(f"--dtype {dtype} is for --to llmc; {to} keeps the weights as they are")
+    if dtype != "fp32" and to == "ours":
+        raise BadInput(f"--dtype {dtype} is for --to hf and --to llmc; a checkpoint of this "
+                       "project keeps fp32")
     source = ""
     if src.startswith("hf:"):
         folder, commit = locate(src.removeprefix("hf:"), allow_pickle)
@@ -187,7 +193,7 @@ def main(
             src, source = f"hf:{folder}", f"{name}@{commit}"
     model = read_source(src, allow_pickle)
     write: dict[str, Callable[[Path], None]] = {
-        "hf": lambda work: write_hf(model, work, source),
+        "hf": lambda work: write_hf(model, work, source, DTYPES[dtype]),
         "llmc": lambda work: to_llmc(model, work, dtype),
         "ours": lambda work: write_ours(model, work, source),
     }

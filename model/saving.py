@@ -33,6 +33,7 @@ from launch import cli
 from launch.errors import Failed
 from launch.files import flush, free_bytes, set_size
 from launch.tracker import Tracker
+from model.best import mark_best
 from model.checkpoint import (
     TrainState,
     find_rollback_checkpoint,
@@ -42,6 +43,7 @@ from model.checkpoint import (
     mark_doubtful,
     prune,
     put_in_place,
+    step_of,
     stored_shape,
 )
 from model.manifest import write_manifest
@@ -62,6 +64,9 @@ class SavingConfig:
     """Steps between checkpoints."""
     keep: int = 3
     """Newest checkpoints to keep."""
+    keep_best: bool = False
+    """Keep the best one, too: a step that is evaluated better than all before is saved, and stays.
+    checkpoints/best.json names it."""
 
     def __post_init__(self) -> None:
         cli.within("save_every", self.save_every, 1, cli.MOST_STEPS)
@@ -84,18 +89,22 @@ class Saver:
     newest_step: of the newest checkpoint that is proved to be on the disk; the same on all ranks.
     resumed_from: the checkpoint that the run began with, perhaps another run's.
     heartbeat: called while a wait makes progress, so that a long one isn't taken for a hang.
+    keep_best: beside the `keep` newest, the one of the lowest validation loss.
     """
 
     def __init__(
         self, run: Path, state: TrainState, tracker: Tracker, keep: int, newest_step: int = -1,
         resumed_from: Path | None = None, heartbeat: Callable[[], object] = lambda: None,
+        keep_best: bool = False,
     ) -> None:
         self.run, self.state, self.tracker, self.keep = run, state, tracker, keep
         self.newest_step, self.resumed_from, self.heartbeat = newest_step, resumed_from, heartbeat
+        self.keep_best = keep_best
         self.world = tracker.world
         self.checkpoints = run / "checkpoints"
         self.layouts = _layouts(state)
         self._copies: dict[tuple[str, int], Tensor] = {}  # in memory; used again at every save
+        self._losses: dict[int, float] = {}  # validation losses, when the last save began
         self._saved: list[Path] = []  # since report_finished
         self._failed: list[Failed] = []
         # Of the checkpoint that is being written; the thread sets _problem and counts _bytes.
@@ -107,6 +116,10 @@ class Saver:
         self._seen, self._seen_at = 0.0, 0.0  # bytes of all ranks, and when there were more
         self._give_up = threading.Event()  # rank 0 needn't wait for the others' notes any longer
         self._closing = threading.Event()
+        if keep_best and self.world.is_rank0:  # a kill may have come before it was written
+            with contextlib.suppress(OSError):
+                newest = self.checkpoints / folder_name(newest_step)
+                mark_best(self.checkpoints, newest, tracker.val_losses)
 
     def save(self, step: int, progress: dict[str, Any], wait: bool) -> None:
         """Begins a checkpoint; on return the weights may change again. All ranks call it.
@@ -129,6 +142,10 @@ class Saver:
                 raise self._failed.pop()
             self.report_finished(step)
 
+    def is_best(self, step: int) -> bool:
+        """Whether this step is to be saved as the best so far. The same on all ranks."""
+        return self.keep_best and step == self.tracker.best_step()
+
     def wait(self) -> None:
         """Until the checkpoint that is being written is on the disk, or has failed. All ranks call
         it together."""
@@ -143,7 +160,11 @@ class Saver:
         if self._step is not None and not self._writing():
             self._settle()
         while self._saved:
-            self.world.print0("saved", self._saved.pop(0))
+            saved = self._saved.pop(0)
+            best = self.is_best(step_of(saved))
+            self.world.print0("saved", saved)
+            if best:
+                self.tracker.log_event(step, f"best validation loss so far: {saved}")
         while self._failed:
             problem = self._failed.pop(0)
             self.world.print0(f"warning: {problem}; training goes on, earlier checkpoints are good")
@@ -227,6 +248,8 @@ class Saver:
         self._problem = "its thread died"  # until it has come to its end
         self._step, self._bytes, self._seen, self._seen_at = step, 0, 0.0, time.monotonic()
         self._give_up.clear()
+        if self.keep_best:
+            self._losses = dict(self.tracker.val_losses)  # the thread's own copy
         self._thread = threading.Thread(
             target=self._write, args=(step, files, pieces), name="checkpoint", daemon=True
         )
@@ -384,7 +407,8 @@ class Saver:
         if self._in_streak:
             return
         with contextlib.suppress(OSError):  # what can't be pruned now will be after the next save
-            prune(self.checkpoints, final, self.keep)
+            best = mark_best(self.checkpoints, final, self._losses)
+            prune(self.checkpoints, final, self.keep, best)
 
     def _count(self, done: int) -> None:
         self._bytes += done

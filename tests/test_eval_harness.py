@@ -261,3 +261,14 @@ def test_greedy_continuations_are_those_of_the_export(model, exported, folder):
 def test_an_unknown_task_gets_one_line(model, manager):
     with pytest.raises(BadInput, match="no task 'helaswag'"):
         harness.evaluate(model, ["helaswag"], ALONE, manager)
+
+
+def test_data_that_cannot_be_fetched_get_one_line(model, tmp_path):
+    """Tests are offline (conftest.py), as a machine without a network is."""
+    (tmp_path / "far_away.yaml").write_text(
+        "task: far_away\ndataset_path: nobody/nothing\ntest_split: test\n"
+        "output_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n"
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    with pytest.raises(Failed, match="the data of far_away can't be fetched: .* Offline: give the"):
+        harness.evaluate(model, ["far_away"], ALONE, manager)

@@ -1,9 +1,11 @@
 """The record of a run, its command line, and the ranks' agreement."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
+from contextlib import closing
 from dataclasses import asdict, replace
 
 import pytest
@@ -158,6 +160,56 @@ def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BadInput, match="pip install wandb"):
         tracker._start_wandb(tmp_path, "offline", {})
+
+
+def shown_by_tensorboard(run) -> dict[str, list[tuple[int, float]]]:
+    """Name -> (step, value), as TensorBoard draws them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)]
+            for name in events.Tags()["scalars"]}
+
+
+def on_record(run, name: str) -> list[tuple[int, float]]:
+    """The same out of metrics.jsonl. Event files hold fp32: half a unit in its 24th bit off."""
+    rows = [row for row in read_rows(run / "metrics.jsonl") if name in row]
+    return [(row["step"], pytest.approx(row[name], rel=2**-24)) for row in rows]
+
+
+def test_tensorboard_shows_the_rows_of_a_resumed_run_once(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "tiny"
+    for _ in range(2):
+        assert train(tiny(steps=4, save_every=2, eval_every=2, tensorboard=True)) == 0
+        shown = shown_by_tensorboard(run)
+        assert set(shown) > {"train_loss", "val_loss", "lr", "grad_norm", "tokens"}
+        for name in ("train_loss", "val_loss", "lr"):
+            assert shown[name] == on_record(run, name)
+        shutil.rmtree(run / "checkpoints" / "step_00000004")
+
+
+def test_tensorboard_forgets_what_a_run_rolled_back_from(tmp_path):
+    pytest.importorskip("tensorboard")
+    world = World(0, 1, torch.device("cpu"))
+    settings = {"wandb": "disabled", "tensorboard": True, "profile": 0}
+    description = {"config": {"steps": 9, "batch_tokens": 32, "tracker": settings},
+                   "resolved": {"dtype": "fp32", "flops_per_token": 1, "val_set": "x"}}
+    with closing(tracker.Tracker(tmp_path, world, description)) as tracked:
+        for step in range(1, 6):
+            tracked.log(step, train_loss=float(step))
+        tracked.drop_after(3)
+        tracked.log_event(3, "rolled back to step 3")
+        tracked.log(4, train_loss=40.0)
+    assert shown_by_tensorboard(tmp_path)["train_loss"] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(BadInput, match=r"--tensorboard needs .*\[tensorboard\]"):
+        tracker._start_tensorboard(tmp_path, -1)
 
 
 def test_a_lonely_world_talks_to_nobody():

@@ -169,6 +169,16 @@ def test_a_name_that_is_not_there_is_one_clear_line(hub, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_without_a_network_the_way_to_get_a_model_is_named(tmp_path):
+    """Port 9 of this machine answers nobody."""
+    code = "from eval.sample import *\nwith one_line_errors(): load_model('hf:gpt2@e7da7f2')"
+    done = run_with_hub(code, "http://127.0.0.1:9", tmp_path / "cache")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: hf:gpt2 is not in the cache, and the Hub can't be reached")
+    assert "hf download gpt2 config.json model.safetensors --revision e7da7f2" in line
+
+
 def assert_same(one: GPT, two: GPT) -> None:
     assert one.config == two.config
     weights = two.state_dict()

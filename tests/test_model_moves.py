@@ -140,8 +140,8 @@ EXACT = ["nanogpt", "nanogpt-bare"]  # which llm.c can't compute
 
 @pytest.mark.parametrize(
     ("name", "to"),
-    [(name, to) for name in TANH for to in ("hf", "llmc", "llmc-bf16", "ours")]
-    + [(name, to) for name in EXACT for to in ("hf", "ours")],
+    [(name, to) for name in TANH for to in ("hf", "hf-bf16", "llmc", "llmc-bf16", "ours")]
+    + [(name, to) for name in EXACT for to in ("hf", "hf-bf16", "ours")],
 )
 def test_every_pair_has_the_same_logits(sources, tmp_path, name, to):
     """Bit for bit between formats, since one network computes both from the same weights; against
@@ -149,13 +149,12 @@ def test_every_pair_has_the_same_logits(sources, tmp_path, name, to):
     source = sources[name]
     before = convert.read_source(source.spec)
     torch.testing.assert_close(before(IDX), source.logits, atol=1e-4, rtol=1e-4)
-    if to == "llmc-bf16":
-        convert.main(source.spec, str(tmp_path / "out"), "llmc", "bf16")
+    form, _, rounded = to.partition("-")
+    convert.main(source.spec, str(tmp_path / "out"), form, rounded or "fp32")
+    if rounded:
         for parameter in before.parameters():
             parameter.data = parameter.data.bfloat16().float()
-    else:
-        convert.main(source.spec, str(tmp_path / "out"), to)
-    spec = f"hf:{tmp_path / 'out'}" if to == "hf" else str(tmp_path / "out")
+    spec = f"hf:{tmp_path / 'out'}" if form == "hf" else str(tmp_path / "out")
     assert torch.equal(logits_of(spec), before(IDX))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
@@ -189,6 +188,18 @@ def test_nanogpts_checkpoints_keep_their_exact_gelu(sources, tmp_path):
     assert config["activation_function"] == "gelu"
     exported = GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
     assert their_loss(exported) == pytest.approx(loss, rel=1e-12)
+
+
+def test_a_bf16_folder_is_half_as_large_and_transformers_loads_it_so(sources, tmp_path):
+    for dtype in ("fp32", "bf16"):
+        convert.main(sources["ours"].spec, str(tmp_path / dtype), "hf", dtype)
+    sizes = {path.parent.name: path.stat().st_size for path in tmp_path.glob("*/model.safetensors")}
+    header = 10_000  # bytes, at most; the tensors are 3 MB
+    assert sizes["bf16"] == pytest.approx(sizes["fp32"] / 2, abs=header)
+    exported = GPT2LMHeadModel.from_pretrained(tmp_path / "bf16", dtype="auto")
+    weights = convert.read_source(f"hf:{tmp_path / 'bf16'}").state_dict()
+    assert exported.transformer.wpe.weight.dtype == torch.bfloat16
+    assert torch.equal(exported.transformer.wpe.weight.float(), weights["wpe.weight"])
 
 
 def test_nanogpts_weights_are_trained_on_with_their_gelu(sources, tiny, tmp_path):
@@ -453,7 +464,8 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(sources, tmp_path, monk
     with pytest.raises(BadInput, match="there already"):
         convert.main(sources["hf"].spec, str(tmp_path / "there"), "llmc")
     assert (tmp_path / "there").read_text() == "mine"
-    refused(sources["hf"].spec, tmp_path, "--dtype bf16 is for --to llmc", to="hf", dtype="bf16")
+    refused(sources["hf"].spec, tmp_path, "--dtype bf16 is for --to hf and --to llmc; a checkpoint",
+            to="ours", dtype="bf16")
 
     def full(_):
         raise OSError(28, "No space left on device")

@@ -81,17 +81,19 @@ def from_hf(source: str, ops: Operators = kernels.TORCH, allow_pickle: bool = Fa
     return model
 
 
-def to_hf(model: GPT, folder: Path, source: str = "") -> None:
-    """Writes config.json and model.safetensors (fp32) that GPT2LMHeadModel loads as they stand.
+def to_hf(
+    model: GPT, folder: Path, source: str = "", dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes config.json and model.safetensors that GPT2LMHeadModel loads as they stand.
 
-    source: where the weights came from, kept in the header of model.safetensors. Raises BadInput
-    for a model that is no GPT-2.
+    source: where the weights came from, kept in the header of model.safetensors. dtype: fp32, which
+    keeps every bit, or bf16, rounded to the nearest. Raises BadInput for a model that is no GPT-2.
     """
     require_gpt2(model, "a Hugging Face folder")
     config = model.config
     tensors = {}
     for name, parameter in named_weights(model).items():
-        weight = parameter.float().cpu()
+        weight = parameter.cpu().to(dtype)
         if name.endswith(CONV1D):
             weight = weight.t()
         # A copy, in the order of its own dimensions, that shares no memory with the model.
@@ -117,7 +119,7 @@ def to_hf(model: GPT, folder: Path, source: str = "") -> None:
         "resid_pdrop": 0.0,
         "bos_token_id": config.n_vocab - 1,
         "eos_token_id": config.n_vocab - 1,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
     atomic_write(folder / "config.json", json.dumps(content, indent=2) + "\n")
 

@@ -45,6 +45,7 @@ def _fetch(name: str, revision: str | None, allow_pickle: bool) -> Path:
         DryRunError,
         HfHubHTTPError,
         HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -75,6 +76,13 @@ def _fetch(name: str, revision: str | None, allow_pickle: bool) -> Path:
         raise BadInput(f"{name!r} has no revision {revision!r} on the Hub") from None
     except (HFValidationError, RepositoryNotFoundError):
         raise BadInput(f"{name!r} is neither a folder here nor a model on the Hub") from None
+    except LocalEntryNotFoundError:
+        at = f" --revision {revision}" if revision else ""
+        raise Failed(
+            f"hf:{name} is not in the cache, and the Hub can't be reached. Where there is a "
+            f"network: hf download {name} config.json {SAFETENSORS}{at} --local-dir copied; bring "
+            "the folder here and name hf:copied"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         raise Failed(f"could not fetch {name!r} from the Hub: {type(error).__name__}") from None
 
