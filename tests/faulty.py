@@ -4,7 +4,8 @@
 
 kinds: nan (the rank's loss is no number in this step), stop (SIGSTOP: the rank hangs), full (the
 disk takes no file of more than 1 MB while this step's checkpoint is written), late (the rank looks
-at the run's folder when another has changed it). Steps count from 1;
+at the run's folder when another has changed it), poison (these batches give a loss that is no
+number, on every rank and as often as they come). Steps count from 1;
 a fault happens in the first process that gets there and not again after a restart.
 """
 
@@ -16,6 +17,7 @@ import signal
 import torch
 
 import train_gpt2
+from data.loader import Loader
 from launch import cli
 from launch.errors import exit_process, one_line_errors
 from model.parallel import ParallelModel
@@ -59,8 +61,25 @@ def plant() -> None:
         return loss * torch.nan if FAULT["kind"] == "nan" and happens() else loss
 
     train_gpt2.get_lr, ParallelModel.__call__ = counting, broken
+    if FAULT["kind"] == "poison":
+        plant_poison(FAULT["batches"])
     if FAULT["kind"] == "late" and FAULT["rank"] == int(os.environ["RANK"]):
         train_gpt2.was_stopped = lambda run: False
+
+
+def plant_poison(batches: list[int]) -> None:
+    """Their loss is no number."""
+    read, call, coming = Loader.try_get_batch, ParallelModel.__call__, [0]
+
+    def counting(self, step):
+        coming[0] = self.batch_number(step)
+        return read(self, step)
+
+    def poisoned(self, idx, targets):
+        loss = call(self, idx, targets)
+        return loss * torch.nan if coming[0] in batches else loss
+
+    Loader.try_get_batch, ParallelModel.__call__ = counting, poisoned
 
 
 if __name__ == "__main__":
