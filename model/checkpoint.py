@@ -5,7 +5,7 @@ model/saving.py writes them, model/manifest.py checks them; this file finds and 
     runs/NAME/checkpoints/step_00000500/
         model.safetensors      OpenAI's parameter names, master dtype, 50,257 vocabulary rows
         optimizer.safetensors  moments and step of each parameter
-        state.json             step, tokens, random states, loss scale, the spike guard's memory
+        state.json             step, tokens, random states, loss scale, the spike detector's memory
         config.json            the model's shape and what must match on resume
         manifest.json          size and sha256 of each file, written last
         DOUBTFUL               only where nothing but bad steps followed: mark_doubtful()

@@ -164,6 +164,18 @@ def test_every_file_that_is_named_is_here(page):
         assert list(ROOT.glob(path)), f"{page.name}: {path}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_name_that_a_page_places_in_a_file_is_there(page):
+    """`NAME` in `FILE`, and `FILE`: `NAME`, `NAME`."""
+    text = " ".join(page.read_text().split())
+    placed = [(path, [word]) for word, path in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)]
+    for path, names in re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", text):
+        placed.append((path, re.findall(r"\w+", names)))
+    for path, names in placed:
+        for word in names:
+            assert re.search(rf"\b{word}\b", (ROOT / path).read_text()), f"{page.name}: {word}"
+
+
 def test_the_tree_is_the_tree():
     """docs/files.md has a line for each file, and README one for each folder."""
     (tree,) = blocks((ROOT / "docs" / "files.md").read_text(), "")
