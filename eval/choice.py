@@ -245,7 +245,10 @@ def _pick(row: dict, fields: Iterable[str]) -> list:
 
 def as_json(result: Any) -> str:
     """The last line of an evaluation: a dataclass as JSON, shares to six digits."""
-    rounded = {}
-    for key, value in asdict(result).items():
-        rounded[key] = round(value, 6) if isinstance(value, float) else value
-    return json.dumps(rounded, allow_nan=False)
+    return json.dumps(_rounded(asdict(result)), allow_nan=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return round(value, 6) if isinstance(value, float) else value

@@ -209,6 +209,22 @@ def _lock(handle: int, folder: Path) -> bool:
     return True
 
 
+def offered_size(url: str, at_most: int) -> int:
+    """The bytes that a server says `url` has. Raises Failed where it says none, or too many."""
+    import requests
+
+    try:
+        with requests.head(url, allow_redirects=True, timeout=(10, 60)) as reply:
+            reply.raise_for_status()
+            offered = reply.headers.get("Content-Length", "")
+    except requests.RequestException as error:
+        raise Failed(f"could not download {url}: {type(error).__name__}") from None
+    if not offered.isdigit() or int(offered) > at_most:
+        raise Failed(f"could not download {url}: the server offers {offered or 'unknown'} bytes, "
+                     f"and {at_most:,} are the most that are taken")
+    return int(offered)
+
+
 def download(url: str, path: Path, sha256_expected: str, size: int, retries: int = 5) -> None:
     """Fetches `url` to `path`: resumed where it broke off, and checked before it gets its name.
 
