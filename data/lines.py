@@ -90,7 +90,7 @@ class Content:
 
     def __init__(self, file: File) -> None:
         self.file = file
-        self.compression = COMPRESSIONS.get(Path(file.name).suffix)
+        self.compression = COMPRESSIONS.get(Path(file.name).suffix.lower())
         self.problem, self.given, self.taken = "", 0, 0
 
     def __iter__(self) -> Iterator[bytes]:
@@ -292,8 +292,11 @@ def _parse_text(name: str, contents: list[Record], first: int) -> Documents:
             continue
         try:
             # A byte order mark can only begin a file.
-            texts.append(content.decode("utf-8" if number else "utf-8-sig"))
+            text = content.decode("utf-8" if number else "utf-8-sig")
+            if "\0" in text:
+                raise ValueError("a zero byte, so it is UTF-16 or no text")
+            texts.append(text)
             numbers.append(number)
-        except UnicodeDecodeError as error:
+        except ValueError as error:
             unreadable.append(Unreadable(number, f"{where}: {one_line(error)}"))
     return from_texts(texts, numbers, unreadable)

@@ -2,6 +2,9 @@
 
 Of a damaged file everything is read that decodes: every row group that can be, and of one that
 can't be, the rows before the damage.
+
+Arrow leaves its own type of a column in the file, and where that is a dictionary, one value that is
+no UTF-8 fails the whole row group. So what fails is read once more as parquet alone knows it.
 """
 
 import functools
@@ -49,7 +52,8 @@ def parquet_pieces(
         if groups and size + bytes_here > piece_bytes:
             yield _Groups(file, metadata, column, groups, first).piece(number)
             groups, first, size = [], end, 0
-        if bytes_here > LARGE_GROUP_BYTES:
+        # From the Hub a group comes whole, for only a whole one can be asked for again.
+        if bytes_here > LARGE_GROUP_BYTES and not file.remote:
             rows = max(1, about.num_rows * piece_bytes // bytes_here)
             large = _Groups(file, metadata, column, [group], first)
             yield from large.in_batches(number, rows, start)
@@ -74,7 +78,8 @@ def parquet_share(file: File, column: str) -> float:
     for group, about in enumerate(groups):
         if about.num_rows:
             texts = _Groups(file, metadata, column, [group], 0).first_rows()
-            return texts.nbytes / len(texts) * metadata.num_rows / max(1, file.size)
+            if len(texts):  # of those that are UTF-8
+                return texts.nbytes / len(texts) * metadata.num_rows / max(1, file.size)
     return 0.0
 
 
@@ -137,21 +142,33 @@ class _Groups:
             return self._what_decodes()
 
     def in_batches(self, number: int, rows: int, start: int) -> Iterator[Piece]:
-        """Pieces of a row group that shouldn't be in memory whole, read one after the other."""
-        first = self.first
-        try:
-            for column in self._batches(rows):
-                if first + len(column) > start:
-                    load = functools.partial(from_column, column, self.file.name, first)
-                    yield Piece(number, first, len(column), load)
-                first += len(column)
-        except (OSError, ValueError) as error:
-            yield unreadable_piece(number, first, self._problem(first, error))
+        """Pieces of a row group that shouldn't be in memory whole, read one after the other.
+
+        What fails is asked for again, at last row by row: damage costs no row before it.
+        """
+        given = max(self.first, start)  # the documents before this one are out
+        problem = ""
+        plain = self._without_arrow_schema()
+        for reader, size in ((self, rows), (plain, rows), (plain, 1)):
+            at = self.first
+            try:
+                for column in reader._batches(size):
+                    new = column.slice(max(0, given - at))
+                    at += len(column)
+                    if len(new):
+                        load = functools.partial(from_column, new, self.file.name, given)
+                        yield Piece(number, given, len(new), load)
+                        given = at
+                return
+            except (OSError, ValueError) as error:
+                problem = self._problem(given, error)
+        yield unreadable_piece(number, given, problem)
 
     def first_rows(self) -> "pa.Array":
         def read() -> "pa.Array":
-            column = next(self._batches(SAMPLE_ROWS))
-            return from_column(column, self.file.name, 0).texts
+            for column in self._batches(SAMPLE_ROWS):
+                return from_column(column, self.file.name, 0).texts
+            return from_texts([], [], []).texts
 
         return patiently(self.file, read)
 
@@ -175,14 +192,15 @@ class _Groups:
             for batch in parquet.iter_batches(
                 rows, row_groups=self.groups, columns=[self.column], use_threads=False
             ):
-                yield batch.column(0)
+                yield batch.column(self.column)
 
     def _what_decodes(self) -> Documents:
         """The row groups that can be read, and the beginning of each that can't."""
         parts: list[Documents] = []
         first = self.first
+        plain = self._without_arrow_schema()
         for group in self.groups:
-            alone = _Groups(self.file, self.metadata, self.column, [group], first)
+            alone = _Groups(self.file, plain.metadata, self.column, [group], first)
             try:
                 parts.append(patiently(self.file, alone._read))
             except BadFile:
@@ -202,6 +220,17 @@ class _Groups:
             lost = Unreadable(first, self._problem(first, error))
             parts.append(from_texts([], [], [lost]))
         return parts
+
+    def _without_arrow_schema(self) -> "_Groups":
+        """The same, its columns of the types that parquet knows, and no dictionaries."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        footer = pa.BufferOutputStream()
+        self.metadata.write_metadata_file(footer)
+        content = footer.getvalue().to_pybytes().replace(b"ARROW:schema", b"arrow_schema")
+        metadata = pq.read_metadata(pa.BufferReader(content))
+        return _Groups(self.file, metadata, self.column, self.groups, self.first)
 
     def _problem(self, first: int, error: Exception) -> str:
         """What is wrong with the documents from number `first` to the last of these groups."""

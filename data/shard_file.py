@@ -12,6 +12,7 @@ short, a read is an error with a message, and a memory map is a SIGBUS that ends
 
 import hashlib
 import os
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from data.rank0 import print0
 from data.tokenizer import EOT
 from launch.errors import BadInput
-from launch.files import fsync, sha256
+from launch.files import fsync, refuse_lfs_pointer, sha256
 
 MAGIC, VERSION = 20240520, 1  # dev/data/data_common.py of llm.c
 HEADER = 256  # int32 values
@@ -138,7 +139,10 @@ def open_shard(path: Path, expected_sha256: str = "") -> Shard:
     """A shard whose header and length are right. Raises BadInput where they are not."""
     if path.is_symlink() and not path.exists():
         raise BadInput(f"{path} is a link to {path.readlink()}, and nothing is there")
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+        raise BadInput(f"{path} is no plain file, and a shard is one")
     try:
+        refuse_lfs_pointer(path)
         open_format = _open_npy if path.suffix == ".npy" else _open_bin
         return Shard(path, open_format(path), expected_sha256)
     except OSError as error:
@@ -156,8 +160,9 @@ def _open_npy(path: Path) -> TokenFile:
                 read_header = npy.read_array_header_2_0
             shape, _, dtype = read_header(file)
             offset = file.tell()
-    except ValueError as error:
-        raise BadInput(f"can't read {path}: {error}") from None
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        # The header is a line of Python, and NumPy has Python read it.
+        raise BadInput(f"can't read the .npy header of {path}: {error!r}") from None
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] == 0:
         raise BadInput(f"{path} holds {dtype} of shape {shape}; a shard is one row of uint16")
     size, expected = path.stat().st_size, offset + 2 * shape[0]
@@ -173,11 +178,13 @@ def _open_bin(path: Path) -> TokenFile:
     with path.open("rb") as file:
         first = file.read(HEADER_BYTES)
     numbers = np.frombuffer(first[: len(first) // 4 * 4], dtype="<i4")
-    if len(numbers) < 3 or numbers[0] != MAGIC:
+    if len(numbers) == 0 or numbers[0] != MAGIC:
         if path.name in NANOGPT_NAMES:
             return _open_bare(path, size)
         found = numbers[0] if len(numbers) else "nothing"
         raise BadInput(f"{path} is no shard: it begins with {found}, and a shard with {MAGIC}")
+    if len(numbers) < HEADER:
+        raise BadInput(f"{path} ends within its header of {HEADER_BYTES:,} bytes: it was cut short")
     if numbers[1] != VERSION:
         raise BadInput(f"{path} is a shard of version {numbers[1]}; version {VERSION} is read here")
     count = int(numbers[2])
@@ -198,7 +205,12 @@ def _open_bare(path: Path, size: int) -> TokenFile:
                        "two bytes each: it was cut short, or it is something else")
     if path.with_name("meta.pkl").exists():
         raise BadInput(_foreign_vocabulary(path.parent))
-    return TokenFile(path, 0, size // 2)
+    file = TokenFile(path, 0, size // 2)
+    beginning = file[:ENOUGH_TO_TELL]
+    if len(beginning) == ENOUGH_TO_TELL and not beginning[1::2].any():
+        raise BadInput(f"{path} holds numbers of 32 bits (every second one of 16 is zero), and "
+                       "nanoGPT's tokens for GPT-2 take 16: write them as np.uint16")
+    return file
 
 
 def _foreign_vocabulary(folder: Path) -> str:

@@ -182,9 +182,11 @@ def read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
     if not path.exists():
         return {}
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise BadInput(f"{path} is no plain file")
     try:
         manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
     entries = manifest.get("shards") if isinstance(manifest, dict) else None
     if not isinstance(entries, list) or not all(map(_is_entry, entries)):
@@ -258,8 +260,9 @@ def info(folder: Folder) -> None:
     manifest = read_manifest(train[0].path.parent)
     if manifest.get("revision"):
         print(f"revision {manifest['revision']}")
-    for key, value in manifest.get("statistics", {}).items():
-        print(f"{key}: {value:,}")
+    statistics = manifest.get("statistics")
+    for key, value in statistics.items() if isinstance(statistics, dict) else []:
+        print(f"{key}: {value:,}" if isinstance(value, int | float) else f"{key}: {value}")
     beginning = decode((val + train)[0].tokens[:1024].tolist())
     text = next((text for text in beginning.split("<|endoftext|>") if text), "")
     print(f"it begins: {text[:400]!r}")

@@ -13,11 +13,13 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from data.documents import BadFile, File, Piece, one_line, unreadable_piece
 from data.lines import count_borders, json_pieces, json_share, text_pieces
 from data.parquet import parquet_pieces, parquet_share
 from launch.errors import BadInput, Failed
+from launch.files import refuse_lfs_pointer
 
 PIECE_BYTES = 1 << 23  # of text: some thousand documents, some milliseconds of every core
 KINDS = {  # endings of file names; .json.gz is what C4 calls its JSON lines
@@ -36,36 +38,50 @@ def local_files(source: str) -> list[File]:
     A folder is read with all below it, but for hidden files. Raises BadInput where there are no
     files, a link leads nowhere, or a folder holds more than one kind.
     """
-    import pyarrow as pa
-
     paths, folder = _matches(source)
+    if not paths and folder:
+        raise BadInput(f"--source {source} holds no files, or hidden ones alone")
     if not paths:
         raise BadInput(f"--source {source}: no such file (put a pattern with * in quotes)")
     _refuse_dangling_links(paths)
     read = _documents_once(paths, folder)
     left_out = [path for path in paths if path not in read]
     if not read:
-        raise BadInput(f"{left_out[0]}: documents are read from {ENDINGS} files")
+        raise BadInput(f"{left_out[0]}: documents are read from {ENDINGS} files, and "
+                       "from no folders, pipes or devices called so")
     if folder:
         _refuse_mixed_kinds(folder, read)
+    for path in read:
+        refuse_lfs_pointer(Path(path))
     print(f"reading {_listed(read)}" + (f"; leaving out {_listed(left_out)}" if left_out else ""))
     above = os.path.commonpath([os.path.dirname(path) for path in read]) or "."
     return [
         File(Path(os.path.relpath(path, above)).as_posix(), os.path.getsize(path),
-             functools.partial(pa.OSFile, path))
+             functools.partial(_open, path))
         for path in read
     ]
 
 
+def _open(path: str) -> Any:
+    """The file as one of Arrow's, which other threads read meanwhile, if Arrow takes its name."""
+    import pyarrow as pa
+
+    try:
+        return pa.OSFile(path)
+    except UnicodeEncodeError:  # a name that is no UTF-8
+        return pa.PythonFile(open(path, "rb"), mode="r")
+
+
 def kind(name: str) -> str:
     """parquet, jsonl, txt, or empty for a file that holds no documents."""
+    name = name.lower()
     return next((kind for kind, endings in KINDS.items() if name.endswith(endings)), "")
 
 
 def _matches(source: str) -> tuple[list[str], str]:
     """(what a source names but for folders, sorted; the source, if it names folders alone)."""
     literal = pattern = ""
-    for part in Path(source).parts:
+    for part in Path(source).parts or ["."]:
         literal = os.path.join(literal, part)
         # What is there is no pattern: `[v1] data/*.parquet` names a folder with brackets.
         pattern = os.path.join(pattern, glob.escape(part) if os.path.lexists(literal) else part)
@@ -74,7 +90,8 @@ def _matches(source: str) -> tuple[list[str], str]:
     if files:
         return files, ""
     seen: set[str] = set()
-    return sorted(path for folder in found for path in _below(folder, seen)), source
+    below = sorted(path for folder in found for path in _below(folder, seen))
+    return below, source if found else ""
 
 
 def _below(folder: str, seen: set[str]) -> Iterator[str]:

@@ -31,6 +31,8 @@ FOLDER_NOT_FLUSHED = UNSUPPORTED | {errno.EBADF, errno.EACCES, errno.EISDIR}
 NO_REPLACE = UNSUPPORTED | {errno.EEXIST, errno.EACCES, errno.EPERM}  # of a rename over a file
 NO_SIZE = UNSUPPORTED | {errno.EPERM}  # of truncate(2) to a larger size
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 Progress = Callable[[int], None]  # told of bytes as they are done
 _warned: set[str] = set()
 
@@ -56,6 +58,14 @@ def sha256(path: Path, progress: Progress = no_progress) -> str:
             digest.update(chunk)
             progress(len(chunk))
     return digest.hexdigest()
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises BadInput for the few lines that git leaves in a large file's place without git-lfs."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise BadInput(f"{path} is a git-LFS pointer and not the file itself: run `git lfs "
+                           f"pull` in {path.parent}")
 
 
 def fsync(path: Path) -> None:

@@ -21,6 +21,7 @@ import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
 from model.formats import foreign
 from model.formats.hf import from_hf
-from model.formats.tensors import load_named, without_padding
-from model.gpt2 import GPT, GPTConfig
+from model.formats.tensors import check_fits, load_named, without_padding
+from model.gpt2 import GPT, GPTConfig, without_weights
 from model.manifest import MANIFEST, TRAINING, find_damage
 from model.optim import ROW_STATE, SCALAR_STATE, LossScaler
 from model.parallel import ParallelModel, ParamShard
@@ -278,8 +279,12 @@ def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
     """The model of a checkpoint folder, whose hashes were checked, or of hf:DIR."""
     if source.startswith("hf:"):
         return without_padding(from_hf(source.removeprefix("hf:"), ops), source)
-    model = GPT(model_config(Path(source)), ops)
-    load_weights(model, Path(source))
+    folder = Path(source)
+    config = model_config(folder)
+    with _open_weights(folder) as tensors:  # before a model of the size that config.json says
+        check_fits(without_weights(config), _shapes(tensors), folder)
+    model = GPT(config, ops)
+    load_weights(model, folder)
     return model
 
 
@@ -321,14 +326,25 @@ def copy_weights(model: GPT, source: str) -> None:
 
 def load_weights(model: GPT, folder: Path) -> None:
     """Copies a checkpoint's weights into a model of its shape, which takes on their dtype."""
+    with _open_weights(folder) as tensors:
+        if torch.float64 in tensors.dtypes():
+            model.double()
+        load_named(model, tensors, folder, _shapes(tensors))
+
+
+@contextlib.contextmanager
+def _open_weights(folder: Path) -> Iterator[TensorFile]:
+    """A checkpoint's model.safetensors. Raises BadInput, also later, where it can't be read."""
     path = folder / "model.safetensors"
     try:
         with TensorFile(path) as tensors:
-            if torch.float64 in tensors.dtypes():
-                model.double()
-            load_named(model, tensors, path, {name: tensors.shape(name) for name in tensors})
+            yield tensors
     except (OSError, ValueError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
+
+
+def _shapes(tensors: TensorFile) -> dict[str, tuple[int, ...]]:
+    return {name: tensors.shape(name) for name in tensors}
 
 
 @torch.no_grad()

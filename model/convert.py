@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from data.tokenizer import EOT, vocabulary
 from launch.errors import BadInput, Failed, one_line_errors
-from launch.files import fsync
+from launch.files import fsync, refuse_lfs_pointer
 from launch.world import DTYPES
 from model.checkpoint import load_model
 from model.formats.hf import from_hf, to_hf
@@ -36,7 +36,6 @@ from model.formats.nanogpt import from_nanogpt
 from model.formats.pickles import is_pickle
 from model.formats.tensors import (
     named_weights,
-    refuse_lfs_pointer,
     require_gpt2,
     without_padding,
 )

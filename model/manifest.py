@@ -46,7 +46,8 @@ def _damage(folder: Path, progress: Progress) -> str:
         return f"{MANIFEST} has {path.stat().st_size:,} bytes"
     try:
         files = {str(name): _entry(entry) for name, entry in _files(path).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:
         return f"{MANIFEST} can't be read: {error}"
     problem = _wrong_names(folder, set(files))
     if problem:

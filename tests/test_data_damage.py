@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import fineweb, lines
+from data import fineweb, lines, parquet
 from data.documents import from_column
 from data.lines import split
 from tests.documents import failing, made, refused, texts
@@ -210,3 +210,55 @@ def test_one_endless_line_takes_little_memory(tmp_path):
     _, found, grown = done.stdout.splitlines()
     assert found.startswith("['first', 'last'] ['a.jsonl.gz, document 2: longer than 67,108,864")
     assert int(grown) < 200
+
+
+def damaged_in_the_middle(path, documents: list[str]) -> None:
+    """One row group, a page of which holds document 300 and no longer agrees with its checksum."""
+    pq.write_table(pa.table({"text": documents}), path, compression=None, use_dictionary=False,
+                   data_page_size=10_000, write_page_checksum=True, write_batch_size=10,
+                   write_statistics=False)
+    content = bytearray(path.read_bytes())
+    at = bytes(content).index(documents[300].encode())
+    content[at : at + 50] = bytes(50)
+    path.write_bytes(content)
+
+
+def test_rows_before_a_damaged_page_of_a_huge_row_group_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 6_000)
+    documents = random_documents(500)
+    damaged_in_the_middle(tmp_path / "a.parquet", documents)
+    kept, manifest = made(tmp_path / "a.parquet", tmp_path / "out", skip_bad_files=True,
+                          shard_tokens=50_000)
+    assert 250 < len(kept) <= 300  # a page has 16 of these documents
+    assert kept == documents[: len(kept)]
+    (named,) = manifest["skipped_files"]
+    assert named.endswith(f"(documents {len(kept) + 1} to 500)")
+
+
+@pytest.mark.parametrize("large_group_bytes", [1 << 26, 1], ids=["whole", "in batches"])
+def test_a_value_of_a_dictionary_that_is_no_utf8_costs_itself(tmp_path, monkeypatch,
+                                                              large_group_bytes):
+    monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", large_group_bytes)
+    values = pa.array([b"one", b"caf\xe9", b"three"], pa.binary()).view(pa.string())
+    indices = pa.array([0, 1, 2] * 20)
+    column = pa.DictionaryArray.from_arrays(indices, values, safe=False)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    documents, manifest = made(tmp_path / "a.parquet", tmp_path / "out", skip_bad_files=True,
+                               shard_tokens=30)
+    assert documents == ["one", "three"] * 20
+    assert len(manifest["skipped_files"]) == 20
+    assert manifest["skipped_files"][0].startswith("a.parquet, document 2: 'utf-8'")
+
+
+def test_a_file_may_begin_with_documents_that_are_no_utf8(tmp_path):
+    write_bytes_as_strings(tmp_path / "a.parquet",
+                           [b"\xe9"] * 1500 + [text.encode() for text in SENTENCES])
+    documents, manifest = made(tmp_path / "a.parquet", tmp_path / "out", skip_bad_files=True)
+    assert documents == SENTENCES
+    assert len(manifest["skipped_files"]) == 1500
+
+
+def test_a_text_with_zero_bytes_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("what Windows calls Unicode".encode("utf-16-le"))
+    refused("a.txt: a zero byte, so it is UTF-16 or no text", out=tmp_path / "out",
+            source=str(tmp_path / "a.txt"))

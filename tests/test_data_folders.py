@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data import parquet
 from data.fineweb import FineWebConfig, make
 from data.sources import local_files
 from launch.errors import BadInput
@@ -145,3 +146,44 @@ def test_two_columns_of_one_name(tmp_path):
     refused(r"a\.parquet has 2 columns called 'text'", out=tmp_path / "out", source=str(path))
     pq.write_table(pa.Table.from_arrays([column] * 3, ["id", "text", "id"]), path)
     assert made(path, tmp_path / "out", shard_tokens=5)[0] == column.to_pylist()
+
+
+def test_a_column_whose_name_has_a_point_is_no_field_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 1)  # in batches, where columns are few
+    column = pa.array([f"document {i}" for i in range(9)])
+    fields = pa.array([{"b": "another"}] * 9)
+    pq.write_table(pa.table({"a": fields, "a.b": column}), tmp_path / "a.parquet")
+    documents, _ = made(tmp_path / "a.parquet", tmp_path / "out", column="a.b", shard_tokens=5)
+    assert documents == column.to_pylist()
+
+
+def test_the_folder_that_one_stands_in(tmp_path, write, monkeypatch):
+    write("a.jsonl")
+    monkeypatch.chdir(tmp_path / "in")
+    assert names(".") == names("./") == names("../in") == ["a.jsonl"]
+
+
+def test_capitals_are_endings_too(tmp_path, write):
+    for name in ("A.TXT", "B.Txt"):
+        write(name)
+    assert names(tmp_path / "in") == ["A.TXT", "B.Txt"]
+
+
+def test_a_name_that_is_no_utf8(tmp_path, write):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    os.rename(write("a.jsonl"), path)
+    assert made(path, tmp_path / "out", shard_tokens=5)[0] == ["a.jsonl " * 10]
+
+
+def test_an_empty_folder_is_named_as_such(tmp_path):
+    with pytest.raises(BadInput, match="holds no files, or hidden ones alone"):
+        names(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_git_lfs_pointer_is_named(write, name):
+    """As git without git-lfs leaves it."""
+    path = write(name)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5481\n")
+    with pytest.raises(BadInput, match="is a git-LFS pointer.*run `git lfs pull` in"):
+        names(path)

@@ -135,7 +135,7 @@ def test_a_folder_without_validation_is_refused(folder):
         open_folder(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"shards": [{"file": "x"}]}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"shards": [{"file": "x"}]}', "[" * 100_000])
 def test_a_broken_manifest_is_refused(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(BadInput, match=r"manifest\.json"):
@@ -428,3 +428,50 @@ def test_a_read_that_gives_less_than_asked_goes_on(folder, monkeypatch):
     shard, preadv = open_shard(folder / "toy_train_000001.bin"), os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, to, at: preadv(file, [to[0][:3]], at))
     assert shard.tokens[1:].tolist() == TOKENS[1:].tolist()
+
+
+NPY = b"\x93NUMPY\x01\x00"
+ODD_FILES = {
+    "pointer": (".bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+                "is a git-LFS pointer"),
+    "magic alone": (".bin", shard_bytes(TOKENS)[:4], "ends within its header of 1,024 bytes"),
+    "npy of brackets": (".npy", NPY + bytes([200, 0]) + b"(" * 200, "can't read the .npy header"),
+    "npy with a type that is no type": (
+        ".npy", NPY + bytes([55, 0]) + b"{'descr': '<,2', 'fortran_order': False, 'shape': (9,)}",
+        "can't read the .npy header"),
+    "npy of minus signs": (".npy", NPY + bytes([0, 35]) + b"-" * 8959 + b"1",
+                           "can't read the .npy header"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_FILES)
+def test_odd_files_are_a_line(tmp_path, case):
+    ending, content, words = ODD_FILES[case]
+    path = tmp_path / f"a_train_000001{ending}"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=words):
+        open_shard(path)
+
+
+@pytest.mark.parametrize("name", ["toy_train_000001.bin", "manifest.json"])
+def test_a_pipe_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(BadInput, match=f"{name} is no plain file"):
+        open_folder(folder)
+
+
+def test_tokens_of_32_bits_are_no_tokens_and_zeros_between(tmp_path):
+    """As nanoGPT's forks write them for larger vocabularies."""
+    for name in ("train.bin", "val.bin"):
+        np.arange(5000, dtype=np.uint32).tofile(tmp_path / name)
+    with pytest.raises(BadInput, match="train.bin holds numbers of 32 bits"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("statistics", [None, ["x"], {"documents": "many", "tokens": 3}])
+def test_any_statistics_in_a_manifest_are_shown(folder, statistics):
+    change_manifest = json.loads((folder / "manifest.json").read_text())
+    change_manifest["statistics"] = statistics
+    (folder / "manifest.json").write_text(json.dumps(change_manifest))
+    shards.main(["info", str(folder)])

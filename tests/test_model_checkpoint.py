@@ -131,11 +131,17 @@ def put_a_pipe_for_the_manifest(folder):
     return "manifest.json is no plain file"
 
 
+def promise_endless_files(folder):
+    list_other_files(folder, more={"bytes": float("inf"), "sha256": ""})
+    return "manifest.json can't be read"
+
+
 @pytest.mark.parametrize(
     "harm",
     [truncate, flip_a_bit, lose_the_manifest, garble_the_manifest, nest_the_manifest,
      lose_the_state, leave_out_the_state, leave_out_the_config, name_a_device,
-     name_a_file_outside, link_to_a_device, link_the_weights, put_a_pipe_for_the_manifest],
+     name_a_file_outside, link_to_a_device, link_the_weights, put_a_pipe_for_the_manifest,
+     promise_endless_files],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(run, harm, capsys):
     words = harm(run / "checkpoints" / "step_00000002")
@@ -191,6 +197,17 @@ def test_weights_of_another_shape_than_the_model_are_refused(run):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(BadInput, match=r"wte.weight has shape \(50000, 32\), expected \(50257"):
         checkpoint.load_train_state(trained(), folder)
+
+
+def test_shapes_are_compared_before_a_model_is_made(run, monkeypatch):
+    """A config.json may ask for more memory than there is: of this width, for 480 GB."""
+    folder = run / "checkpoints" / "step_00000002"
+    content = json.loads((folder / "config.json").read_text())
+    content["config"]["model"]["n_embd"] = 100_000
+    (folder / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(checkpoint, "GPT", None)
+    with pytest.raises(BadInput, match=r"wte.weight has shape \(50257, 32\), expected \(50257, 1"):
+        checkpoint.load_resolved(str(folder))
 
 
 def test_a_file_cut_short_while_it_is_read_is_an_error_and_not_sigbus(run):

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -281,9 +282,56 @@ def test_a_pickle_is_read_if_asked_and_runs_nothing(folder, written, tmp_path):
 def test_a_git_lfs_pointer_is_named(folder):
     """As git without git-lfs leaves it."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n"
-    (folder / "model.safetensors").write_text(pointer)
-    with pytest.raises(BadInput, match="is a git-LFS pointer.*run `git lfs pull` in"):
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_text(pointer)
+        with pytest.raises(BadInput, match=f"{name} is a git-LFS pointer.*run `git lfs pull` in"):
+            from_hf(str(folder))
+
+
+def test_shards_without_their_index_are_named(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(BadInput, match=r"no model.safetensors.index.json, .*: fetch it too"):
         from_hf(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_that_are_no_weights_are_refused(folder, dtype):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: w.to(dtype) for name, w in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=f"holds wte.weight as {dtype}"):
+        from_hf(str(folder))
+
+
+def test_sparse_weights_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.bias"] = weights["transformer.ln_f.bias"].to_sparse()
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="holds ln_f.bias as torch.float32, torch.sparse_coo"):
+        from_hf(str(folder), allow_pickle=True)
+
+
+def test_two_tensors_of_one_name_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["wpe.weight"] = tensors["transformer.wpe.weight"] + 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(BadInput, match="two tensors are wpe.weight"):
+        from_hf(str(folder))
+
+
+def test_the_command_for_a_pickle_can_be_pasted(folder):
+    odd = folder.rename(folder.with_name("it's [mine]"))
+    (odd / "model.safetensors").rename(odd / "pytorch_model.bin")
+    with pytest.raises(BadInput) as error:
+        from_hf(str(odd))
+    assert shlex.split(str(error.value).split("`")[1])[3] == f"hf:{odd}"
+
+
+def test_a_damaged_pickle_is_no_advice_to_run_it(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02garbage")
+    with pytest.raises(BadInput, match="torch.save's: it is damaged, or was never one$"):
+        from_hf(str(folder), allow_pickle=True)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +368,7 @@ def test_a_head_of_its_own_is_refused(folder):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("model_type", "llama"), ("activation_function", "relu"), ("tie_word_embeddings", False),
-     ("n_inner", 96), ("n_layer", 1.0)],
+     ("activation_function", ["gelu"]), ("n_inner", 96), ("n_layer", 1.0)],
 )
 def test_another_network_is_refused(tmp_path, key, value):
     to_hf(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, n_ctx=16)), tmp_path)

@@ -21,8 +21,8 @@ from torch import Tensor
 import kernels
 from kernels import Operators
 from launch.errors import BadInput
-from launch.files import atomic_write
-from model.formats.hub import PICKLE, SAFETENSORS, locate, only_a_pickle
+from launch.files import atomic_write, refuse_lfs_pointer
+from model.formats.hub import PICKLE, SAFETENSORS, SHARDS, locate, only_a_pickle
 from model.formats.pickles import load_pickle, weights_in
 from model.formats.tensors import (
     check_shapes,
@@ -30,7 +30,6 @@ from model.formats.tensors import (
     load_named,
     named_weights,
     our_names,
-    refuse_lfs_pointer,
     require_gpt2,
 )
 from model.gpt2 import GPT, GPTConfig
@@ -69,7 +68,7 @@ def from_hf(source: str, ops: Operators = kernels.TORCH, allow_pickle: bool = Fa
     elif _files(folder, PICKLE):
         raise only_a_pickle(source)
     else:
-        raise BadInput(f"{folder} holds no {SAFETENSORS}")
+        raise BadInput(_no_weights(folder))
     check_tied_head(tensors, folder)
 
     weights = our_names(tensors)
@@ -132,7 +131,7 @@ def read_config(folder: Path) -> GPTConfig:
             raise BadInput(f"{folder} is another network than GPT-2: {key} is {content[key]!r}, "
                            f"and {value!r} is what is computed here")
     activation = content.get("activation_function", "gelu_new")
-    if activation not in GELU:
+    if activation not in list(GELU):  # it may be anything that JSON has
         raise BadInput(f"{folder} is another network than GPT-2: activation_function is "
                        f"{activation!r}, and {', '.join(GELU)} are computed here")
     try:
@@ -176,6 +175,13 @@ def _files(folder: Path, name: str) -> list[Path]:
     return paths
 
 
+def _no_weights(folder: Path) -> str:
+    for shard in sorted(folder.glob(SHARDS[SAFETENSORS])):
+        return (f"{folder} holds {shard.name} and no {SAFETENSORS}.index.json, which says what all "
+                "the shards are: fetch it too")
+    return f"{folder} holds no {SAFETENSORS}"
+
+
 def _read_safetensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     """The tensors of a folder, under its own names, once their headers say GPT-2."""
     shapes: dict[str, list[int]] = {}
@@ -217,7 +223,10 @@ def _check_conv1d_shapes(shapes: Mapping[str, Any], config: GPTConfig, folder: P
 
 def _read_json(path: Path, problem: str) -> dict[str, Any]:
     """A JSON object, with a byte order mark or without."""
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise BadInput(f"{problem}: {path.name} is no plain file")
     try:
+        refuse_lfs_pointer(path)
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{problem}: {path.name}: {error}") from None

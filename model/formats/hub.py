@@ -5,6 +5,7 @@
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -98,6 +99,7 @@ def _matching(names: Iterable[str], patterns: list[str]) -> list[str]:
 
 def only_a_pickle(source: str) -> BadInput:
     """What is said of a folder, or a name on the Hub, without safetensors."""
+    command = f"python -m model.convert {shlex.quote('hf:' + source)} NEW --to ours"
     return BadInput(f"{source} holds no {SAFETENSORS}, only {PICKLE}, a pickle, which may run code "
-                    f"when it's read. `python -m model.convert hf:{source} NEW --to ours "
-                    "--allow_pickle True` reads its tensors and runs nothing")
+                    f"when it's read. `{command} --allow_pickle True` reads its tensors and runs "
+                    "nothing")

@@ -4,6 +4,7 @@ A pickle is a program. torch.load(weights_only=True) runs none of it: it builds 
 strings, lists and dicts, and stops at the name of anything else.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def load_pickle(path: Path, stand_ins: dict[str, type] | None = None) -> Any:
                            "that code: refused. Save a dict of tensors and numbers instead, "
                            "{'model': model.state_dict(), 'model_args': {...}}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice is to run its code
+            reason = "it is damaged, or was never one"
         raise BadInput(f"can't read {path} as a file of torch.save's: {reason}") from None
 
 

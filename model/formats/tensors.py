@@ -20,7 +20,7 @@ VOCAB = GPTConfig.n_vocab  # the tokenizer's
 # 50,257 rounded up for the hardware, as the field does; a vocabulary of any other size has tokens
 # of its own.
 PADDED = {-(-VOCAB // multiple) * multiple for multiple in (64, 128, 256, 512, 1024)}
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Value = TypeVar("Value")
 
 
@@ -89,6 +89,15 @@ def check_shapes(
         raise BadInput(f"{source} is no GPT-2 of its own description: {problem}")
 
 
+def check_fits(
+    model: GPT, shapes: Mapping[str, Sequence[int]], source: Path | str
+) -> None:
+    """Raises BadInput where a file's tensors aren't the model's. It needs no numbers of its own."""
+    problem = _difference(shapes, _shapes_of(named_weights(model)))
+    if problem:
+        raise BadInput(f"{source} is no GPT-2 of {model.config.n_layer} layers: {problem}")
+
+
 @torch.no_grad()
 def load_named(
     model: GPT, tensors: Mapping[str, Tensor], source: Path | str,
@@ -98,12 +107,13 @@ def load_named(
 
     shapes: of the tensors, where asking them for theirs would read them from a file.
     """
-    own = named_weights(model)
-    problem = _difference(shapes or _shapes_of(tensors), _shapes_of(own))
-    if problem:
-        raise BadInput(f"{source} is no GPT-2 of {model.config.n_layer} layers: {problem}")
-    for name, weight in own.items():
-        weight.copy_(tensors[name])
+    check_fits(model, shapes or _shapes_of(tensors), source)
+    for name, weight in named_weights(model).items():
+        given = tensors[name]
+        if given.dtype not in WEIGHT_DTYPES or given.layout != torch.strided:
+            raise BadInput(f"{source} holds {name} as {given.dtype}, {given.layout}: GPT-2's "
+                           "weights are dense numbers of 16, 32 or 64 bits with a point")
+        weight.copy_(given)
 
 
 def without_padding(model: GPT, spec: str) -> GPT:
@@ -128,12 +138,15 @@ def our_names(entries: Mapping[str, Value]) -> dict[str, Value]:
     """What Hugging Face or nanoGPT name, under OpenAI's names and without what is no weight.
 
     No weights are the causal masks and the tied head. A head whose embedding isn't there is the
-    embedding: safetensors' save_model keeps one of two names for the same memory.
+    embedding: safetensors' save_model keeps one of two names for the same memory. Raises BadInput
+    where two entries have one name.
     """
     ours = {}
     for name, value in entries.items():
         name = name.removeprefix("transformer.")
         mask = name.endswith((".attn.bias", ".attn.masked_bias"))
+        if name in ours:
+            raise BadInput(f"two tensors are {name}, with `transformer.` before it and without")
         if not mask and name != "lm_head.weight":
             ours[name] = value
     if "wte.weight" not in ours and "lm_head.weight" in entries:
@@ -147,14 +160,6 @@ def check_tied_head(tensors: Mapping[str, Tensor], source: Path | str) -> None:
     embedding = our_names(tensors).get("wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise BadInput(f"{source} has a head of its own; GPT-2's head is its embedding")
-
-
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raises BadInput for the few lines that git leaves in a large file's place without git-lfs."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise BadInput(f"{path} is a git-LFS pointer and not the file itself: run `git lfs "
-                           f"pull` in {path.parent}")
 
 
 def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
