@@ -22,7 +22,8 @@ import numpy as np
 from data.rank0 import print0
 from data.tokenizer import EOT
 from launch.errors import BadInput
-from launch.files import fsync, sha256
+from launch.files import fsync, hashed, sha256
+from launch.progress import track
 
 MAGIC, VERSION = 20240520, 1  # dev/data/data_common.py of llm.c
 HEADER = 256  # int32 values
@@ -107,7 +108,7 @@ class Shard:
         Tokens that don't look like GPT-2's are only a warning, from rank 0.
         """
         try:
-            if self.sha256 and sha256(self.path) != self.sha256:
+            if self.sha256 and hashed(self.path) != self.sha256:
                 raise BadInput(
                     f"{self.path} is not the file that manifest.json describes (its sha256 "
                     "differs): make or download it again"
@@ -115,7 +116,9 @@ class Shard:
         except OSError as error:
             raise BadInput(f"can't read {self.path}: {error.strerror}") from None
         largest = 0
-        for start, part in blocks(self.tokens):
+        starts = range(0, len(self.tokens), BLOCK)
+        for start in track(starts, f"checking the tokens of {self.path.name}", "block"):
+            part = self.tokens[start : start + BLOCK]
             largest = max(largest, int(part.max()))
             if largest > EOT:
                 at = int(np.argmax(part > EOT))

@@ -1,5 +1,6 @@
 """What a run is evaluated on while it trains: validation loss, HellaSwag, a sample of its text."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from eval.loss import validation_loss
 from eval.sample import prompt_tokens
 from launch import cli
 from launch.errors import Failed
+from launch.progress import track
 from launch.tracker import Tracker
 from launch.world import World
 from model.generate import SampleConfig, generate
@@ -70,6 +72,7 @@ class Evaluator:
         """
         if step in tracker.evaluated_steps:  # before this process began
             return True
+        started = time.perf_counter()
         try:
             with model.summon_full_params(), model.autocast():
                 row = self.results(model.module, stop, with_hellaswag=step > 0)
@@ -80,6 +83,7 @@ class Evaluator:
         if row is None:
             return False
         tracker.log(step, **row)
+        tracker.evaluation_seconds = time.perf_counter() - started
         return True
 
     def results(
@@ -136,7 +140,7 @@ def sample_text(model: GPT, prompt: str, world: World, stop: Callable[[], bool])
     config = SampleConfig()
     drawn: list[int] = []
     stream = generate(model, idx, config, eot=EOT)
-    for _ in range(config.max_tokens):
+    for _ in track(range(config.max_tokens), "sample", "token"):
         tokens = next(stream, None)  # (1,)
         if tokens is not None:
             drawn.append(int(tokens))

@@ -56,6 +56,8 @@ class Tracker:
         self.peak_flops = peak * world.size if peak else None  # of all ranks
         self.evaluated_steps = set(evaluated_steps)  # steps whose validation loss is on record
         self.smooth_seconds = 0.0  # a step, for the first ones are slow
+        self.eval_every = config["evaluation"]["eval_every"]
+        self.evaluation_seconds = 0.0  # of the latest evaluation; 0: there was none yet
         self.file: Any = None
         self.wandb: Any = None
         self.profiler: Any = None
@@ -104,7 +106,7 @@ class Tracker:
             mfu=mfu and round(mfu, 4), step_ms=round(seconds * 1e3, 2),
             memory_mib=peak_memory_mib(self.world.device),
         )
-        eta = clock((self.steps - step) * self.smooth_seconds)
+        eta = clock(self.seconds_left(step))
         share = "n/a" if mfu is None else f"{mfu:.1%}"
         self.world.print0(
             f"step {step:6d}/{self.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.2f} | "
@@ -113,6 +115,14 @@ class Tracker:
 
         if self.profiler:
             self.profiler.step()
+
+    def seconds_left(self, step: int) -> float:
+        """What the run takes from here to its end: its steps, and the evaluations after `step`, in
+        between and at the end."""
+        first = math.ceil(step / self.eval_every) * self.eval_every
+        evaluations = len(range(first, self.steps, self.eval_every)) + 1
+        steps = self.steps - step
+        return steps * self.smooth_seconds + evaluations * self.evaluation_seconds
 
     def drop_after(self, step: int) -> None:
         """Drops the rows past `step`, to which the run has returned."""

@@ -29,6 +29,7 @@ import kernels
 from kernels import Operators
 from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
+from launch.progress import track
 from model.formats.hf import from_hf
 from model.formats.tensors import load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
@@ -341,7 +342,7 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
             TensorFile(folder / "model.safetensors") as weights,
             TensorFile(folder / "optimizer.safetensors") as moments,
         ):
-            for shard in state.model.shards:
+            for shard in track(state.model.shards, f"loading {folder}", "tensor"):
                 shape = stored_shape(state, shard)
                 _read_rows(weights, shard.name, shape, shard.local, shard.local_start)
                 if len(shard.optim_param) == 0:

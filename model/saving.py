@@ -32,6 +32,7 @@ from torch import Tensor
 from launch import cli
 from launch.errors import Failed
 from launch.files import flush, free_bytes, set_size
+from launch.progress import Bar
 from launch.tracker import Tracker
 from model.checkpoint import (
     TrainState,
@@ -131,9 +132,12 @@ class Saver:
     def wait(self) -> None:
         """Until the checkpoint that is being written is on the disk, or has failed. All ranks call
         it together."""
-        while self._step is not None and self._writing():
-            if self._thread:
-                self._thread.join(POLL)
+        written_and_hashed = 2 * sum(layout.size for layout in self.layouts.values())
+        with Bar(desc="saving", total=written_and_hashed, unit="B") as bar:
+            while self._step is not None and self._writing():
+                bar.update(self._seen - bar.n)
+                if self._thread:
+                    self._thread.join(POLL)
         self._settle()
 
     def report_finished(self, step: int) -> None:

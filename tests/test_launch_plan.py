@@ -351,7 +351,7 @@ def test_the_plan_is_printed_from_settings(capsys):
     ("gpt2-124m", "12xh100", "nodes of 8: 8 or 16"),
     ("gpt2-124m", "1024xh100", "--batch_tokens 1048576, or 256 or 512 GPUs"),
     ("gpt2-124m", "3xh100", "or 2 or 4 GPUs"),
-    ("gpt2-1558m", "1x4090", "more than a 4090 has; what fits: 1xa100-40gb or 1xl40s"),
+    ("gpt2-1558m", "1x4090", "more than a 4090 has; what fits: 1xa100-40gb or 1xa6000"),
     ("gpt2-1558m", "8x4090", "what fits: --parallel zero1 or --parallel fsdp"),
 ])
 def test_nonsense_is_refused_in_one_line(name, text, line):

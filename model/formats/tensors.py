@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from launch.errors import BadInput
+from launch.progress import track
 from model.gpt2 import GPT, GPTConfig
 
 VOCAB = GPTConfig.n_vocab  # the tokenizer's
@@ -102,8 +103,8 @@ def load_named(
     problem = _difference(shapes or _shapes_of(tensors), _shapes_of(own))
     if problem:
         raise BadInput(f"{source} is no GPT-2 of {model.config.n_layer} layers: {problem}")
-    for name, weight in own.items():
-        weight.copy_(tensors[name])
+    for name in track(own, f"loading {source}", "tensor"):
+        own[name].copy_(tensors[name])
 
 
 def without_padding(model: GPT, spec: str) -> GPT:
