@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from data.counts import Counts, count_duplicates, in_words
 from data.documents import File, Piece, Unreadable
@@ -47,7 +46,7 @@ from data.sizes import (
 from data.sources import expected_bytes, hub_files, local_files, pieces, text_borders
 from data.tokenise import SAMPLE_EVERY, Encode, Tokens, encoder, tokenise
 from data.tokenizer import EOT_TEXT, RANKS_SHA256
-from launch import cli
+from launch import cli, flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write, folder_lock, free_bytes
 from launch.progress import Bar
@@ -411,8 +410,7 @@ def _finish(out: Path, dataset: str, progress: Progress, borders: int) -> None:
 
 
 def main() -> None:
-    make(tyro.cli(FineWebConfig, config=(tyro.conf.FlagConversionOff,),
-                  prog="python -m data.fineweb"))
+    make(flags.parse(FineWebConfig))
 
 
 if __name__ == "__main__":

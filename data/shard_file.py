@@ -12,6 +12,7 @@ short, a read is an error with a message, and a memory map is a SIGBUS that ends
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from data.rank0 import print0
 from data.tokenizer import EOT
+from launch import console
 from launch.errors import BadInput
 from launch.files import fsync, hashed, sha256
 from launch.progress import track
@@ -127,8 +129,9 @@ class Shard:
                     f"GPT-2's largest is {EOT}: another tokenizer made it, or it is damaged"
                 )
         if len(self.tokens) >= ENOUGH_TO_TELL and largest < USUAL_LARGEST:
-            print0(f"warning: the largest token in {self.path} is {largest:,}, and GPT-2's text "
-                   f"reaches {EOT:,}: another tokenizer may have made it", error=True)
+            print0(console.warning(
+                f"the largest token in {self.path} is {largest:,}, and GPT-2's text reaches "
+                f"{EOT:,}: another tokenizer may have made it", sys.stderr), error=True)
 
 
 def blocks(tokens: np.ndarray | TokenFile) -> Iterator[tuple[int, np.ndarray]]:

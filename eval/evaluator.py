@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from data.loader import Data, validation_sequences
 from data.tokenizer import EOT, decode
@@ -14,7 +15,7 @@ from eval import hellaswag
 from eval.likelihood import Stopped
 from eval.loss import validation_loss
 from eval.sample import prompt_tokens
-from launch import cli
+from launch import cli, flags
 from launch.errors import Failed
 from launch.progress import track
 from launch.tracker import Tracker
@@ -34,7 +35,8 @@ class EvalConfig:
     """The fixed validation set: the first tokens of the validation shard (20 x 2^19)."""
     hellaswag: str = "auto"
     """A JSONL file of questions, off, or auto: downloaded for runs on GPUs."""
-    prompt: str = "Hello, I'm a language model,"
+    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint=flags.unquoted)] = (
+        "Hello, I'm a language model,")
     """What the samples continue."""
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from launch import console
 from launch.errors import BadInput, Failed, FolderInUse
 from launch.progress import Bar
 
@@ -46,7 +47,7 @@ def warn_once(line: str) -> None:
         return
     _warned.add(line)
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(console.warning(line, sys.stderr), file=sys.stderr, flush=True)
 
 
 def sha256(path: Path, progress: Progress = no_progress) -> str:

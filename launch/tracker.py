@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch import cli
+from launch import cli, console
 from launch.errors import BadInput, Failed
 from launch.files import atomic_write
 from launch.world import World, peak_flops, peak_memory_mib
@@ -82,7 +82,8 @@ class Tracker:
             self.file.write(json.dumps(row, allow_nan=False) + "\n")
             self.file.flush()
         except OSError as error:  # a row is not worth a run
-            self.world.print0(f"warning: metrics.jsonl misses step {step}: {error.strerror}")
+            self.world.print0(console.warning(
+                f"metrics.jsonl misses step {step}: {error.strerror}"))
         if self.wandb:
             self.wandb.log(row)  # its own step only ever grows: a rollback's rows would be lost
 

@@ -20,6 +20,7 @@ import contextlib
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ import torch
 
 import kernels
 from kernels import Operators
+from launch import console
 from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
 from launch.progress import track
@@ -193,7 +195,7 @@ def _newest_valid(checkpoints: Path, progress: Progress) -> Path | None:
     found, warnings = newest_valid(checkpoints, progress)
     for line in warnings:
         with contextlib.suppress(OSError, ValueError):  # what can't be printed is dropped
-            print(f"warning: {line}", flush=True)
+            print(console.warning(line), flush=True)
     return found
 
 
@@ -311,7 +313,10 @@ def copy_weights(model: GPT, source: str) -> None:
     """Copies weights (resolve() says which) into a model. Raises BadInput for another shape."""
     given = load_resolved(source)
     if given.config != model.config:
-        raise BadInput(f"{source} is {given.config}, and the run asks for {model.config}")
+        flags = [f"--model.{name} {value}" for name, value in asdict(given.config).items()
+                 if value != getattr(model.config, name)]
+        raise BadInput(f"{source} holds a model of another shape than this run's: add "
+                       f"{' '.join(flags)}")
     model.load_state_dict(given.state_dict())
 
 

@@ -22,6 +22,7 @@ import tyro
 from safetensors import SafetensorError
 
 from data.tokenizer import EOT, vocabulary
+from launch import flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync
 from model.checkpoint import load_model
@@ -199,4 +200,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main, config=(tyro.conf.FlagConversionOff,))  # --allow_pickle True
+        flags.parse(main)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch import cli
+from launch import cli, console
 from launch.errors import Failed
 from launch.files import flush, free_bytes, set_size
 from launch.progress import Bar
@@ -149,7 +149,8 @@ class Saver:
             self.world.print0("saved", self._saved.pop(0))
         while self._failed:
             problem = self._failed.pop(0)
-            self.world.print0(f"warning: {problem}; training goes on, earlier checkpoints are good")
+            self.world.print0(console.warning(
+                f"{problem}; training goes on, earlier checkpoints are good"))
             self.tracker.log(step, event=f"checkpoint failed: {problem}")
 
     def load_newest(self) -> dict[str, Any]:
