@@ -23,8 +23,9 @@ from launch import cli, preflight
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.preflight import Needs
 from launch.tracker import read_rows
-from model import checkpoint, hf, saving
+from model import checkpoint, saving
 from model.checkpoint import read_config
+from model.formats import hf
 from model.generate import SampleConfig
 from model.gpt2 import GPTConfig
 from tests.running import run_program
