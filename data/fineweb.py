@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
-from tqdm import tqdm
 
 from data.counts import Counts, count_duplicates, in_words
 from data.documents import File, Piece, Unreadable
@@ -48,9 +46,10 @@ from data.sizes import (
 from data.sources import expected_bytes, hub_files, local_files, pieces, text_borders
 from data.tokenise import SAMPLE_EVERY, Encode, Tokens, encoder, tokenise
 from data.tokenizer import EOT_TEXT, RANKS_SHA256
-from launch import cli
+from launch import cli, flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write, folder_lock, free_bytes
+from launch.progress import Bar
 
 REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 NAMES = {"fineweb": "fineweb", "fineweb-edu": "edu_fineweb"}  # of llm.c's dev/data/fineweb.py
@@ -239,8 +238,7 @@ class Job:
         hashes.touch()
         os.truncate(hashes, 8 * self.progress.counts.documents)
         already = self.counts.text_bytes
-        bar = tqdm(total=max(self.expected_bytes, already), initial=already, unit="B",
-                   unit_scale=True, desc="text")
+        bar = Bar(total=max(self.expected_bytes, already), initial=already, unit="B", desc="text")
         pool = ThreadPoolExecutor(readers(self.config.workers), thread_name_prefix="reader")
         start = time.perf_counter()
         with bar:
@@ -296,7 +294,7 @@ class Job:
                 continue  # the job that goes on has noted it
             self.skipped.append((piece.file, lost.document, lost.problem))
             if len(self.skipped) <= SHOWN:
-                tqdm.write(f"skipped {lost.problem}")
+                Bar.write(f"skipped {lost.problem}")
 
     def _add(self, piece: Piece, read: Read) -> None:
         """Writes the tokens of a piece, those that a shard before this run holds left out."""
@@ -412,8 +410,7 @@ def _finish(out: Path, dataset: str, progress: Progress, borders: int) -> None:
 
 
 def main() -> None:
-    make(tyro.cli(FineWebConfig, config=(tyro.conf.FlagConversionOff,),
-                  prog="python -m data.fineweb"))
+    make(flags.parse(FineWebConfig))
 
 
 if __name__ == "__main__":

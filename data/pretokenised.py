@@ -12,7 +12,8 @@ from data.shard_file import blocks, open_shard
 from data.shards import read_manifest
 from data.tokenizer import EOT, RANKS_SHA256
 from launch.errors import BadInput, Failed
-from launch.files import atomic_write, download, free_bytes, sha256
+from launch.files import atomic_write, download, free_bytes, hashed
+from launch.progress import track
 
 # The data sets that modded-nanogpt (data/cached_*.py) and llm.c (dev/data/edu_fineweb.sh) fetch.
 SHARDS = {
@@ -49,9 +50,9 @@ def fetch(dataset: str, sample: str, revision: str, out: Path) -> None:
     from huggingface_hub import hf_hub_url
 
     entries = []
-    for name, size, digest in files:
+    for name, size, digest in track(files, f"shards of {repo}", "shard"):
         path = out / name
-        if not (_whole(path, size) and sha256(path) == digest):
+        if not (_whole(path, size) and hashed(path) == digest):
             url = hf_hub_url(repo, name, repo_type="dataset", revision=commit)
             download(url, path, digest, size)
         tokens = open_shard(path).tokens

@@ -12,6 +12,7 @@ short, a read is an error with a message, and a memory map is a SIGBUS that ends
 
 import hashlib
 import os
+import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ import numpy as np
 
 from data.rank0 import print0
 from data.tokenizer import EOT
+from launch import console
 from launch.errors import BadInput
-from launch.files import fsync, refuse_lfs_pointer, sha256
+from launch.files import fsync, hashed, refuse_lfs_pointer, sha256
+from launch.progress import track
 
 MAGIC, VERSION = 20240520, 1  # dev/data/data_common.py of llm.c
 HEADER = 256  # int32 values
@@ -108,7 +111,7 @@ class Shard:
         Tokens that don't look like GPT-2's are only a warning, from rank 0.
         """
         try:
-            if self.sha256 and sha256(self.path) != self.sha256:
+            if self.sha256 and hashed(self.path) != self.sha256:
                 raise BadInput(
                     f"{self.path} is not the file that manifest.json describes (its sha256 "
                     "differs): make or download it again"
@@ -116,7 +119,9 @@ class Shard:
         except OSError as error:
             raise BadInput(f"can't read {self.path}: {error.strerror}") from None
         largest = 0
-        for start, part in blocks(self.tokens):
+        starts = range(0, len(self.tokens), BLOCK)
+        for start in track(starts, f"checking the tokens of {self.path.name}", "block"):
+            part = self.tokens[start : start + BLOCK]
             largest = max(largest, int(part.max()))
             if largest > EOT:
                 at = int(np.argmax(part > EOT))
@@ -125,8 +130,9 @@ class Shard:
                     f"GPT-2's largest is {EOT}: another tokenizer made it, or it is damaged"
                 )
         if len(self.tokens) >= ENOUGH_TO_TELL and largest < USUAL_LARGEST:
-            print0(f"warning: the largest token in {self.path} is {largest:,}, and GPT-2's text "
-                   f"reaches {EOT:,}: another tokenizer may have made it", error=True)
+            print0(console.warning(
+                f"the largest token in {self.path} is {largest:,}, and GPT-2's text reaches "
+                f"{EOT:,}: another tokenizer may have made it", sys.stderr), error=True)
 
 
 def blocks(tokens: np.ndarray | TokenFile) -> Iterator[tuple[int, np.ndarray]]:

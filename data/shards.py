@@ -29,6 +29,7 @@ from data.shard_file import Shard, blocks, open_shard, shard_bytes
 from data.tokenizer import EOT, RANKS_SHA256, decode
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write, free_bytes, fsync
+from launch.progress import Bar, track
 
 # train.bin, NAME_train.bin, NAME_train_000001.bin; where both words occur, the last one counts.
 SHARD_NAME = re.compile(r"(?!\.)(?:.*_)?(train|val)(?:_.*)?\.(?:bin|npy)")
@@ -281,19 +282,20 @@ def convert(folder: Folder, to: Literal["npy", "nanogpt"]) -> None:
         parts = [("val.bin", val), ("train.bin", train)]
     target.mkdir(exist_ok=True)
     for name, group in parts:
-        for shard in group:
+        for shard in track(group, f"checking what goes into {name}", "shard"):
             shard.check()
         tokens = sum(len(shard.tokens) for shard in group)
         temporary = target / f".{name}.tmp"
         try:
-            with temporary.open("wb") as file:
+            bar = Bar(desc=f"writing {name}", total=2 * tokens, unit="B")
+            with temporary.open("wb") as file, bar:
                 if to == "npy":
                     np.lib.format.write_array_header_1_0(
                         file, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
                     )
                 for shard in group:
                     for _, part in blocks(shard.tokens):
-                        file.write(part.astype("<u2", copy=False).tobytes())
+                        bar.update(file.write(part.astype("<u2", copy=False).tobytes()))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target / name)

@@ -1,11 +1,13 @@
 """What a run is evaluated on while it trains: validation loss, HellaSwag, a sample of its text."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from data.loader import Data, validation_sequences
 from data.tokenizer import EOT, decode, encode
@@ -14,8 +16,9 @@ from eval.likelihood import Stopped
 from eval.loss import validation_loss
 from eval.sample import crop_note, prompt_tokens
 from eval.wrap import indented
-from launch import cli
+from launch import cli, flags
 from launch.errors import Failed
+from launch.progress import track
 from launch.tracker import Tracker
 from launch.world import World
 from model.generate import SampleConfig, generate
@@ -33,7 +36,8 @@ class EvalConfig:
     """The fixed validation set: the first tokens of the validation shard (20 x 2^19)."""
     hellaswag: str = "auto"
     """A JSONL file of questions, off, or auto: downloaded for runs on GPUs."""
-    prompt: str = "Hello, I'm a language model,"
+    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint=flags.unquoted)] = (
+        "Hello, I'm a language model,")
     """What the samples continue."""
     early_stop: int = 0
     """End the run after so many evaluations in a row without a lower validation loss; 0: never."""
@@ -80,6 +84,7 @@ class Evaluator:
         if step in tracker.evaluated_steps:  # before this process began
             return True
         self.problem = ""
+        started = time.perf_counter()
         try:
             with model.summon_full_params(), model.autocast():
                 row = self.results(model.module, with_hellaswag=step > 0)
@@ -91,6 +96,7 @@ class Evaluator:
         if row is None:
             return False
         tracker.log(step, **row)
+        tracker.evaluation_seconds = time.perf_counter() - started
         return True
 
     def stops_early(self, step: int, tracker: Tracker) -> bool:
@@ -161,7 +167,7 @@ def sample_text(model: GPT, prompt: str, world: World, stop: Callable[[], bool])
     config = SampleConfig()
     drawn: list[int] = []
     stream = generate(model, idx, config, eot=EOT)
-    for _ in range(config.max_tokens):
+    for _ in track(range(config.max_tokens), "sample", "token"):
         tokens = next(stream, None)  # (1,)
         if tokens is not None:
             drawn.append(int(tokens))

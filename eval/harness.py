@@ -22,6 +22,7 @@ from data.tokenizer import EOT, decode, encode
 from eval import choice
 from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
+from launch import flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.world import Dtype, World, init_distributed
 from model.generate import SampleConfig, generate
@@ -203,4 +204,4 @@ def _without_nan(value: Any) -> Any:
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main)
+        flags.parse(main)

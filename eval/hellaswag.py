@@ -29,6 +29,7 @@ from eval import choice
 from eval.choice import Question, Score
 from eval.likelihood import Request
 from eval.published import SIZES
+from launch import flags
 from launch.errors import BadInput, one_line_errors
 from launch.files import download
 from launch.world import Dtype, World, init_distributed
@@ -128,4 +129,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main)
+        flags.parse(main)

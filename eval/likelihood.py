@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data.tokenizer import EOT
 from kernels.constants import CACHED_ROWS, CHUNK_ELEMENTS
+from launch.progress import track
 from launch.world import World
 from model.gpt2 import GPT
 from model.packed import PackedRequests
@@ -69,7 +70,7 @@ def negative_loglikelihoods(
     cpu = world.device.type == "cpu"
     tokens_at_once = TOKENS_AT_ONCE_CPU if cpu else TOKENS_AT_ONCE_GPU
     passes = list(_passes(requests, model.config.n_ctx, tokens_at_once))
-    for start in range(0, len(passes), world.size):
+    for start in track(range(0, len(passes), world.size), "scoring", "pass"):
         # Under fsdp a pass needs all ranks, so those that are left without one repeat another.
         own = start + world.rank
         numbers, loss, greedy = _score(model, passes[min(own, len(passes) - 1)], world.device)

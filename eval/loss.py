@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from data.loader import Stream, validation_batch
 from kernels.constants import IGNORE
 from launch.errors import Failed
+from launch.progress import track
 from launch.world import World
 from model.gpt2 import GPT
 
@@ -31,7 +32,7 @@ def validation_loss(
     local = range(world.rank, sequences, world.size)
     longest = -(-sequences // world.size)  # of any rank: all take as many batches
     total, count = 0.0, 0.0
-    for start in range(0, longest, micro_batch):
+    for start in track(range(0, longest, micro_batch), "validation", "batch"):
         numbers = list(local[start : start + micro_batch])
         rows = torch.zeros(0, T + 1).long()
         if numbers:

@@ -26,7 +26,7 @@ import tyro
 
 from data.tokenizer import EOT, decode, encode, encoding
 from eval.wrap import console_width, wrap
-from launch import cli
+from launch import cli, flags
 from launch.errors import BadInput, one_line_errors
 from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import load_model
@@ -237,4 +237,4 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Arguments, config=(tyro.conf.FlagConversionOff,)))
+        main(flags.parse(Arguments))

@@ -30,6 +30,7 @@ from eval import choice
 from eval.choice import Question
 from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
+from launch import flags
 from launch.errors import BadInput, one_line_errors
 from launch.world import Dtype, World, init_distributed
 from model.gpt2 import GPT
@@ -176,4 +177,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main)
+        flags.parse(main)

@@ -12,19 +12,23 @@ Sources, by the letter used beside the figures:
   [A] NVIDIA A100 data sheet (June 2021) and "A100 Tensor Core GPU Architecture" (2020)
   [H] NVIDIA H100 data sheet and "H100 Tensor Core GPU Architecture" (2022), H200 data sheet (2024)
   [B] NVIDIA HGX and DGX B200 data sheets (2024), eight GPUs divided by eight
-  [G] NVIDIA "Ampere GA102 GPU Architecture" v2 (2021), A10 data sheet (2021)
-  [L] NVIDIA "Ada GPU Architecture" v2 (2023), L40S data sheet (2023)
+  [S] NVIDIA GH200 Grace Hopper Superchip data sheet (2023), which rounds its chip's 989.4 to 990
+  [G] NVIDIA "Ampere GA102 GPU Architecture" v2 (2021), RTX A6000 in its appendix; A10 data sheet
+  [L] NVIDIA "Ada GPU Architecture" v2 (2023), RTX 6000 in its appendix; L4 and L40S data sheets
   [X] NVIDIA "RTX Blackwell GPU Architecture" v1.1 (2025)
+  [W] NVIDIA "RTX Blackwell PRO GPU Architecture" (2025), RTX PRO 6000 Workstation Edition
+  [T] NVIDIA "Turing GPU Architecture" (2018), T4 data sheet (2019)
   [M] AMD Instinct MI300X data sheet (2023), AMD CDNA 3 white paper (2023)
   [C] CUDA C++ Programming Guide 13, "Technical Specifications per Compute Capability"
-  [P] PCI Express: 16 lanes at 16 GT/s (gen 4) 31.5 GB/s, at 32 GT/s (gen 5) 63 GB/s, 128b/130b
+  [P] PCI Express: 16 lanes at 8 GT/s (gen 3) 15.75 GB/s, at 16 (gen 4) 31.5, at 32 (gen 5) 63
+      GB/s, 128b/130b
 """
 
 from dataclasses import dataclass, replace
 
 KIB, MIB, GB, TERA = 2**10, 2**20, 10**9, 10**12
 
-PCIE4, PCIE5 = 31.5e9, 63e9  # bytes/s per direction, 16 lanes [P]
+PCIE3, PCIE4, PCIE5 = 15.75e9, 31.5e9, 63e9  # bytes/s per direction, 16 lanes [P]
 
 # What a rented node usually carries, per GPU. Every cluster differs: a planner's default.
 ETHERNET_10G, INFINIBAND_200G, INFINIBAND_400G = 1.25e9, 25e9, 50e9  # bytes/s
@@ -37,8 +41,8 @@ class Card:
     key: str  # how people write it: --plan 8xh100
     names: tuple[str, ...]  # torch.cuda.get_device_name(), without the maker
     arch: str  # what Triton compiles for: sm_90, gfx942
-    bf16_flops: float  # tensor cores, bf16 or fp16 in, fp32 accumulation
-    tf32_flops: float  # tensor cores, fp32 in, 10 bits of mantissa kept
+    bf16_flops: float  # tensor cores, bf16 or fp16 in (before sm_80 fp16 alone), fp32 accumulation
+    tf32_flops: float  # tensor cores, fp32 in, 10 bits of mantissa kept; 0: there is no such mode
     fp32_flops: float  # CUDA cores
     memory_bytes: int  # as printed; the driver reports up to 7 % more and keeps some for itself
     memory_bandwidth: float  # bytes/s
@@ -59,6 +63,11 @@ class Card:
         """The same tensor cores at the same rate as bf16, on every card listed."""
         return self.bf16_flops
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether its tensor cores take bf16, and the Triton kernels run on it: from sm_80 on."""
+        return self.arch != "sm_75"
+
 
 _AMPERE = dict(  # sm_80 [C]
     shared_per_cta=163 * KIB,
@@ -68,6 +77,13 @@ _AMPERE = dict(  # sm_80 [C]
     ctas_per_sm=32,
 )
 _HOPPER = _AMPERE | dict(shared_per_cta=227 * KIB, shared_per_sm=228 * KIB)  # sm_90, sm_100 [C]
+_TURING = dict(  # sm_75 [C]
+    shared_per_cta=64 * KIB,
+    shared_per_sm=64 * KIB,
+    registers_per_sm=65536,
+    warps_per_sm=32,
+    ctas_per_sm=16,
+)
 _CONSUMER = dict(  # sm_86, sm_89, sm_120 [C]
     shared_per_cta=99 * KIB,
     shared_per_sm=100 * KIB,
@@ -127,6 +143,13 @@ _ALL = (
         memory_bytes=141 * GB,  # [H]
         memory_bandwidth=4800e9,  # [H]
     ),
+    replace(
+        _H100,
+        key="gh200",
+        names=("GH200 480GB",),  # 480 GB are Grace's; link_bandwidth is NVLink's, where it's wired
+        memory_bytes=96 * GB,  # the one with HBM3 [S]
+        memory_bandwidth=4000e9,  # [S]
+    ),
     Card(
         key="b200",
         names=("B200",),
@@ -181,6 +204,24 @@ _ALL = (
         **_CONSUMER,
     ),
     Card(
+        key="a6000",
+        names=("RTX A6000",),
+        arch="sm_86",
+        bf16_flops=154.8 * TERA,  # [G]
+        tf32_flops=77.4 * TERA,  # [G]
+        fp32_flops=38.7 * TERA,  # [G]
+        memory_bytes=48 * GB,  # [G]
+        memory_bandwidth=768e9,  # [G]
+        sms=84,  # [G]
+        clock_hz=1.8e9,  # [G]
+        l2_bytes=6 * MIB,  # [G]
+        ctas_per_sm=16,  # [C]
+        link_bandwidth=PCIE4,  # a bridge joins two of them at 56 GB/s [G]; not counted
+        link="PCIe 4",
+        network_bandwidth=ETHERNET_10G,
+        **_CONSUMER,
+    ),
+    Card(
         key="4090",
         names=("GeForce RTX 4090",),
         arch="sm_89",
@@ -217,6 +258,42 @@ _ALL = (
         **_CONSUMER,
     ),
     Card(
+        key="l4",
+        names=("L4",),
+        arch="sm_89",
+        bf16_flops=121 * TERA,  # 242 with sparsity, halved [L]
+        tf32_flops=60 * TERA,  # 120 with sparsity, halved [L]
+        fp32_flops=30.3 * TERA,  # [L]
+        memory_bytes=24 * GB,  # [L]
+        memory_bandwidth=300e9,  # [L]
+        sms=58,  # 7,424 CUDA cores of 128 an SM
+        clock_hz=2.04e9,  # [L]
+        l2_bytes=48 * MIB,  # [L]
+        ctas_per_sm=24,  # [C]
+        link_bandwidth=PCIE4,
+        link="PCIe 4",
+        network_bandwidth=ETHERNET_10G,
+        **_CONSUMER,
+    ),
+    Card(
+        key="rtx-6000-ada",
+        names=("RTX 6000 Ada Generation",),
+        arch="sm_89",
+        bf16_flops=364.2 * TERA,  # [L]
+        tf32_flops=182.1 * TERA,  # [L]
+        fp32_flops=91.1 * TERA,  # [L]
+        memory_bytes=48 * GB,  # [L]
+        memory_bandwidth=960e9,  # [L]
+        sms=142,  # [L]
+        clock_hz=2.505e9,  # [L]
+        l2_bytes=96 * MIB,  # [L]
+        ctas_per_sm=24,  # [C]
+        link_bandwidth=PCIE4,
+        link="PCIe 4",
+        network_bandwidth=ETHERNET_10G,
+        **_CONSUMER,
+    ),
+    Card(
         key="5090",
         names=("GeForce RTX 5090",),
         arch="sm_120",
@@ -233,6 +310,41 @@ _ALL = (
         link="PCIe 5",
         network_bandwidth=ETHERNET_10G,
         **_CONSUMER,
+    ),
+    Card(
+        key="rtx-pro-6000",
+        names=("RTX PRO 6000 Blackwell Workstation Edition",),
+        arch="sm_120",
+        bf16_flops=503.8 * TERA,  # [W]
+        tf32_flops=251.9 * TERA,  # [W]
+        fp32_flops=126 * TERA,  # [W]
+        memory_bytes=96 * GB,  # [W]
+        memory_bandwidth=1792e9,  # [W]
+        sms=188,  # [W]
+        clock_hz=2.617e9,  # [W]
+        l2_bytes=128 * MIB,  # [W]
+        ctas_per_sm=24,  # [C]
+        link_bandwidth=PCIE5,
+        link="PCIe 5",
+        network_bandwidth=ETHERNET_10G,
+        **_CONSUMER,
+    ),
+    Card(
+        key="t4",
+        names=("Tesla T4", "T4"),
+        arch="sm_75",
+        bf16_flops=65 * TERA,  # of fp16: there is no bf16 [T]
+        tf32_flops=0,
+        fp32_flops=8.1 * TERA,  # [T]
+        memory_bytes=16 * GB,  # [T]
+        memory_bandwidth=320e9,  # [T]
+        sms=40,  # [T]
+        clock_hz=1.59e9,  # [T]
+        l2_bytes=4 * MIB,  # [T]
+        link_bandwidth=PCIE3,
+        link="PCIe 3",
+        network_bandwidth=ETHERNET_10G,
+        **_TURING,
     ),
     Card(
         key="mi300x",

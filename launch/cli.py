@@ -1,20 +1,19 @@
-"""The command line: [PRESET | config.json] [--flags].
+"""The command line: [PRESET | RUN | config.json] [--flags].
 
 A preset is an instance of the configuration; a config file is only flags written down, so its
-errors read like a flag's. Flags win over the file, the file over the preset.
+errors read like a flag's. Flags win over the file, the file over the preset. A run's folder is its
+config.json, under the name and in the place that the folder has: the run goes on.
 """
 
-import difflib
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
+from launch import console, flags, hints
 from launch.errors import BadInput, env_number
 
 C = TypeVar("C")
@@ -31,40 +30,57 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
     Without a preset or file the defaults of `config_class` hold. Raises BadInput for an unknown
     preset or an unreadable file; a wrong flag ends the program with tyro's box and exit code 2.
     """
-    flags = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     default = config_class()
-    if flags and not flags[0].startswith("-"):
-        source = flags.pop(0)
+    if given and not given[0].startswith("-"):
+        source = given.pop(0)
         if source in presets:
             default = presets[source]
         elif source.endswith(".json"):
-            flags = _flags_of_file(Path(source)) + flags
+            given = _flags_of_file(Path(source)) + given
+        elif _is_run(Path(source)):
+            given = _flags_of_run(Path(source)) + given
         else:
-            close = difflib.get_close_matches(source, presets, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]}? " if close else ""
+            close = hints.preset_meant(source, list(presets))
+            hint = f"did you mean {close}? " if close else ""
             raise BadInput(
-                f"no preset is called {source!r}: {hint}There are {', '.join(presets)}; "
-                "a configuration file ends in .json"
+                f"no preset is called {source!r}: {hint}There are {', '.join(presets)}; and it is "
+                "no run's folder, which holds config.json, and no file that ends in .json"
             )
-    config = tyro.cli(
+    _refuse_names_of_others(given)
+    settings = asdict(default)  # type: ignore[call-overload]
+    config = flags.parse(
         config_class,
+        given,
+        switches=_switches(settings),
         default=default,
-        args=flags,
-        config=(tyro.conf.FlagConversionOff,),  # booleans read --compile False, as in a file
-        console_outputs=env_number("RANK", 0) == 0,
-        prog="train_gpt2.py [PRESET | config.json]",
-        description=f"Presets: {', '.join(presets)}.",
+        prog="train_gpt2.py [PRESET | RUN | config.json]",
+        description=f"Presets: {', '.join(presets)}.\nRUN: a run's folder; that run goes on.",
     )
-    if is_given("steps", flags) and not is_given("optim.warmup_steps", flags):
+    if is_given("steps", given) and not is_given("optim.warmup_steps", given):
         config = scale_warmup(config, default)
     warn_of_warmup(config)
+    if is_given("model.n_ctx", given) and not is_given("micro_batch", given):
+        note_micro_batch(config, default)
     return config
 
 
-def is_given(name: str, flags: Sequence[str]) -> bool:
+def _switches(settings: Mapping) -> set[str]:
+    """The flags of these settings that are True or False."""
+    pairs = [flag.removeprefix("--").split("=", 1) for flag in as_flags(settings)]
+    return {name for name, value in pairs if value in ("True", "False")}
+
+
+def _refuse_names_of_others(given: Sequence[str]) -> None:
+    """Raises BadInput with what nanoGPT's flags are called here, for all of them at once."""
+    names = [flags.name_of(word.partition("=")[0]) for word in given]
+    if line := hints.translate(names):
+        raise BadInput(line)
+
+
+def is_given(name: str, given: Sequence[str]) -> bool:
     """Whether a flag is among these, as --name VALUE or --name=VALUE (tyro takes - for _ too)."""
-    names = [flag.partition("=")[0].replace("-", "_") for flag in flags]
-    return f"__{name}" in names
+    return name in [flags.name_of(word.partition("=")[0]) for word in given]
 
 
 def scale_warmup(config: Any, preset: Any) -> Any:
@@ -79,8 +95,20 @@ def warn_of_warmup(config: Any) -> None:
     """Says on rank 0 that the warm-up takes the whole run, where it does."""
     warmup, steps = config.optim.warmup_steps, config.steps
     if warmup >= steps and env_number("RANK", 0) == 0:
-        print(f"warning: --optim.warmup_steps {warmup:,} is no shorter than the run, --steps "
-              f"{steps:,}: the learning rate never gets past its warm-up", flush=True)
+        print(console.warning(
+            f"--optim.warmup_steps {warmup:,} is no shorter than the run, --steps {steps:,}: the "
+            "learning rate never gets past its warm-up"), flush=True)
+
+
+def note_micro_batch(config: Any, preset: Any) -> None:
+    """Says on rank 0 that the preset's micro-batch was made for another context, and what of this
+    one is as much work for a GPU at once."""
+    now, before = config.model.n_ctx, preset.model.n_ctx
+    same_work = preset.micro_batch * before // max(now, 1)
+    if now == before or same_work == 0 or env_number("RANK", 0) > 0:
+        return
+    print(f"note: --micro_batch {preset.micro_batch} is the preset's, for sequences of {before:,} "
+          f"tokens; of {now:,}, --micro_batch {same_work} is as much for a GPU at once", flush=True)
 
 
 def _flags_of_file(path: Path) -> list[str]:
@@ -97,22 +125,40 @@ def _flags_of_file(path: Path) -> list[str]:
         content = content["config"]
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds no configuration: expected an object of settings")
-    flags = as_flags(content)
-    for flag in flags:
+    given = as_flags(content)
+    for flag in given:
         if "\0" in flag:  # no name of a file can hold one, and a shell can't hand it over
             raise BadInput(f"{path} holds a zero character: {flag!r}")
-    return flags
+    return given
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run lies there. Raises BadInput for one of its checkpoints."""
+    if (folder / "manifest.json").exists() and (folder / "model.safetensors").exists():
+        raise BadInput(f"{folder} is a checkpoint: `train_gpt2.py RUN` goes on with a whole run, "
+                       f"--init {folder} starts a new one from these weights")
+    return (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
+
+
+def _flags_of_run(folder: Path) -> list[str]:
+    """A run's own settings, under the name and in the place that its folder has now."""
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    saved = _flags_of_file(folder / "config.json")
+    if "--resume=never" in saved:  # it was a new run then
+        saved.append("--resume=auto")
+    return [*saved, f"--name={folder.name}", f"--out_dir={folder.parent}"]
 
 
 def as_flags(settings: Mapping, prefix: str = "") -> list[str]:
     """{"model": {"n_layer": 2}} -> ["--model.n_layer=2"]; so a value may begin with - too."""
-    flags: list[str] = []
+    written: list[str] = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flags += as_flags(value, "" if key in BARE else f"{prefix}{key}.")
+            written += as_flags(value, "" if key in BARE else f"{prefix}{key}.")
         else:
-            flags.append(f"--{prefix}{key}={value}")
-    return flags
+            written.append(f"--{prefix}{key}={value}")
+    return written
 
 
 def within(flag: str, value: float, low: float, high: float = math.inf, unit: str = "") -> None:

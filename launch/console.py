@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, full, or read by nobody any more.
+"""Standard streams: their colours, and that they may be closed, full, or read by nobody any more.
 
 A line of log is not worth a run: what can't be printed is dropped, and training goes on.
 """
@@ -6,6 +6,8 @@ A line of log is not worth a run: what can't be printed is dropped, and training
 import os
 import sys
 from typing import Any, TextIO
+
+COLOURS = {"red": 31, "green": 32, "yellow": 33}  # ECMA-48, "select graphic rendition"
 
 
 class Forgiving:
@@ -36,6 +38,22 @@ class Forgiving:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def colour(text: str, name: str, stream: TextIO | None = None) -> str:
+    """The text in red, green or yellow, where the stream (standard output) is a terminal that can.
+
+    NO_COLOR, if it isn't empty, forbids it (no-color.org).
+    """
+    stream = stream or sys.stdout
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return f"\033[{COLOURS[name]}m{text}\033[0m"
+
+
+def warning(text: str, stream: TextIO | None = None) -> str:
+    """A line that begins with `warning:`, to be printed on this stream."""
+    return f"{colour('warning:', 'yellow', stream)} {text}"
 
 
 def open_closed_streams() -> None:

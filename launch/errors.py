@@ -49,7 +49,7 @@ def one_line_errors(output_may_fail: bool = False) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        exit_process(error.exit_code, f"error: {error}")
+        exit_process(error.exit_code, f"{console.colour('error:', 'red', sys.stderr)} {error}")
     except SystemExit as done:  # --help, a wrong flag, a run that is finished already
         if not isinstance(done.code, int | None):
             raise

@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from launch import console
 from launch.errors import BadInput, Failed, FolderInUse
+from launch.progress import Bar
 
 HASH_CHUNK = 1 << 22  # bytes read at once; hashlib lets other threads run meanwhile
 DOWNLOAD_CHUNK = 1 << 16  # what a cut connection loses at most
@@ -33,7 +35,7 @@ NO_SIZE = UNSUPPORTED | {errno.EPERM}  # of truncate(2) to a larger size
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
-Progress = Callable[[int], None]  # told of bytes as they are done
+Progress = Callable[[int], object]  # told of bytes as they are done
 _warned: set[str] = set()
 
 
@@ -47,7 +49,7 @@ def warn_once(line: str) -> None:
         return
     _warned.add(line)
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(console.warning(line, sys.stderr), file=sys.stderr, flush=True)
 
 
 def sha256(path: Path, progress: Progress = no_progress) -> str:
@@ -66,6 +68,12 @@ def refuse_lfs_pointer(path: Path) -> None:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise BadInput(f"{path} is a git-LFS pointer and not the file itself: run `git lfs "
                            f"pull` in {path.parent}")
+
+
+def hashed(path: Path) -> str:
+    """sha256(), with a bar where it takes long."""
+    with Bar(desc=f"hashing {path.name}", total=path.stat().st_size, unit="B") as bar:
+        return sha256(path, bar.update)
 
 
 def fsync(path: Path) -> None:
@@ -261,7 +269,7 @@ def download(url: str, path: Path, sha256_expected: str, size: int, retries: int
             if part.stat().st_size < size:
                 problem = f"only {part.stat().st_size:,} of {size:,} bytes came"
                 continue
-            if part.stat().st_size == size and sha256(part) == sha256_expected:
+            if part.stat().st_size == size and hashed(part) == sha256_expected:
                 fsync(part)
                 replace(part, path)
                 fsync(path.parent)
@@ -282,7 +290,6 @@ def _fetch(url: str, part: Path, have: int, size: int) -> str:
     """Adds what is missing to the `have` bytes of `part`. Says so where the server has another
     file; a connection that breaks off is no such problem."""
     import requests
-    from tqdm import tqdm
 
     # Compressed on the way, bytes couldn't be counted before they are unpacked.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -294,8 +301,8 @@ def _fetch(url: str, part: Path, have: int, size: int) -> str:
         packed = reply.headers.get("Content-Encoding", "identity") != "identity"
         if offered.isdigit() and not packed and done + int(offered) != size:
             return f"the server offers {done + int(offered):,} bytes, not {size:,}"
-        bar = tqdm(total=size, initial=done, unit="B", unit_scale=True,
-                   desc=part.name[1:].removesuffix(".part"))
+        name = part.name[1:].removesuffix(".part")
+        bar = Bar(desc=f"downloading {name}", total=size, initial=done, unit="B")
         with part.open("ab" if append else "wb") as file, bar:
             for chunk in reply.iter_content(DOWNLOAD_CHUNK):
                 done += len(chunk)

@@ -8,12 +8,14 @@
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launch import console
 from launch.errors import BadInput
 from launch.files import atomic_write
 from launch.signals import remove_stopped_file
@@ -65,15 +67,27 @@ def summary(description: dict[str, Any], T: int) -> str:
     """Three lines on what is about to happen."""
     config, resolved = description["config"], description["resolved"]
     ranks, device = description["hardware"]["ranks"], description["hardware"]["device"]
+    mps = "\n" + console.warning("this was never tested on Apple's MPS")
     return (
         f"{config['name']}: {resolved['parameters']:,} parameters on {ranks} x {device}, "
         f"{resolved['dtype']}{', compiled' * resolved['compile']}\n"
         f"{config['batch_tokens']:,} tokens a step: {ranks} ranks x {resolved['accumulation']} "
-        f"micro-steps x {resolved['micro_batch']} sequences x {T}\n"
+        f"micro-steps x {resolved['micro_batch']} sequences x {T} (micro-batch "
+        f"{why_micro_batch(config['micro_batch'], resolved)})\n"
         f"trains on {description['must_match']['training data']}, {resolved['epochs']:.2f} epochs; "
         f"validates on {resolved['val_set']}"
-        + "\nwarning: this was never tested on Apple's MPS" * (device == "Apple MPS")
+        + mps * (device == "Apple MPS")
     )
+
+
+def why_micro_batch(asked: int, resolved: dict[str, Any]) -> str:
+    """Where a rank's number of sequences at once comes from."""
+    chosen, share = resolved["micro_batch"], resolved["micro_batch"] * resolved["accumulation"]
+    if chosen == asked:
+        return f"{chosen}: as --micro_batch says"
+    if chosen == share:
+        return f"{chosen}: a rank has no more; --micro_batch allows {asked}"
+    return f"{chosen}: the largest up to --micro_batch {asked} that divides a rank's {share:,}"
 
 
 def check_name(name: str) -> None:
@@ -135,6 +149,17 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
         different.append(f"init {before} there, {init} asked")
     if different:
         raise BadInput(
-            f"{checkpoint} belongs to another run: {'; '.join(different)}. "
+            f"{checkpoint} belongs to another run: {'; '.join(different)}. {_go_on(checkpoint)}"
             "Choose another --name for a new run (with --init to start from these weights)"
         )
+
+
+def _go_on(checkpoint: Path) -> str:
+    """How to go on with a checkpoint's run as it was started, if its folder is still around it."""
+    run = checkpoint.resolve().parent.parent
+    if not (run / "config.json").exists() or checkpoint.parent.name != "checkpoints":
+        return ""
+    if run.is_relative_to(Path.cwd()):
+        run = run.relative_to(Path.cwd())
+    return (f"`python train_gpt2.py {shlex.quote(str(run))}` goes on with it and the settings "
+            f"in {run / 'config.json'}. ")

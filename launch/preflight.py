@@ -3,13 +3,16 @@
     python -m launch.preflight --data fineweb10B      # this machine
     launch/torchrun.sh gpt2-124m --preflight True     # all ranks, against what this run needs
 
-One line a check: ok, warn or fail, and what to do. The last line is JSON. Exit code 1 where
-anything failed. It takes seconds, plus the kernels' compilation on GPUs.
+One line a check: ok, warn or fail, and what to do. Piped, or with --json, the last line is JSON.
+Exit code 1 where anything failed. It takes seconds, plus the kernels' compilation on GPUs.
 """
 
 import json
 import os
+import shutil
 import statistics
+import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,18 +22,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import tyro
 
 from kernels import cards
-from launch import cli, probes
+from launch import cli, flags, probes
+from launch.console import colour
 from launch.errors import exit_process, one_line_errors
-from launch.probes import GB, MIB, SLOW, Line
+from launch.probes import GB, MIB, SLOW, Line, Status
 from launch.ranks import read_ranks
 from launch.world import choose_device
 
 ANSWER = timedelta(seconds=60)  # torch is imported and GPUs are awake well before that
 PROBE = timedelta(seconds=300)  # for a rank's own probes: kernels compile, disks are slow
 MESSAGE = 64 * MIB  # bytes all-reduced: past the size where latency counts on any link
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 SKEW = 1.0  # seconds; beyond that the logs of two nodes can't be read side by side
 
 
@@ -50,6 +54,8 @@ class Needs:
     """Width of an attention head, for the kernels' check."""
     wandb: str = "disabled"
     """online asks for a key."""
+    json: bool = False
+    """JSON as the last line also on a terminal."""
 
     def __post_init__(self) -> None:
         cli.within("checkpoint_bytes", self.checkpoint_bytes, 0, 10**18)
@@ -61,11 +67,11 @@ def run(needs: Needs) -> int:
     """Checks every rank that torchrun started; rank 0 prints. Returns the exit code."""
     rank, size = read_ranks()
     if size == 1:
-        return report({0: local_lines(needs, choose_device(), first=True)})
+        return report({0: local_lines(needs, choose_device(), first=True)}, needs.json)
     store = open_store(rank)
     silent = missing(store, "here", rank, size, os.uname().nodename, ANSWER)
     if silent:
-        return report({0: [no_answer(silent, size)]}) if rank == 0 else 1
+        return report({0: [no_answer(silent, size)]}, needs.json) if rank == 0 else 1
     device = choose_device()
     lines = local_lines(needs, device, first=os.environ.get("LOCAL_RANK", "0") == "0")
     lines += collective_lines(store, rank, size, device)
@@ -80,7 +86,7 @@ def run(needs: Needs) -> int:
             found[other] = [Line(**row) for row in rows]
     if silent:
         found[0].append(no_answer(silent, size))
-    return report(found)
+    return report(found, needs.json)
 
 
 def open_store(rank: int) -> dist.Store:
@@ -292,8 +298,9 @@ def torch_line(everyone: list[dict]) -> Line:
     return Line("same torch", "ok", versions[0])
 
 
-def report(found: dict[int, list[Line]]) -> int:
-    """Prints each check once, its trouble rank by rank, and the whole as JSON. 1 if any failed."""
+def report(found: dict[int, list[Line]], as_json: bool = False) -> int:
+    """Prints each check once, its trouble rank by rank, and where nobody watches, or as_json, the
+    whole as JSON. 1 if any failed."""
     checks: dict[str, list[tuple[int, Line]]] = defaultdict(list)
     for rank, lines in found.items():
         for line in lines:
@@ -308,10 +315,23 @@ def report(found: dict[int, list[Line]]) -> int:
                 text = f"rank {rank}: {text}"
             if line.advice:
                 text += f" -> {line.advice}"
-            print(f"{line.status:<5} {check:<15} {text}")
-    failed = any(row["status"] == "fail" for row in rows)
-    print(json.dumps({"fit": not failed, "ranks": len(found), "checks": rows}), flush=True)
-    return int(failed)
+            print(table_row(line.status, check, text))
+    failed = [row["check"] for row in rows if row["status"] == "fail"]
+    if sys.stdout.isatty():
+        print(colour(f"not fit: {', '.join(failed)}", "red") if failed else colour("fit", "green"))
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps({"fit": not failed, "ranks": len(found), "checks": rows}), flush=True)
+    return int(bool(failed))
+
+
+def table_row(status: Status, check: str, text: str) -> str:
+    """A check's line; on a terminal in colour, and broken so that its columns stay in place."""
+    start = f"{colour(f'{status:<5}', COLOURS[status])} {check:<15} "
+    if not sys.stdout.isatty():
+        return start + text
+    indent = 22  # 5 and 15, and a blank after each
+    width = max(shutil.get_terminal_size().columns - indent, 30)
+    return start + f"\n{'':{indent}}".join(textwrap.wrap(text, width, break_on_hyphens=False))
 
 
 def of_run(settings: Mapping, parameters: int) -> int:
@@ -329,7 +349,7 @@ def of_run(settings: Mapping, parameters: int) -> int:
 
 def main() -> int:
     """The machine alone, or under torchrun every machine."""
-    return run(tyro.cli(Needs, prog="python -m launch.preflight"))
+    return run(flags.parse(Needs))
 
 
 if __name__ == "__main__":

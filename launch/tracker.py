@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch import cli
+from launch import cli, console
 from launch.errors import BadInput, Failed
 from launch.files import atomic_write
 from launch.world import World, peak_flops, peak_memory_mib
@@ -65,6 +65,8 @@ class Tracker:
         self.val_losses: dict[int, float] = {
             row["step"]: row["val_loss"] for row in evaluations if row.get("val_set") == val_set}
         self.smooth_seconds = 0.0  # a step, for the first ones are slow
+        self.eval_every = config["evaluation"]["eval_every"]
+        self.evaluation_seconds = 0.0  # of the latest evaluation; 0: there was none yet
         self.file: Any = None
         self.wandb: Any = None
         self.tensorboard: Any = None
@@ -94,7 +96,8 @@ class Tracker:
             self.file.write(json.dumps(row, allow_nan=False) + "\n")
             self.file.flush()
         except OSError as error:  # a row is not worth a run
-            self.world.print0(f"warning: metrics.jsonl misses step {step}: {error.strerror}")
+            self.world.print0(console.warning(
+                f"metrics.jsonl misses step {step}: {error.strerror}"))
         if self.wandb:
             self.wandb.log(row)  # its own step only ever grows: a rollback's rows would be lost
         if self.tensorboard:
@@ -131,7 +134,7 @@ class Tracker:
             mfu=mfu and round(mfu, 4), step_ms=round(seconds * 1e3, 2),
             memory_mib=peak_memory_mib(self.world.device),
         )
-        eta = clock((self.steps - step) * self.smooth_seconds)
+        eta = clock(self.seconds_left(step))
         share = "n/a" if mfu is None else f"{mfu:.1%}"
         self.world.print0(
             f"step {step:6d}/{self.steps} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:6.2f} | "
@@ -144,6 +147,14 @@ class Tracker:
     def best_step(self) -> int | None:
         """The step of the lowest validation loss on record, the first of equal ones."""
         return min(sorted(self.val_losses), key=self.val_losses.__getitem__, default=None)
+
+    def seconds_left(self, step: int) -> float:
+        """What the run takes from here to its end: its steps, and the evaluations after `step`, in
+        between and at the end."""
+        first = math.ceil(step / self.eval_every) * self.eval_every
+        evaluations = len(range(first, self.steps, self.eval_every)) + 1
+        steps = self.steps - step
+        return steps * self.smooth_seconds + evaluations * self.evaluation_seconds
 
     def drop_after(self, step: int) -> None:
         """Drops the rows past `step`, to which the run has returned."""

@@ -22,6 +22,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,10 @@ import torch
 
 import kernels
 from kernels import Operators
+from launch import console
 from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
+from launch.progress import track
 from model.formats import foreign
 from model.formats.hf import from_hf
 from model.formats.tensors import check_fits, load_named, without_padding
@@ -197,7 +200,7 @@ def _newest_valid(checkpoints: Path, progress: Progress) -> Path | None:
     found, warnings = newest_valid(checkpoints, progress)
     for line in warnings:
         with contextlib.suppress(OSError, ValueError):  # what can't be printed is dropped
-            print(f"warning: {line}", flush=True)
+            print(console.warning(line), flush=True)
     return found
 
 
@@ -320,7 +323,10 @@ def copy_weights(model: GPT, source: str) -> None:
     """Copies weights (resolve() says which) into a model. Raises BadInput for another shape."""
     given = load_resolved(source)
     if given.config != model.config:
-        raise BadInput(f"{source} is {given.config}, and the run asks for {model.config}")
+        flags = [f"--model.{name} {value}" for name, value in asdict(given.config).items()
+                 if value != getattr(model.config, name)]
+        raise BadInput(f"{source} holds a model of another shape than this run's: add "
+                       f"{' '.join(flags)}")
     model.load_state_dict(given.state_dict())
 
 
@@ -362,7 +368,7 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
             TensorFile(folder / "model.safetensors") as weights,
             TensorFile(folder / "optimizer.safetensors") as moments,
         ):
-            for shard in state.model.shards:
+            for shard in track(state.model.shards, f"loading {folder}", "tensor"):
                 shape = stored_shape(state, shard)
                 _read_rows(weights, shard.name, shape, shard.local, shard.local_start)
                 if len(shard.optim_param) == 0:

@@ -22,9 +22,9 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from data.tokenizer import EOT, vocabulary
+from launch import flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync, refuse_lfs_pointer
 from launch.world import DTYPES
@@ -41,6 +41,7 @@ from model.formats.tensors import (
 )
 from model.gpt2 import GPT
 from model.manifest import write_manifest
+from model.safetensors_layout import save_tensors
 
 EOT_TEXT = "<|endoftext|>"
 
@@ -83,7 +84,7 @@ def write_ours(model: GPT, folder: Path, source: str = "") -> None:
     require_gpt2(model, "a converted checkpoint")
     folder.mkdir()
     weights = {name: w.cpu().contiguous() for name, w in named_weights(model).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     content: dict[str, Any] = {"config": {"model": asdict(model.config)}}
     if source:
         content["source"] = source
@@ -204,4 +205,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main, config=(tyro.conf.FlagConversionOff,))  # --allow_pickle True
+        flags.parse(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.files import Progress, atomic_write, fsync, no_progress, sha256
+from launch.progress import Bar
 
 MANIFEST = "manifest.json"
 WEIGHTS = ("model.safetensors", "config.json")  # every checkpoint has them
@@ -59,9 +60,16 @@ def _damage(folder: Path, progress: Progress) -> str:
         actual = (folder / name).stat().st_size
         if actual != size:
             return f"{name} has {actual:,} bytes, not {size:,}"
-    for name, (_, digest) in files.items():
-        if sha256(folder / name, progress) != digest:
-            return f"{name} was altered (its sha256 differs)"
+    total = sum(size for size, _ in files.values())
+    with Bar(desc=f"checking {folder}", total=total, unit="B") as bar:
+
+        def both(done: int) -> None:
+            bar.update(done)
+            progress(done)
+
+        for name, (_, digest) in files.items():
+            if sha256(folder / name, both) != digest:
+                return f"{name} was altered (its sha256 differs)"
     return ""
 
 

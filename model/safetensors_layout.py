@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launch.progress import track
+
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000  # bytes, as safetensors' library has it
@@ -32,9 +34,12 @@ class Layout:
     size: int
 
     @classmethod
-    def of(cls, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> "Layout":
+    def of(
+        cls, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: dict[str, str] | None = None,
+    ) -> "Layout":
         """Tensors one after the other, as they come."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
         relative, end = {}, 0
         for name, (dtype, shape) in tensors.items():
             relative[name] = end
@@ -45,6 +50,17 @@ class Layout:
         text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
         header = len(text).to_bytes(8, "little") + text
         return cls(header, {k: len(header) + v for k, v in relative.items()}, len(header) + end)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a .safetensors file. The library's save_file is silent until it's done, and leaves a
+    file that nobody else may read (mode 0600) whatever the umask says."""
+    layout = Layout.of({name: (w.dtype, tuple(w.shape)) for name, w in tensors.items()}, metadata)
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for name in track(tensors, f"writing {path.name}", "tensor"):
+            content = tensors[name].contiguous().reshape(-1).view(torch.uint8)
+            file.write(content.numpy().data)
 
 
 class TensorFile(Mapping[str, Tensor]):

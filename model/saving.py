@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch import cli
+from launch import cli, console
 from launch.errors import Failed
 from launch.files import flush, free_bytes, set_size
+from launch.progress import Bar
 from launch.tracker import Tracker
 from model.best import mark_best
 from model.checkpoint import (
@@ -149,9 +150,12 @@ class Saver:
     def wait(self) -> None:
         """Until the checkpoint that is being written is on the disk, or has failed. All ranks call
         it together."""
-        while self._step is not None and self._writing():
-            if self._thread:
-                self._thread.join(POLL)
+        written_and_hashed = 2 * sum(layout.size for layout in self.layouts.values())
+        with Bar(desc="saving", total=written_and_hashed, unit="B") as bar:
+            while self._step is not None and self._writing():
+                bar.update(self._seen - bar.n)
+                if self._thread:
+                    self._thread.join(POLL)
         self._settle()
 
     def report_finished(self, step: int) -> None:
@@ -167,7 +171,8 @@ class Saver:
                 self.tracker.log_event(step, f"best validation loss so far: {saved}")
         while self._failed:
             problem = self._failed.pop(0)
-            self.world.print0(f"warning: {problem}; training goes on, earlier checkpoints are good")
+            self.world.print0(console.warning(
+                f"{problem}; training goes on, earlier checkpoints are good"))
             self.tracker.log(step, event=f"checkpoint failed: {problem}")
 
     def load_newest(self) -> dict[str, Any]:

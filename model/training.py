@@ -55,6 +55,8 @@ def build_train_state(
         module = new_model(shape, compute, ops, weights, seed, world)
         if given:
             checkpoint.copy_weights(module, given)
+    if given:
+        world.print0(f"starts from the weights of {given} (--init {init})")
     if compute.compiled(world.device):
         module.compile_blocks()
     model = ParallelModel(module, compute.parallel, world, dtype)

@@ -4,6 +4,8 @@ Memory is held to this program's own tensors, under fake tensors: no GPU and no 
 Time is held to what others published; `pytest -s` prints the table.
 """
 
+import json
+import math
 import re
 from dataclasses import asdict, replace
 
@@ -19,6 +21,7 @@ from launch import plan
 from launch.errors import BadInput
 from launch.plan import memory, report, step_time
 from launch.plan.job import Job, parse_cluster
+from launch.plan.own_card import read_card
 from model.gpt2 import GPT, GPTConfig, flops_per_token, parameter_count
 from train_gpt2 import PRESETS
 
@@ -339,6 +342,8 @@ def test_the_plan_is_printed_from_settings(capsys):
 
 @pytest.mark.parametrize(("name", "text", "line"), [
     ("gpt2-124m", "8xh10", "no GPU is called 'h10': did you mean h100"),
+    ("gpt2-124m", "1xrtx6000", "did you mean rtx-pro-6000 or rtx-6000-ada"),
+    ("gpt2-124m", "2x", "--plan 2x: of which GPU? there are a100"),
     ("gpt2-124m", "8 cards", "expected COUNTxGPU as in 8xh100"),
     ("gpt2-124m", "0xh100", "1 to 1,024 GPUs, not 0"),
     ("gpt2-124m", "-8xh100", "1 to 1,024 GPUs, not -8"),
@@ -346,7 +351,7 @@ def test_the_plan_is_printed_from_settings(capsys):
     ("gpt2-124m", "12xh100", "nodes of 8: 8 or 16"),
     ("gpt2-124m", "1024xh100", "--batch_tokens 1048576, or 256 or 512 GPUs"),
     ("gpt2-124m", "3xh100", "or 2 or 4 GPUs"),
-    ("gpt2-1558m", "1x4090", "more than a 4090 has; what fits: 1xa100-40gb or 1xl40s"),
+    ("gpt2-1558m", "1x4090", "more than a 4090 has; what fits: 1xa100-40gb or 1xa6000"),
     ("gpt2-1558m", "8x4090", "what fits: --parallel zero1 or --parallel fsdp"),
 ])
 def test_nonsense_is_refused_in_one_line(name, text, line):
@@ -358,3 +363,53 @@ def test_nonsense_is_refused_in_one_line(name, text, line):
 def test_a_dtype_of_tests_has_no_plan():
     with pytest.raises(BadInput, match="bf16, fp16 and fp32, not fp64"):
         preset("demo", dtype="fp64")
+
+
+# ---- cards that are not the usual ones ----
+
+MINE = {"bf16_flops": 71e12, "fp32_flops": 35.6e12, "memory_bytes": 24e9,
+        "memory_bandwidth": 936e9, "sms": 82}
+
+
+def test_a_card_before_sm_80_computes_in_fp16_and_without_our_kernels():
+    job = preset("gpt2-124m").on(CARDS["t4"])
+    assert (job.dtype, job.fused) == ("fp16", False)
+    assert preset("gpt2-124m", dtype="fp32").on(CARDS["t4"]).dtype == "fp32"
+    assert preset("gpt2-124m").on(CARDS["l4"]) == preset("gpt2-124m")
+    assert ", fp16, ddp" in report.report(preset("gpt2-124m"), "1xt4")
+
+
+def test_a_card_of_ones_own_has_the_plan_of_a_listed_one_with_its_rates(tmp_path):
+    """An RTX 3090 described by hand: every line but those with its name is that of the 3090."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(MINE))
+    own = report.report(preset("gpt2-124m"), "2x", own=read_card(path))
+    assert own.startswith("plan for 2 x mine: 24 GB, 71 TFLOP/s, 936 GB/s each")
+    assert own.replace("mine", "3090") == report.report(preset("gpt2-124m"), "2x3090")
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({"sms": None}, "lacks sms"),
+    ({"sms": 0}, "sms is 0: expected a number above 0"),
+    ({"sms": "82"}, "sms is '82': expected a number"),
+    ({"memory_bytes": math.inf}, "memory_bytes is inf: expected"),
+    ({"memory_bandwidth": math.nan}, "memory_bandwidth is nan: expected"),
+    ({"tflops": 71}, "a card has no tflops; it has bf16_flops, fp32_flops"),
+])
+def test_a_card_that_is_described_wrongly_is_refused_in_one_line(change, line, tmp_path):
+    content = {key: value for key, value in (MINE | change).items() if value is not None}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput) as caught:
+        read_card(tmp_path / "mine.json")
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_cards_at_once_and_a_card_for_no_plan_are_refused(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps(MINE))
+    with pytest.raises(BadInput, match="names a GPU and --plan_card another: --plan 2x"):
+        parse_cluster("2xh100", read_card(tmp_path / "mine.json"))
+    with pytest.raises(BadInput, match="how many of them"):
+        plan.PlanConfig(plan_card="mine.json")
+    with pytest.raises(BadInput, match="can't read"):
+        read_card(tmp_path / "nowhere.json")

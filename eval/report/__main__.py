@@ -8,6 +8,7 @@ import tyro
 
 from eval.report.charts import Entry
 from eval.report.page import write_report
+from launch import console, flags
 from launch.errors import BadInput, one_line_errors
 
 
@@ -34,15 +35,22 @@ def summary(entry: Entry) -> str:
     return line
 
 
+def in_colour(line: str, entry: Entry) -> str:
+    """The verdict's line, green on track and red off it, where a terminal has colours."""
+    colours = {"on track": "green", "off": "red", "too early": "yellow"}
+    status = entry.verdict.status if entry.verdict else "not compared"
+    return console.colour(line, colours[status]) if status in colours else line
+
+
 def main(arguments: Arguments) -> None:
     if not arguments.runs:
         raise BadInput("which run? python -m eval.report RUN [RUN2 ...] [--against llmc-124m]")
     path, entries = write_report(list(arguments.runs), arguments.against)
     for entry in entries:
-        print(summary(entry))
+        print(in_colour(summary(entry), entry))
     print(path)
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Arguments, config=(tyro.conf.FlagConversionOff,)))
+        main(flags.parse(Arguments))

@@ -5,6 +5,7 @@
 It prints the memory of a GPU by part and the largest micro-batch that fits, the bytes on each link,
 and step time, tokens/s, hours and cost as a range with the assumptions beside it.
 
+    own_card.py     a GPU that kernels/cards.py doesn't know
     job.py          the numbers of a run, and how many of which GPU it gets
     memory.py       bytes of one GPU, tensor by tensor
     step_time.py    seconds of a step: what is computed, read, written and sent
@@ -14,6 +15,7 @@ and step time, tokens/s, hours and cost as a range with the assumptions beside i
 from dataclasses import dataclass
 
 from launch import cli
+from launch.errors import BadInput
 from launch.plan.report import show
 
 __all__ = ["PlanConfig", "show"]
@@ -27,8 +29,12 @@ class PlanConfig:
     """COUNTxGPU, as in 8xh100: print what the run needs and costs there, and exit."""
     plan_price: float = 0.0
     """Dollars per GPU-hour, for --plan; 0: not known."""
+    plan_card: str = ""
+    """A file that describes a GPU of one's own, for --plan 8x (launch/plan/own_card.py)."""
     preflight: bool = False
     """Check these machines against what the run will need (launch/preflight.py), and exit."""
 
     def __post_init__(self) -> None:
+        if self.plan_card and not self.plan:
+            raise BadInput("--plan_card describes a GPU for --plan: how many of them? --plan 1x")
         cli.within("plan_price", self.plan_price, 0, 1e6, "dollars per GPU-hour")

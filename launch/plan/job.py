@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kernels.cards import CARDS, Card
@@ -65,6 +65,13 @@ class Job:
         if self.dtype not in ("bf16", "fp16", "fp32"):
             raise BadInput(f"--plan knows bf16, fp16 and fp32, not {self.dtype}")
 
+    def on(self, card: Card) -> "Job":
+        """The run as this card computes it: before sm_80 in fp16 and by PyTorch's own kernels."""
+        if card.has_bf16:
+            return self
+        dtype = "fp16" if self.dtype == "bf16" else self.dtype
+        return replace(self, dtype=dtype, kernels="torch")
+
     @property
     def itemsize(self) -> int:
         """Bytes of a number in what the matrix products take: `e` in every formula of the plan."""
@@ -74,7 +81,7 @@ class Job:
 
     @property
     def fused(self) -> bool:
-        """Whether the Triton kernels compute it: all cards listed can run them."""
+        """Whether the Triton kernels compute it; on() says where they do not run."""
         return self.kernels != "torch" and self.n_embd // self.n_head in (64, 128)
 
     @property
@@ -100,18 +107,21 @@ class Job:
         return card.bf16_flops
 
 
-def parse_cluster(text: str) -> tuple[int, Card]:
-    """How many of which GPU: "8xh100". Raises BadInput with the nearest that there is."""
-    known = f"there are {', '.join(CARDS)}"
-    match = re.fullmatch(r"(?:(-?\d+)\s*x\s*)?([a-z0-9-]+)", text.strip().lower())
+def parse_cluster(text: str, own: Card | None = None) -> tuple[int, Card]:
+    """How many of which GPU: "8xh100", or "8x" of one's own. Raises BadInput with the nearest that
+    there is."""
+    known = (f"there are {', '.join(CARDS)}; of any other: --plan 1x --plan_card FILE "
+             "(launch/plan/own_card.py says what is in it)")
+    match = re.fullmatch(r"(?:(-?\d+)\s*x\s*)?([a-z0-9-]*)", text.strip().lower())
     if not match:
         raise BadInput(f"--plan {text}: expected COUNTxGPU as in 8xh100; {known}")
     digits, key = match.groups(default="1")
-    if key not in CARDS:
-        hint = ""
-        if close := difflib.get_close_matches(key, CARDS, n=3, cutoff=0.4):
-            hint = f"did you mean {' or '.join(close)}? "
-        raise BadInput(f"--plan {text}: no GPU is called {key!r}: {hint}{known}")
+    if own and key:
+        raise BadInput(f"--plan {text} names a GPU and --plan_card another: --plan {digits}x")
+    if own is None and key not in CARDS:
+        problem = f"no GPU is called {key!r}: {_nearest(key)}" if key else "of which GPU? "
+        raise BadInput(f"--plan {text}: {problem}{known}")
+    card = own or CARDS[key]
     gpus = int(digits)
     if not 1 <= gpus <= MOST_GPUS:
         raise BadInput(f"--plan {text}: 1 to {MOST_GPUS:,} GPUs, not {gpus:,}")
@@ -119,7 +129,13 @@ def parse_cluster(text: str) -> tuple[int, Card]:
     if gpus > NODE and left_over:
         near = f"{gpus - left_over} or {gpus - left_over + NODE}"
         raise BadInput(f"--plan {text}: beyond one node GPUs come in nodes of {NODE}: {near}")
-    return gpus, CARDS[key]
+    return gpus, card
+
+
+def _nearest(key: str) -> str:
+    """The cards that may have been meant, as a question; '' where none is near."""
+    close = difflib.get_close_matches(key, CARDS, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(close)}? " if close else ""
 
 
 def sequences_per_gpu(job: Job, gpus: int) -> int:

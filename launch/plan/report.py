@@ -3,12 +3,14 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from kernels.cards import CARDS, Card
 from launch.errors import BadInput
 from launch.plan import step_time
 from launch.plan.job import NODE, Job, parse_cluster, sequences_per_gpu
 from launch.plan.memory import largest_micro_batch, memory
+from launch.plan.own_card import read_card
 
 # What published runs took over what the roofline says (tests/test_launch_plan.py lists them): 1.04
 # to 1.17 where the program is tuned, up to 1.61 where it isn't or evaluations are in the time.
@@ -22,16 +24,19 @@ def show(settings: Mapping, parameters: int, flops_per_token: int) -> int:
     job = Job.of(settings, parameters, flops_per_token)
     asked = settings["planning"]
     if os.environ.get("RANK", "0") == "0":
-        print(report(job, asked["plan"], asked["plan_price"]))
+        own = read_card(Path(asked["plan_card"])) if asked["plan_card"] else None
+        print(report(job, asked["plan"], asked["plan_price"], own))
     return 0
 
 
-def report(job: Job, text: str, price: float = 0.0) -> str:
+def report(job: Job, text: str, price: float = 0.0, own: Card | None = None) -> str:
     """The whole plan of a run on COUNTxGPU, for a terminal. price: dollars a GPU-hour, 0: unknown.
+    own: the card of --plan_card, where the text is only a count.
 
     Raises BadInput for a GPU or a count that is none, and for a run that doesn't fit.
     """
-    gpus, card = parse_cluster(text)
+    gpus, card = parse_cluster(text, own)
+    job = job.on(card)
     B, largest = choose_micro_batch(job, gpus, card, text)
     parts = step_time.step(job, card, gpus, B)
     slow_parts = step_time.step(job, card, gpus, B, step_time.NETWORK / 2)

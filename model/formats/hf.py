@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kernels
 from kernels import Operators
 from launch.errors import BadInput
 from launch.files import atomic_write, refuse_lfs_pointer
+from launch.progress import track
 from model.formats.hub import PICKLE, SAFETENSORS, SHARDS, locate, only_a_pickle
 from model.formats.pickles import load_pickle, weights_in
 from model.formats.tensors import (
@@ -33,6 +33,7 @@ from model.formats.tensors import (
     require_gpt2,
 )
 from model.gpt2 import GPT, GPTConfig
+from model.safetensors_layout import save_tensors
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # What model/gpt2.py computes; a folder that wants anything else is another network. A key that a
@@ -101,7 +102,7 @@ def to_hf(
     metadata = {"format": "pt"}
     if source:
         metadata["source"] = source
-    save_file(tensors, folder / SAFETENSORS, metadata=metadata)
+    save_tensors(tensors, folder / SAFETENSORS, metadata)
     content = {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
@@ -196,7 +197,9 @@ def _read_safetensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
                     shapes[name] = file.get_slice(name).get_shape()
         _check_conv1d_shapes(shapes, config, folder)
         for path in paths:
-            tensors |= load_file(path)
+            with safe_open(path, "pt") as file:
+                for name in track(file.keys(), f"reading {path.name}", "tensor"):
+                    tensors[name] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"can't read {path}: {error}") from None
     return tensors

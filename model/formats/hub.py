@@ -10,8 +10,10 @@ import sys
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, cast
 
 from launch.errors import BadInput, Failed
+from launch.progress import Bar
 from model.formats import foreign
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -56,7 +58,7 @@ def _fetch(name: str, revision: str | None, allow_pickle: bool) -> Path:
         try:
             there = snapshot_download(
                 name, revision=revision, allow_patterns=["config.json", *wanted, *other],
-                dry_run=True,
+                dry_run=True, tqdm_class=cast(Any, Bar),
             )
         except DryRunError:  # no network: what the cache holds will do; what it lacks is said below
             there = []
@@ -72,7 +74,8 @@ def _fetch(name: str, revision: str | None, allow_pickle: bool) -> Path:
                            f"than {LARGEST_DOWNLOAD / 1e9:.0f}: nothing was downloaded")
         if there:
             revision = there[0].commit_hash  # what was measured is what is fetched
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted,
+                                      tqdm_class=cast(Any, Bar)))
     except RevisionNotFoundError:
         raise BadInput(f"{name!r} has no revision {revision!r} on the Hub") from None
     except (HFValidationError, RepositoryNotFoundError):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from launch.errors import BadInput
+from launch.progress import track
 from model.formats.tensors import block_shapes, gpt2_shapes, load_named, require_gpt2
 from model.gpt2 import GPT, GPTConfig
 
@@ -66,7 +67,7 @@ def from_llmc(path: Path) -> GPT:
     integers = np.memmap(path, f"<i{dtype.itemsize}", "r", offset=4 * HEADER)
     tensors: dict[str, torch.Tensor] = {}
     start = 0
-    for name in order(config.n_layer):
+    for name in track([*order(config.n_layer)], f"reading {path.name}", "tensor"):
         end = start + math.prod(shapes[name])
         values = torch.from_numpy(integers[start:end].copy())
         tensors[name] = values.view(dtype).view(shapes[name])
@@ -95,7 +96,7 @@ def to_llmc(model: GPT, path: Path, precision: Precision) -> None:
     weights = dict(model.named_parameters())  # padding rows and all: they are zero
     with path.open("wb") as file:
         file.write(header.tobytes())
-        for name in order(config.n_layer):
+        for name in track([*order(config.n_layer)], f"writing {path.name}", "tensor"):
             values = weights[name].detach().to("cpu", dtype).contiguous()
             integers = values.view(torch.int16 if precision == "bf16" else torch.int32)
             file.write(integers.numpy().astype(f"<i{dtype.itemsize}", copy=False).tobytes())

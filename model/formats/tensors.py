@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from launch.errors import BadInput
+from launch.progress import track
 from model.gpt2 import GPT, GPTConfig
 
 VOCAB = GPTConfig.n_vocab  # the tokenizer's
@@ -108,12 +109,13 @@ def load_named(
     shapes: of the tensors, where asking them for theirs would read them from a file.
     """
     check_fits(model, shapes or _shapes_of(tensors), source)
-    for name, weight in named_weights(model).items():
+    own = named_weights(model)
+    for name in track(own, f"loading {source}", "tensor"):
         given = tensors[name]
         if given.dtype not in WEIGHT_DTYPES or given.layout != torch.strided:
             raise BadInput(f"{source} holds {name} as {given.dtype}, {given.layout}: GPT-2's "
                            "weights are dense numbers of 16, 32 or 64 bits with a point")
-        weight.copy_(given)
+        own[name].copy_(given)
 
 
 def without_padding(model: GPT, spec: str) -> GPT:
