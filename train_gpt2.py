@@ -143,7 +143,7 @@ def train(config: TrainConfig) -> int:
 
             # once in a while, and at the end: evaluate the model
             if (step % config.evaluation.eval_every == 0 and not stopping) or last_step:
-                # False where a signal came first; broken weights are logged, and count as done.
+                # False where a signal came first; on record already, or weights broken: True.
                 stopping = not run.evaluator.evaluate(model, step, run.tracker)
             last_step = last_step or run.evaluator.stops_early(step, run.tracker)
 
@@ -277,7 +277,7 @@ def get_batch(run: Run, step: int) -> torch.Tensor:
 def finish(run: Run, step: int, last_step: bool) -> int:
     """Says how the run ended: the plot, STOPPED after a signal, the next command to try."""
     world = run.world
-    if last_step and run.evaluator.problem:  # the weights are broken
+    if last_step and run.evaluator.problem:  # broken weights: Failed, their checkpoints doubtful
         recovery.end(run, step, run.evaluator.problem)
     completed = last_step and step in run.tracker.evaluated_steps
     if not completed:
@@ -295,5 +295,5 @@ def finish(run: Run, step: int, last_step: bool) -> int:
 
 if __name__ == "__main__":
     with one_line_errors(output_may_fail=True):  # what a full or closed stdout refuses is dropped
-        # A preset's warm-up keeps its share of the run where --steps is given alone.
+        # --steps without --optim.warmup_steps: the warm-up keeps its share of the preset's run.
         exit_process(train(cli.parse(TrainConfig, PRESETS)))
