@@ -23,8 +23,9 @@ from launch import cli, preflight
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.preflight import Needs
 from launch.tracker import read_rows
-from model import checkpoint, hf, saving
+from model import checkpoint, saving
 from model.checkpoint import read_config
+from model.formats import hf
 from model.generate import SampleConfig
 from model.gpt2 import GPTConfig
 from tests.running import run_program
@@ -41,6 +42,7 @@ from train_gpt2 import PRESETS, TrainConfig, train
         (["demo", "--batch_tokens", "1000"], "the nearest that is: 896 or 1,024"),
         (["demo", "--data.text", "/nowhere.txt"], "can't read the text"),
         (["demo", "--name", "a/b"], "no folder name"),
+        (["demo", "--name", "é" * 128], "has 256 bytes"),
         (["demo", "--prompt", "a " * 200], "the model's context 128"),
         (["demo", "--model.n_head", "3"], "not divisible by n_head 3"),
         (["gpt2-124m", "--data.dir", "/nowhere"], "python -m data.fineweb"),
