@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from launch import console
-from launch.errors import BadInput, Failed, FolderInUse
+from launch.errors import BadInput, Failed, FolderInUse, env_number
 from launch.progress import Bar
 
 HASH_CHUNK = 1 << 22  # bytes read at once; hashlib lets other threads run meanwhile
@@ -43,11 +43,13 @@ def no_progress(done: int) -> None:
     """For those who don't want to know."""
 
 
-def warn_once(line: str) -> None:
-    """A warning on rank 0, the first time. One that can't be printed is dropped."""
-    if line in _warned or int(os.environ.get("RANK", "0")) > 0:
+def warn_once(line: str, about: str = "") -> None:
+    """A warning on rank 0, the first time (of all that are `about` one thing, where that's given).
+    One that can't be printed is dropped."""
+    about = about or line
+    if about in _warned or env_number("RANK", 0) > 0:
         return
-    _warned.add(line)
+    _warned.add(about)
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(console.warning(line, sys.stderr), file=sys.stderr, flush=True)
 
@@ -106,8 +108,9 @@ def flush(handle: int, folder: Path) -> None:
 
 
 def _warn_of_no_flush(folder: Path, error: OSError) -> None:
+    disk = folder.stat().st_dev  # every checkpoint has a folder of its own
     warn_once(f"files in {folder} can't be flushed to the disk ({error.strerror}): a power cut may "
-              "lose the newest")
+              "lose the newest", about=f"no flush on {disk}")
 
 
 def set_size(file: IO[bytes], size: int) -> None:

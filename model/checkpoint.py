@@ -181,7 +181,7 @@ def newest_valid(
         if folder in doubtful:
             passed_over.append(f"{folder} was followed by nothing but bad steps")
             continue
-        problem = find_damage(folder, progress)
+        problem = find_damage(folder, progress) or _wrong_step(folder)
         if not problem:
             return folder, [f"{line}; going back to {folder}" for line in passed_over]
         passed_over.append(f"{folder} is damaged: {problem}")
@@ -193,6 +193,15 @@ def newest_valid(
     if passed_over:
         raise BadInput(f"{'; '.join(passed_over)}; no older one is left: start anew with --name")
     return None, []
+
+
+def _wrong_step(folder: Path) -> str:
+    """Says so where a checkpoint isn't of the step in its name: a user's copy of another, or a link
+    to it. Were it the newest for ever, every restart would go back to it."""
+    saved = _saved_step(folder)
+    if saved < 0 or folder_name(saved) == folder.name:
+        return ""
+    return f"it holds step {saved}"
 
 
 def _newest_valid(checkpoints: Path, progress: Progress) -> Path | None:
@@ -262,6 +271,11 @@ def step_of(folder: Path) -> int:
     which is refused when it's loaded."""
     if NAME.fullmatch(folder.name):
         return int(folder.name.removeprefix("step_"))
+    return _saved_step(folder)
+
+
+def _saved_step(folder: Path) -> int:
+    """The step in a checkpoint's state.json; -1 where there is none."""
     try:
         return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):

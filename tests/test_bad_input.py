@@ -42,6 +42,7 @@ from train_gpt2 import PRESETS, TrainConfig, train
         (["demo", "--batch_tokens", "1000"], "the nearest that is: 896 or 1,024"),
         (["demo", "--data.text", "/nowhere.txt"], "can't read the text"),
         (["demo", "--name", "a/b"], "no folder name"),
+        (["demo", "--name", "é" * 128], "has 256 bytes"),
         (["demo", "--model.n_head", "3"], "not divisible by n_head 3"),
         (["gpt2-124m", "--data.dir", "/nowhere"], "python -m data.fineweb"),
         (["demo", "--init", "/nowhere"], "is no checkpoint"),

@@ -124,6 +124,15 @@ def test_folders_need_not_be_flushed(tmp_path, monkeypatch, code):
     assert (tmp_path / "file").read_text() == "new"
 
 
+def test_no_flush_is_one_warning_for_all_folders_of_a_disk(tmp_path, monkeypatch, capsys):
+    """Every checkpoint is written in a folder of its own."""
+    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSYS))
+    monkeypatch.setattr(files, "_warned", set())
+    for name in ("one", "two"):
+        atomic_write(tmp_path / name / "file", "new")
+    assert capsys.readouterr().err.count("can't be flushed") == 1
+
+
 def test_a_disk_that_fails_to_flush_a_folder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):

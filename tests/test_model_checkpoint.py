@@ -392,6 +392,15 @@ def test_a_refused_rename_leaves_the_old_checkpoint(run, monkeypatch):
 # ---- which one is taken ----
 
 
+def test_a_copy_or_a_link_with_a_later_steps_name_is_passed_over(run, capsys):
+    """Every restart would go back to step 1 for ever, for step 9 stays the newest."""
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000001", checkpoints / "step_00000008")
+    (checkpoints / "step_00000009").symlink_to("step_00000001")
+    assert checkpoint.find_resume_checkpoint("auto", run).name == "step_00000002"
+    assert capsys.readouterr().out.count("it holds step 1; going back to") == 2
+
+
 def test_a_checkpoint_that_only_bad_steps_followed_is_passed_over(run, capsys):
     checkpoint.mark_doubtful(run, 2, "step 3: the loss is nan")
     assert checkpoint.find_resume_checkpoint("auto", run).name == "step_00000001"
