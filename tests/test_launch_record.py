@@ -18,7 +18,7 @@ from launch.errors import BadInput
 from launch.folder import require_same_run
 from launch.tracker import clock, cut_after, read_rows
 from launch.world import World, choose_dtype
-from tests.running import ROOT, environment, flags, run_program
+from tests.running import ALONE, ROOT, environment, flags, run_program
 from train_gpt2 import PRESETS, TrainConfig, train
 
 
@@ -154,6 +154,51 @@ def test_wandb_offline_goes_on_in_the_same_run(tiny, tmp_path):
     assert (tmp_path / "tiny" / "wandb_id").read_text() == first
     folders = {p.name.split("-", 3)[-1] for p in (tmp_path / "tiny" / "wandb").glob("offline-run*")}
     assert folders == {first}
+
+
+class FakeWandb:
+    """In the place of wandb: it only writes down what it is asked to do."""
+
+    class errors:  # noqa: N801 - wandb's own name
+        Error = AuthenticationError = RuntimeError
+
+    def __init__(self) -> None:
+        self.settings: dict = {}
+        self.metrics: list = []
+        self.rows: list = []
+
+    def init(self, **settings):
+        self.settings = settings
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.metrics.append((name, step_metric))
+
+    def log(self, row, **more):
+        self.rows.append((row["step"], more))
+
+    def finish(self):
+        pass
+
+
+def test_wandb_counts_our_steps_so_that_a_rollback_is_seen(tmp_path, monkeypatch):
+    """Its own step only ever grows: "step 8 less than 10, ignored". And a name may hold anything
+    that a folder's may, an id of wandb's not."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = {"steps": 12, "batch_tokens": 1, "evaluation": {"eval_every": 4},
+              "tracker": {"wandb": "online", "tensorboard": False, "profile": 0}}
+    resolved = {"dtype": "fp32", "flops_per_token": 1, "val_set": "x"}
+    run = tmp_path / "a:b#c?"
+    run.mkdir()
+    kept = tracker.Tracker(run, ALONE, {"config": config, "resolved": resolved})
+    kept.log(10, train_loss=1.0)
+    kept.drop_after(8)
+    kept.log(8, event="rolled back")
+    kept.close()
+    assert fake.metrics == [("step", None), ("*", "step")]
+    assert fake.rows == [(10, {}), (8, {})]
+    assert not set("/\\#?%:") & set(fake.settings["id"])
 
 
 def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
