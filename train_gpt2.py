@@ -145,7 +145,7 @@ def train(config: TrainConfig) -> int:
             if (step % config.evaluation.eval_every == 0 and not stopping) or last_step:
                 # False where a signal came first; on record already, or weights broken: True.
                 stopping = not run.evaluator.evaluate(model, step, run.tracker)
-            last_step = last_step or run.evaluator.stops_early(step, run.tracker)
+            last_step = last_step or run.evaluator.stops_early(step, run.tracker)  # --early_stop
 
             # once in a while, but not while steps are bad, and before leaving: save a checkpoint
             save_due |= step % config.saving.save_every == 0 or run.saver.is_best(step)
@@ -202,7 +202,7 @@ def train(config: TrainConfig) -> int:
 
 def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     """Opens data and run folder, builds the model, and loads the checkpoint to go on from."""
-    world = init_distributed(config.compute.deterministic)  # ranks now leave if torchrun dies
+    world = init_distributed(config.compute.deterministic)  # ranks leave if torchrun dies; no TF32
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
     watchdog = at_exit.enter_context(closing(Watchdog(world, path, config.watchdog)))
     # Signals print a line and raise a flag; a second Ctrl-C ends the process at once.
@@ -214,7 +214,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, on new CPUs too
     world.require_same("--dtype", dtype)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
-    with world.fail_together():  # what fails on one rank fails on all
+    with world.fail_together():  # a BadInput or OSError of one rank is raised on all
         data = open_data(config.data)  # shards aren't memory-mapped; a text is tokenised anew
     contents = fingerprint(data.train)  # of lengths and tokens, not of file names
     world.require_same("the data", f"{contents} and {fingerprint(data.val)}")
