@@ -32,8 +32,9 @@ from tests.pages import (
 from tests.running import ROOT
 
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
-MODULES = ["data.fineweb", "eval.hellaswag", "eval.sample", "eval.tasks", "eval.report",
-           "kernels.audit", "kernels.bench", "launch.preflight", "model.convert"]
+MODULES = ["data.fineweb", "eval.core", "eval.hellaswag", "eval.sample", "eval.serve",
+           "eval.tasks", "eval.report", "kernels.audit", "kernels.bench", "launch.preflight",
+           "model.convert"]
 # Flags of torchrun, sbatch and others, that the pages name in their text.
 OTHERS_FLAGS = {"--signals_to_handle", "--standalone"}
 # What makes a preset's run tiny. After a page's own flags these win.
@@ -205,10 +206,8 @@ def test_readme_is_short_and_so_is_the_heart():
     assert readme.count("\n") < 200
     order = readme.split("## Reading order")[1].split("\n## ")[0]
     heart = re.findall(r"^\d\. `([\w./]+)`:", order, re.MULTILINE)
-    lines = sum((ROOT / path).read_text().count("\n") for path in heart)
     assert len(heart) == 7
-    assert lines < 2000
-    assert f"{lines:,} lines" in order
+    assert sum((ROOT / path).read_text().count("\n") for path in heart) < 2000
 
 
 def test_presets_on_the_page_are_the_presets():
