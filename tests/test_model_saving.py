@@ -301,9 +301,9 @@ def test_a_rank_that_can_leave_no_note_is_not_waited_for(run, monkeypatch):
 
 
 def no_notes(original):
-    def write_text(self, *arguments):
+    def write_text(self, *arguments, **more):
         if self.name.startswith("rank_"):
             raise OSError(28, "No space left on device")
-        return original(self, *arguments)
+        return original(self, *arguments, **more)
 
     return write_text
