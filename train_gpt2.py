@@ -282,8 +282,8 @@ def finish(run: Run, step: int) -> int:
         world.print0("plot:", picture)
     if not completed:
         return run.signals.exit_code
-    prompt = shlex.quote(run.config.evaluation.prompt)
-    world.print0(f"next: python -m eval.sample {shlex.quote(str(run.path))} --prompt {prompt}")
+    prompt = shlex.quote(f"--prompt={run.config.evaluation.prompt}")  # which may begin with -
+    world.print0(f"next: python -m eval.sample {cli.quoted(run.path)} {prompt}")
     return 0
 
 

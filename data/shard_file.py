@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.rank0 import print0
 from data.tokenizer import EOT
+from launch.console import print0
 from launch.errors import BadInput
 from launch.files import fsync, refuse_lfs_pointer, sha256
 

@@ -7,6 +7,7 @@ errors read like a flag's. Flags win over the file, the file over the preset.
 import difflib
 import json
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -113,6 +114,12 @@ def as_flags(settings: Mapping, prefix: str = "") -> list[str]:
         else:
             flags.append(f"--{prefix}{key}={value}")
     return flags
+
+
+def quoted(path: str | Path) -> str:
+    """A path for a command that a user may paste: as a shell takes it, and never for a flag."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def within(flag: str, value: float, low: float, high: float = math.inf, unit: str = "") -> None:

@@ -8,6 +8,12 @@ import sys
 from typing import Any, TextIO
 
 
+def print0(line: str, error: bool = False) -> None:
+    """Prints on rank 0 alone (torchrun sets RANK), on standard error if asked to."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr if error else sys.stdout)
+
+
 class Forgiving:
     """A text stream whose writes may fail without a word; everything else is the stream's own."""
 

@@ -2,14 +2,16 @@
 
 import json
 import math
+import shlex
 import signal
 from dataclasses import asdict
 
 import pytest
 import torch
+import tyro
 
 import train_gpt2
-from eval.sample import continue_prompts
+from eval.sample import Arguments, continue_prompts
 from launch.tracker import read_rows
 from model.checkpoint import load_model
 from model.generate import SampleConfig
@@ -42,6 +44,13 @@ def test_a_run_from_first_step_to_sample(tiny, capsys):
     texts = continue_prompts(model, ["the"] * 2, SampleConfig(max_tokens=8), torch.device("cpu"))
     assert len(texts) == 2
     assert all(made.text for made in texts)
+
+
+def test_the_next_command_can_be_pasted_whatever_the_prompt(tiny, capsys):
+    train(tiny(steps=1, prompt="-x 'quoted'\n$HOME"))
+    command = capsys.readouterr().out.split("next: ")[1]
+    arguments = tyro.cli(Arguments, args=shlex.split(command)[3:])
+    assert arguments.prompt == "-x 'quoted'\n$HOME"
 
 
 def test_initial_loss_is_that_of_gpt2s_init(tiny):
