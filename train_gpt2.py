@@ -9,7 +9,6 @@ config.json, metrics.jsonl, checkpoints/ and report/. Start the same command aga
 from the newest checkpoint. gpt2-124m on FineWeb ends at a validation loss of about 3.28 (llm.c).
 """
 
-import shlex
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -288,8 +287,8 @@ def finish(run: Run, step: int, last_step: bool) -> int:
         world.print0("plot:", picture)
     if not completed:
         return run.signals.exit_code  # 130 after Ctrl-C, 0 after any other signal
-    prompt = shlex.quote(run.config.evaluation.prompt)
-    world.print0(f"next: python -m eval.sample {shlex.quote(str(run.path))} --prompt {prompt}")
+    prompt = cli.quoted_flag("prompt", run.config.evaluation.prompt)
+    world.print0(f"next: python -m eval.sample {cli.quoted(run.path)} {prompt}")
     return 0
 
 

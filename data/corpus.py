@@ -7,15 +7,17 @@ judged on it alone scores a full nat worse.
 """
 
 import re
+import string
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from data.rank0 import print0
 from data.tokenizer import EOT_TEXT, encode_documents
+from launch.console import print0
 from launch.errors import BadInput
+from launch.files import refuse_lfs_pointer
 
 HELD_OUT = 20  # every 20th block is validation, the 10th, 30th, 50th ...
 BLOCK_CHARS = 4_000  # of a text file; about a chapter of the embedded corpus
@@ -75,18 +77,22 @@ def text_file(path: Path, split_text: bool = True) -> tuple[np.ndarray, np.ndarr
 
 
 def split_documents(text: str) -> list[str]:
-    r"""The documents between <|endoftext|>, without line breaks around them, and no empty ones.
+    r"""The documents between <|endoftext|>, every character of them; white space alone is none.
+
+    data.fineweb splits .txt files alike (data/lines.py). Both keep line breaks around a document,
+    so that the tokens are those that tiktoken sees in the file, with <|endoftext|> as its token.
 
     >>> split_documents("One day.\n<|endoftext|>\nTwo.\n\nEnd.<|endoftext|>\n")
-    ['One day.', 'Two.\n\nEnd.']
+    ['One day.\n', '\nTwo.\n\nEnd.']
     """
-    documents = [document.strip("\r\n") for document in text.split(EOT_TEXT)]
-    return [document for document in documents if document]
+    return [document for document in text.split(EOT_TEXT) if document.strip(string.whitespace)]
 
 
 def read_text(path: Path) -> str:
     """A file's text. Raises BadInput where it is missing, empty or binary."""
     try:
+        if path.is_file():  # a pipe could be read once only
+            refuse_lfs_pointer(path)
         content = path.read_bytes()
     except IsADirectoryError:
         raise BadInput(f"the text {path} is a folder: --data.dir takes one of shards") from None

@@ -13,49 +13,32 @@ its last finished shard, with any number of workers.
 import errno
 import json
 import os
-import shlex
-import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from data.counts import Counts, count_duplicates, in_words
-from data.documents import File, Piece, Unreadable
+from data.counts import count_duplicates, in_words
+from data.documents import File
+from data.job import HASHES, Job
 from data.progress import (
     PROGRESS,
-    Position,
     Progress,
     read_progress,
     refuse_changes,
     refuse_shards_of_others,
 )
-from data.shard_file import BLOCK, HEADER_BYTES, ShardWriter
+from data.shard_file import HEADER_BYTES
 from data.shards import read_manifest
-from data.sizes import (
-    BYTES_PER_TOKEN,
-    choose_shard_tokens,
-    nothing_left,
-    refuse_too_large,
-    shortest_last_shard,
-)
-from data.sources import expected_bytes, hub_files, local_files, pieces, text_borders
-from data.tokenise import SAMPLE_EVERY, Encode, Tokens, encoder, tokenise
+from data.sizes import BYTES_PER_TOKEN, choose_shard_tokens, refuse_too_large
+from data.sources import expected_bytes, hub_files, local_files, text_borders
+from data.tokenise import encoder
 from data.tokenizer import EOT_TEXT, RANKS_SHA256
 from launch import cli, flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write, folder_lock, free_bytes
-from launch.progress import Bar
 
 REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
-NAMES = {"fineweb": "fineweb", "fineweb-edu": "edu_fineweb"}  # of llm.c's dev/data/fineweb.py
 LOCK_WAIT = 5.0  # seconds that a restarted job gives its predecessor
-HASHES = ".document_hashes"
-SHOWN = 20  # documents that can't be read and are named on the terminal; the manifest has all
 
 
 @dataclass(frozen=True)
@@ -125,7 +108,7 @@ def _make(config: FineWebConfig) -> None:
     settings = _settings(config, dataset, revision, known, text_bytes)
     refuse_changes(config.out, done, before, settings, files)
     if done:
-        verify = f"python -m data.shards verify {shlex.quote(str(config.out))}"
+        verify = f"python -m data.shards verify {cli.quoted(config.out)}"
         print(f"{config.out} is complete: {len(done['shards'])} shards. `{verify}` checks them")
         return
     refuse_too_large(settings["val_tokens"], text_bytes)
@@ -193,195 +176,6 @@ def _check_disk(out: Path, text_bytes: int, before: Progress) -> None:
     if needed > free:
         raise BadInput(f"not enough disk: about {needed / 1e9:,.2f} GB are needed and "
                        f"{free / 1e9:,.2f} GB free in {out}")
-
-
-def readers(workers: int) -> int:
-    """How many pieces are read and tokenised at a time, each of them by all workers.
-
-    More than two on two cores take turns and don't help (measured: a tenth more CPU time).
-    """
-    return min(4, max(2, workers // 2))
-
-
-@dataclass(frozen=True)
-class Read:
-    """What a reader makes of a piece: tokens of the documents with these numbers in their file."""
-
-    tokens: Tokens
-    numbers: np.ndarray  # (documents,) int64
-    unreadable: list[Unreadable]
-
-
-class Job:
-    """One run of the pipeline: pieces in, shards out, and what has been counted so far."""
-
-    def __init__(
-        self, config: FineWebConfig, files: list[File], before: Progress, encode: Encode,
-        expected_bytes: int,
-    ) -> None:
-        self.config, self.files, self.progress, self.encode = config, files, before, encode
-        self.expected_bytes = expected_bytes
-        self.shard_tokens = before.settings["shard_tokens"]
-        self.sample_every = min(SAMPLE_EVERY, self.shard_tokens)
-        self.start = before.position
-        self.counts = Counts(**asdict(before.counts))  # as far as read, also in the open shard
-        self.skipped: list[tuple[int, int, str]] = []  # by this run: file, document, the problem
-        self.hashes: list[np.ndarray] = []
-        self.writer: ShardWriter | None = None
-        self.seconds = dict(read=0.0, tokenise=0.0, write=0.0)
-
-    def run(self) -> Progress:
-        """Reads to the end of the source; returns the state after the last shard."""
-        for leftover in self.config.out.glob(".*.bin.tmp"):
-            leftover.unlink()
-        hashes = self.config.out / HASHES
-        hashes.touch()
-        os.truncate(hashes, 8 * self.progress.counts.documents)
-        already = self.counts.text_bytes
-        bar = Bar(total=max(self.expected_bytes, already), initial=already, unit="B", desc="text")
-        pool = ThreadPoolExecutor(readers(self.config.workers), thread_name_prefix="reader")
-        start = time.perf_counter()
-        with bar:
-            try:
-                for piece, read in self._in_order(pool):
-                    begun = time.perf_counter()
-                    self._skip(piece, read.unreadable)
-                    self._add(piece, read)
-                    self.seconds["write"] += time.perf_counter() - begun
-                    bar.set_postfix_str(f"{self.counts.tokens:,} tokens", refresh=False)
-                    bar.update(int(read.tokens.text_bytes.sum()))
-                self._end()
-            finally:
-                pool.shutdown(cancel_futures=True)
-                if self.writer:
-                    self.writer.abandon()
-        done = self.counts.text_bytes - already
-        rates = ", ".join(f"{stage} {done / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
-                          for stage, seconds in self.seconds.items())
-        print(f"{done / 1e6:,.1f} MB of text in {time.perf_counter() - start:,.1f} s; "
-              f"a thread of each stage alone: {rates}")
-        return self.progress
-
-    def _in_order(self, pool: ThreadPoolExecutor) -> Iterator[tuple[Piece, Read]]:
-        """Pieces and what is in them, readers() at a time and in the order of the source."""
-        file, document, _ = self.start
-        window: deque[tuple[Piece, Future[Read]]] = deque()
-        for piece in pieces(self.files, self.config.column, file, document,
-                            self.config.split_text):
-            window.append((piece, pool.submit(self._read, piece)))
-            if len(window) > readers(self.config.workers):
-                oldest, future = window.popleft()
-                yield oldest, future.result()
-        for oldest, future in window:
-            yield oldest, future.result()
-
-    def _read(self, piece: Piece) -> Read:
-        begun = time.perf_counter()
-        documents = piece.load()
-        loaded = time.perf_counter()
-        tokens = tokenise(documents.texts, self.encode, self.sample_every)
-        self.seconds["read"] += loaded - begun
-        self.seconds["tokenise"] += time.perf_counter() - loaded
-        return Read(tokens, documents.numbers, documents.unreadable)
-
-    def _skip(self, piece: Piece, unreadable: list[Unreadable]) -> None:
-        """Notes what can't be read of a piece. Raises BadInput where that isn't allowed."""
-        for lost in unreadable:
-            if not self.config.skip_bad_files:
-                raise BadInput(f"{lost.problem}; get the file again, or --skip_bad_files True goes "
-                               "on without what can't be read")
-            if (piece.file, lost.document) < self.start[:2]:
-                continue  # the job that goes on has noted it
-            self.skipped.append((piece.file, lost.document, lost.problem))
-            if len(self.skipped) <= SHOWN:
-                Bar.write(f"skipped {lost.problem}")
-
-    def _add(self, piece: Piece, read: Read) -> None:
-        """Writes the tokens of a piece, those that a shard before this run holds left out."""
-        tokens = read.tokens
-        at = self._already_written(piece, read)
-        while at < len(tokens.ids):
-            if self.writer is None:
-                self.writer = self._open_shard()
-            end = min(len(tokens.ids), at + self.writer.room)
-            self.writer.append(tokens.ids[at:end])
-            self.hashes.append(self.counts.add(tokens, at, end))
-            at = end
-            if self.writer.room == 0:
-                last = int(np.searchsorted(tokens.starts[:-1], end - 1, side="right")) - 1
-                self._close((piece.file, int(read.numbers[last]), end - int(tokens.starts[last])))
-
-    def _already_written(self, piece: Piece, read: Read) -> int:
-        """How many tokens of this piece lie in the shards from before this run."""
-        file, document, token = self.start
-        if piece.file != file or token == 0:
-            return 0
-        i = int(np.searchsorted(read.numbers, document))
-        if i == len(read.numbers) or read.numbers[i] != document:
-            return 0
-        return int(read.tokens.starts[i]) + token
-
-    def _open_shard(self) -> ShardWriter:
-        number = len(self.progress.shards)
-        kind = "train" if number else "val"
-        size = self.shard_tokens if number else self.progress.settings["val_tokens"]
-        name = f"{NAMES[self.config.dataset]}_{kind}_{number:06d}.bin"
-        return ShardWriter(self.config.out / name, size)
-
-    def _close(self, position: Position) -> None:
-        """Finishes the open shard: it gets its name, then .progress.json says so."""
-        assert self.writer is not None
-        entry = self.writer.finish()
-        with (self.config.out / HASHES).open("r+b") as file:
-            file.seek(8 * self.progress.counts.documents)
-            file.write(np.concatenate(self.hashes).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        self.writer, self.hashes = None, []
-        before = [shard for shard in self.progress.shards if shard["file"] != entry["file"]]
-        behind = [lost for lost in self.skipped if lost[:2] < position[:2]]
-        self.skipped = [lost for lost in self.skipped if lost[:2] >= position[:2]]
-        self.progress = Progress(
-            self.progress.settings, self.progress.files, [*before, entry], position,
-            Counts(**asdict(self.counts)),
-            [*self.progress.skipped_files, *(problem for _, _, problem in behind)],
-        )
-        atomic_write(self.config.out / PROGRESS, json.dumps(asdict(self.progress)))
-
-    def _end(self) -> None:
-        """Closes the last shard. Raises BadInput if there is nothing to train on."""
-        if self.counts.documents == 0:
-            raise BadInput(f"{self.files[0].name}: no documents"
-                           + (f" in any of {len(self.files):,} files" if self.files[1:] else ""))
-        shards = len(self.progress.shards) + (self.writer is not None)
-        if shards < 2:
-            raise BadInput(nothing_left(f"all {self.counts.tokens:,} tokens",
-                                        self.counts.text_bytes))
-        if self.writer is not None:
-            tokens = self.writer.size - self.writer.room
-            if shards > 2 and tokens < shortest_last_shard(self.shard_tokens):
-                self.writer = self._appended(self.writer)
-            self._close((len(self.files), 0, 0))
-        rest = [problem for _, _, problem in self.skipped]
-        self.progress.skipped_files = [*self.progress.skipped_files, *rest]
-
-    def _appended(self, short: ShardWriter) -> ShardWriter:
-        """The last finished shard once more, with the few tokens of this one behind its own.
-
-        A job that is killed here finds the finished shard with its own tokens first, and reads no
-        more of it than .progress.json says.
-        """
-        last = self.progress.shards[-1]
-        path = self.config.out / last["file"]
-        few = short.size - short.room
-        longer = ShardWriter(path, last["tokens"] + few)
-        short.file.flush()
-        for source, tokens in ((path, last["tokens"]), (short.temporary, few)):
-            for start in range(0, tokens, BLOCK):
-                count = min(BLOCK, tokens - start)
-                longer.append(np.fromfile(source, "<u2", count, offset=HEADER_BYTES + 2 * start))
-        short.abandon()
-        return longer
 
 
 def _finish(out: Path, dataset: str, progress: Progress, borders: int) -> None:

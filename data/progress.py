@@ -46,7 +46,7 @@ def read_progress(out: Path) -> Progress | None:
             "counts": Counts(**content["counts"]), "position": tuple(content["position"]),
             "files": [tuple(file) for file in content["files"]],
         })
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"can't read {path} ({error}): remove the shards and start again") from None
 
 

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.rank0 import print0
 from data.tokenizer import EOT
 from launch import console
+from launch.console import print0
 from launch.errors import BadInput
 from launch.files import fsync, hashed, refuse_lfs_pointer, sha256
 from launch.progress import track

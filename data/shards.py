@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +23,10 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from data.rank0 import print0
 from data.shard_file import Shard, blocks, open_shard, shard_bytes
 from data.tokenizer import EOT, RANKS_SHA256, decode
+from launch import cli
+from launch.console import print0
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import atomic_write, free_bytes, fsync
 from launch.progress import Bar, track
@@ -88,7 +88,7 @@ def find_shards(folder: Path) -> Path:
 
     Raises BadInput where there is none, or more than one.
     """
-    out = shlex.quote(str(folder))
+    out = cli.quoted(folder)
     command = f"python -m data.fineweb --dataset fineweb --sample 10BT --out {out}"
     if folder.is_symlink() and not folder.exists():
         raise BadInput(f"{folder} is a link to {folder.readlink()}, and nothing is there")
@@ -113,7 +113,7 @@ def find_shards(folder: Path) -> Path:
         return below[0]
     if below:
         raise BadInput(f"{folder} has shards in {len(below)} folders below it, name one of them: "
-                       + ", ".join(shlex.quote(str(path)) for path in below))
+                       + ", ".join(cli.quoted(path) for path in below))
     if not names:
         raise BadInput(f"{folder} is empty: `{command}` fills it")
     shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
@@ -287,8 +287,9 @@ def convert(folder: Folder, to: Literal["npy", "nanogpt"]) -> None:
         tokens = sum(len(shard.tokens) for shard in group)
         temporary = target / f".{name}.tmp"
         try:
+            temporary.unlink(missing_ok=True)
             bar = Bar(desc=f"writing {name}", total=2 * tokens, unit="B")
-            with temporary.open("wb") as file, bar:
+            with temporary.open("xb") as file, bar:  # a new file, and not where a link points
                 if to == "npy":
                     np.lib.format.write_array_header_1_0(
                         file, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}

@@ -9,7 +9,6 @@ range request of the text column alone, tried again on its own when the network 
 import functools
 import glob
 import os
-import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from data.documents import BadFile, File, Piece, one_line, unreadable_piece
 from data.lines import count_borders, json_pieces, json_share, text_pieces
 from data.parquet import parquet_pieces, parquet_share
+from launch import cli
 from launch.errors import BadInput, Failed
 from launch.files import refuse_lfs_pointer
 
@@ -142,7 +142,7 @@ def _refuse_mixed_kinds(folder: str, paths: Iterable[str]) -> None:
         ending = KINDS[max(kinds, key=kinds.__getitem__)][0]
         pattern = os.path.join(folder, "**", f"*{ending}")
         raise BadInput(f"{folder} holds files of several kinds ({found}): a pattern says which "
-                       f"are meant, for instance --source {shlex.quote(pattern)}")
+                       f"are meant, for instance --source {cli.quoted(pattern)}")
 
 
 def _listed(paths: Collection[str]) -> str:

@@ -7,6 +7,7 @@ config.json, under the name and in the place that the folder has: the run goes o
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -159,6 +160,20 @@ def as_flags(settings: Mapping, prefix: str = "") -> list[str]:
         else:
             written.append(f"--{prefix}{key}={value}")
     return written
+
+
+def quoted(path: str | Path) -> str:
+    """A path for a command that a user may paste: as a shell takes it, and never for a flag."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def quoted_flag(flag: str, value: str) -> str:
+    """--flag VALUE for a command that a user may paste, whatever the value begins with."""
+    words = [f"--{flag}", value]
+    if value.startswith("-"):  # or it would be taken for a flag itself
+        words = ["=".join(words)]
+    return shlex.join(words)
 
 
 def within(flag: str, value: float, low: float, high: float = math.inf, unit: str = "") -> None:

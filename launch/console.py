@@ -10,6 +10,12 @@ from typing import Any, TextIO
 COLOURS = {"red": 31, "green": 32, "yellow": 33}  # ECMA-48, "select graphic rendition"
 
 
+def print0(line: str, error: bool = False) -> None:
+    """Prints on rank 0 alone (torchrun sets RANK), on standard error if asked to."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr if error else sys.stdout)
+
+
 class Forgiving:
     """A text stream whose writes may fail without a word; everything else is the stream's own."""
 

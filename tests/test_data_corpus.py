@@ -11,6 +11,7 @@ from data import corpus
 from data.corpus import split_blocks, split_documents, text_file
 from data.tokenizer import EOT, EOT_TEXT, decode, encode
 from launch.errors import BadInput
+from tests.documents import made
 
 STORIES = [f"Story {i}. " + f"Once upon a time there was number {i}. " * 20 for i in range(400)]
 
@@ -31,7 +32,8 @@ def stories(tmp_path):
 
 def test_endoftext_in_a_text_ends_a_document(stories, capsys):
     train, val = map(documents, text_file(stories))
-    assert sorted(train + val) == sorted(STORIES)  # none is cut
+    own = stories.read_text().split(EOT_TEXT)[:-1]  # what is left is a line break
+    assert sorted(train + val) == sorted(own)  # none is cut
     assert 10 <= len(val) <= 30  # a twentieth
     (line,) = capsys.readouterr().out.splitlines()
     assert f"stories.txt: 400 {EOT_TEXT} in it" in line
@@ -47,6 +49,13 @@ def test_a_text_without_it_is_what_it_was(tmp_path):
     path = tmp_path / "plain.txt"
     path.write_text("A line of text.\n" * 5_000)
     assert all(map(np.array_equal, text_file(path), text_file(path, split_text=False)))
+
+
+def test_a_text_and_a_source_have_the_same_documents(tmp_path):
+    text = "\ufeffone\n<|endoftext|>\n two<|endoftext|> \t\x0b<|endoftext|>\u3000<|endoftext|>three"
+    source = tmp_path / "a.txt"
+    source.write_text(text)
+    assert made(source, tmp_path / "out", shard_tokens=2)[0] == split_documents(text[1:])
 
 
 def test_a_text_of_nothing_but_separators_is_refused(tmp_path):
@@ -82,6 +91,9 @@ def test_paths_that_are_no_text(tmp_path):
     os.symlink("nowhere", tmp_path / "link.txt")
     with pytest.raises(BadInput, match=r"link\.txt: it is a link to nowhere"):
         text_file(tmp_path / "link.txt")
+    (tmp_path / "p.txt").write_text("version https://git-lfs.github.com/spec/v1\n" * 99)
+    with pytest.raises(BadInput, match="is a git-LFS pointer"):
+        text_file(tmp_path / "p.txt")
     odd = tmp_path / "[v1] it's.txt"
     odd.write_text("A line of text.\n" * 500)
     train, _ = text_file(odd)

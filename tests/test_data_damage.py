@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import fineweb, lines, parquet
+from data import job, lines, parquet
 from data.documents import from_column
 from data.lines import split
 from tests.documents import failing, made, refused, texts
@@ -94,7 +94,7 @@ def test_skipping_is_noted_once_however_often_a_job_stops(tmp_path, small_pieces
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
     for after in (3, 2, 2):
         with monkeypatch.context() as patch:
-            patch.setattr(fineweb, "tokenise", failing(fineweb.tokenise, after))
+            patch.setattr(job, "tokenise", failing(job.tokenise, after))
             refused("on purpose", out=out, source=str(source), skip_bad_files=True,
                     shard_tokens=300)
     kept, manifest = made(source, out, skip_bad_files=True, shard_tokens=300)

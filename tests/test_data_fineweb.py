@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from data import fineweb
+from data import fineweb, job, shard_file
 from data.counts import count_duplicates
 from data.fineweb import FineWebConfig, make
 from data.shards import open_folder
@@ -85,7 +85,7 @@ def test_without_fastokens_tiktoken_writes_the_same_bytes(corpus, tmp_path, monk
 JOBS = """
 import itertools, json, os, random, signal, sys, threading
 from pathlib import Path
-from data import fineweb, shard_file, sources, tokenise, tokenizer
+from data import fineweb, job, shard_file, sources, tokenise, tokenizer
 import fastokens, pyarrow.compute, pyarrow.parquet
 tokenizer.encoding(), tokenise.tokenizer_json()  # built once for all
 sources.PIECE_BYTES = 4_000
@@ -104,8 +104,8 @@ def run(out, workers, seed):
         instants = iter(range(last))
         for owner, name in [
             (shard_file.ShardWriter, "_write"), (shard_file, "fsync"), (shard_file.os, "fsync"),
-            (shard_file.Path, "replace"), (fineweb, "atomic_write"), (fineweb, "tokenise"),
-            (fineweb.Job, "_add"), (fineweb, "count_duplicates"),
+            (shard_file.Path, "replace"), (job, "atomic_write"), (job, "tokenise"),
+            (job.Job, "_add"), (fineweb, "count_duplicates"),
         ]:
             setattr(owner, name, dying(getattr(owner, name), instants))
     fineweb.make(fineweb.FineWebConfig(
@@ -190,14 +190,14 @@ def test_a_disk_that_fills_up_loses_nothing(corpus, tmp_path, monkeypatch):
 
 
 def failing_writes(monkeypatch, after: int):
-    calls, write = iter(range(after)), fineweb.ShardWriter._write
+    calls, write = iter(range(after)), shard_file.ShardWriter._write
 
     def maybe(writer, content):
         if next(calls, None) is None:
             raise OSError(28, "No space left on device")
         write(writer, content)
 
-    monkeypatch.setattr(fineweb.ShardWriter, "_write", maybe)
+    monkeypatch.setattr(shard_file.ShardWriter, "_write", maybe)
     return calls
 
 
@@ -211,7 +211,7 @@ def test_two_jobs_in_one_folder(corpus, tmp_path, monkeypatch):
 def test_changed_flags_on_resume_are_listed(corpus, tmp_path, monkeypatch, small_pieces):
     source, documents = corpus
     out = tmp_path / "out"
-    monkeypatch.setattr(fineweb, "tokenise", failing(fineweb.tokenise, after=9))
+    monkeypatch.setattr(job, "tokenise", failing(job.tokenise, after=9))
     refused("on purpose", Failed, out=out, source=source)
     monkeypatch.undo()
     before = contents(out)
@@ -267,3 +267,19 @@ def test_real_fineweb(real_data, tmp_path):
     baseline.make(source, tmp_path / "usual", workers=1, shard_tokens=500_000)
     usual = [np.load(path) for path in sorted((tmp_path / "usual").iterdir())]
     assert np.array_equal(stream, np.concatenate(usual))
+
+
+def test_a_link_where_hashes_lie_is_not_followed(corpus, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".document_hashes").symlink_to(precious)
+    refused(r"\.document_hashes is a link", out=tmp_path / "out", source=corpus[0])
+    assert precious.read_text() == "kept"
+
+
+def test_a_folder_that_begins_with_a_dash_can_be_pasted(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        make(FineWebConfig(Path("-out"), source=corpus[0], shard_tokens=1000))
+    assert "`python -m data.shards verify ./-out` checks them" in capsys.readouterr().out

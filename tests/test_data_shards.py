@@ -475,3 +475,11 @@ def test_any_statistics_in_a_manifest_are_shown(folder, statistics):
     change_manifest["statistics"] = statistics
     (folder / "manifest.json").write_text(json.dumps(change_manifest))
     shards.main(["info", str(folder)])
+
+
+def test_a_link_where_a_conversion_works_is_not_followed(folder, tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "toy-nanogpt").mkdir()
+    (tmp_path / "toy-nanogpt" / ".val.bin.tmp").symlink_to(tmp_path / "precious")
+    shards.main(["convert", str(folder), "--to", "nanogpt"])
+    assert (tmp_path / "precious").read_text() == "kept"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data import fineweb, sizes
+from data import fineweb, job, sizes
 from data.fineweb import FineWebConfig, make
 from data.sizes import choose_shard_tokens
 from data.sources import expected_bytes, local_files
@@ -44,7 +44,7 @@ def test_a_small_source_gets_small_shards(tmp_path, capsys):
 def test_a_stopped_job_keeps_the_size_that_it_chose(corpus, tmp_path, monkeypatch, small_pieces):
     out, source = tmp_path / "out", corpus[0]
     with monkeypatch.context() as patch:
-        patch.setattr(fineweb, "tokenise", failing(fineweb.tokenise, after=9))
+        patch.setattr(job, "tokenise", failing(job.tokenise, after=9))
         refused("on purpose", out=out, source=source, shard_tokens=None)
     progress = json.loads((out / ".progress.json").read_text())
     monkeypatch.setattr(fineweb, "choose_shard_tokens", lambda _: 7)
@@ -82,7 +82,7 @@ def test_no_last_shard_is_too_short_to_be_read(corpus, tmp_path, monkeypatch):
 def test_a_job_killed_while_it_lengthens_the_last_shard(corpus, tmp_path, monkeypatch):
     size = (len(encode_documents(corpus[1])) - 5) // 4
     made(corpus[0], tmp_path / "whole", shard_tokens=size)
-    monkeypatch.setattr(fineweb, "atomic_write", failing(fineweb.atomic_write, after=4))
+    monkeypatch.setattr(job, "atomic_write", failing(job.atomic_write, after=4))
     refused("on purpose", out=tmp_path / "killed", source=corpus[0], shard_tokens=size)
     monkeypatch.undo()
     last = sorted((tmp_path / "killed").glob("*.bin"))[-2]
@@ -94,7 +94,7 @@ def test_a_job_killed_while_it_lengthens_the_last_shard(corpus, tmp_path, monkey
 
 def test_too_large_a_shard_is_refused_before_anything_is_tokenised(tmp_path, monkeypatch):
     monkeypatch.setattr(sizes, "GUESSED_BYTES", 1000)
-    monkeypatch.setattr(fineweb, "tokenise", failing(fineweb.tokenise, after=0))
+    monkeypatch.setattr(job, "tokenise", failing(job.tokenise, after=0))
     write_parquet(tmp_path / "a.parquet", texts(300))
     refused("nothing is left to train on: --shard_tokens 1,025 suits", out=tmp_path / "out",
             source=str(tmp_path / "a.parquet"), shard_tokens=100_000_000)

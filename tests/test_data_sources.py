@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import fineweb, parquet, sources
+from data import job, parquet, sources
 from data.fineweb import FineWebConfig, make
 from data.tokenizer import encode_documents
 from launch.errors import Failed
@@ -35,7 +35,7 @@ def test_json_lines_are_read_and_resumed(tmp_path, ending, small_pieces, monkeyp
     write_as(tmp_path / f"b.{ending}", documents[150:])
     config = FineWebConfig(tmp_path / "out", source=str(tmp_path / f"*.{ending}"),
                            shard_tokens=700)
-    monkeypatch.setattr(fineweb, "tokenise", failing(fineweb.tokenise, after=5))
+    monkeypatch.setattr(job, "tokenise", failing(job.tokenise, after=5))
     with pytest.raises(Failed, match="on purpose"):
         make(config)
     monkeypatch.undo()
@@ -96,7 +96,7 @@ def test_bad_sources_are_one_clear_line(corpus, tmp_path):
     refused("nothing is left to train on: --shard_tokens", out=out, source=source,
             shard_tokens=10**8)
     refused("--shard_tokens 0: expected 1 to", out=out, source=source, shard_tokens=0)
-    refused("at least 1", out=out, source=source, workers=0)
+    refused("--workers 0: expected 1 to", out=out, source=source, workers=0)
     assert not list(out.glob("*.bin")) + list(out.glob(".*.tmp"))
 
 

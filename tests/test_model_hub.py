@@ -348,7 +348,7 @@ def test_an_index_that_can_not_be_followed(folder, index, words):
         from_hf(str(folder))
 
 
-@pytest.mark.parametrize("settings", [{"n_layer": 1000}, {"n_embd": 96_000}, {"n_layer": 1}])
+@pytest.mark.parametrize("settings", [{"n_layer": 1000}, {"n_embd": 100_000}, {"n_layer": 1}])
 def test_shapes_are_compared_before_a_model_is_made(folder, monkeypatch, settings):
     """A config.json may ask for more memory than there is."""
     change_config(folder, **settings)

@@ -2,14 +2,16 @@
 
 import json
 import math
+import shlex
 import signal
 from dataclasses import asdict
 
 import pytest
 import torch
+import tyro
 
 import train_gpt2
-from eval.sample import continue_prompts
+from eval.sample import Arguments, continue_prompts
 from eval.wrap import indented
 from launch.tracker import read_rows
 from model.checkpoint import load_model
@@ -52,6 +54,13 @@ def test_a_run_crops_a_prompt_that_is_too_long_and_says_so(tiny, capsys):
     assert "the model's context 16: the model reads the last 16" in capsys.readouterr().out
     rows = read_rows(train_gpt2.Path(config.out_dir) / "tiny" / "metrics.jsonl")
     assert rows[-1]["sample"].startswith(config.evaluation.prompt)
+
+
+def test_the_next_command_can_be_pasted_whatever_the_prompt(tiny, capsys):
+    train(tiny(steps=1, prompt="-x 'quoted'\n$HOME"))
+    command = capsys.readouterr().out.split("next: ")[1]
+    arguments = tyro.cli(Arguments, args=shlex.split(command)[3:])
+    assert arguments.prompt == "-x 'quoted'\n$HOME"
 
 
 def test_initial_loss_is_that_of_gpt2s_init(tiny):
