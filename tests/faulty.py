@@ -72,7 +72,7 @@ def plant_poison(batches: list[int]) -> None:
     read, call, coming = Loader.try_get_batch, ParallelModel.__call__, [0]
 
     def counting(self, step):
-        coming[0] = self.batch_number(step)
+        coming[0] = self._batch_number(step)
         return read(self, step)
 
     def poisoned(self, idx, targets):
