@@ -162,7 +162,7 @@ def test_a_storm_among_rollbacks_changes_nothing(undisturbed, tmp_path):
     whole = configure(tmp_path, name="whole", **settings)
     code, printed = run(whole, ranks=2, FAULT=poison)
     assert code == 0, printed[-3000:]
-    assert printed.count("rolled back to step") > 20
+    assert printed.count("rolled back to step") > 10
     told = storm(configure(tmp_path, **settings), 45, 5, tmp_path, FAULT=poison)
     print("rollback", told)
     assert same_weights(tmp_path / "whole", tmp_path / "tiny", 100)
