@@ -140,7 +140,7 @@ def patiently(file: File, read: Callable[[], Any]) -> Any:
             time.sleep(2.0 ** (attempt - 1))
         try:
             return read()
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:  # the second of a column's name
             problem: Exception = BadFile(f"{file.name}: {one_line(error)}")
         except Exception as error:
             if isinstance(error, OSError) and not file.remote:

@@ -40,7 +40,7 @@ def parquet_pieces(
 
     Raises BadFile for a damaged footer, BadInput where the column is missing or holds no strings.
     """
-    metadata, index = _footer(file, column)
+    metadata, _ = _footer(file, column)
     groups: list[int] = []
     first = end = size = 0  # documents [first, end) in `groups`, `size` bytes of text
     for group in range(metadata.num_row_groups):
@@ -48,7 +48,8 @@ def parquet_pieces(
         if end + about.num_rows <= start:  # all of it before the position asked for
             first = end = end + about.num_rows
             continue
-        bytes_here = about.column(index).total_uncompressed_size
+        # Of all columns: asking a damaged footer for one of them can abort the process (Arrow 26).
+        bytes_here = about.total_byte_size
         if groups and size + bytes_here > piece_bytes:
             yield _Groups(file, metadata, column, groups, first).piece(number)
             groups, first, size = [], end, 0
@@ -148,8 +149,10 @@ class _Groups:
         """
         given = max(self.first, start)  # the documents before this one are out
         problem = ""
-        plain = self._without_arrow_schema()
-        for reader, size in ((self, rows), (plain, rows), (plain, 1)):
+        reader = self
+        for size in (rows, rows, 1):
+            if problem:
+                reader = self._without_arrow_schema()
             at = self.first
             try:
                 for column in reader._batches(size):
@@ -226,10 +229,18 @@ class _Groups:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        footer = pa.BufferOutputStream()
-        self.metadata.write_metadata_file(footer)
-        content = footer.getvalue().to_pybytes().replace(b"ARROW:schema", b"arrow_schema")
-        metadata = pq.read_metadata(pa.BufferReader(content))
+        def read() -> Any:
+            with self.file.open() as handle:
+                handle.seek(self.file.size - 8)  # the footer's length, and PAR1
+                length = int.from_bytes(handle.read(4), "little")
+                handle.seek(self.file.size - 8 - length)
+                footer = handle.read(length + 8).replace(b"ARROW:schema", b"arrow_schema")
+            return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+
+        try:
+            metadata = patiently(self.file, read)
+        except BadFile:  # which can be read no more
+            return self
         return _Groups(self.file, metadata, self.column, self.groups, self.first)
 
     def _problem(self, first: int, error: Exception) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data import job, lines, parquet
 from data.documents import from_column
 from data.lines import split
-from tests.documents import failing, made, refused, texts
+from tests.documents import failing, made, refused, run, texts
 from tests.running import ROOT
 
 SENTENCES = [f"document {i}: the quick brown fox jumps over the lazy dog." for i in range(300)]
@@ -262,3 +262,24 @@ def test_a_text_with_zero_bytes_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("what Windows calls Unicode".encode("utf-16-le"))
     refused("a.txt: a zero byte, so it is UTF-16 or no text", out=tmp_path / "out",
             source=str(tmp_path / "a.txt"))
+
+
+def test_a_damaged_footer_ends_no_process(tmp_path):
+    """Arrow throws where nobody catches if it's asked for a column whose levels can't be."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": SENTENCES}), path)
+    content = path.read_bytes()
+    optional, required = b"%\x02\x18\x04text", b"%\x00\x18\x04text"  # of the column, in Thrift
+    assert content.count(optional) == 1
+    path.write_bytes(content.replace(optional, required))
+    done = run(str(path), tmp_path / "out")
+    assert done.returncode == 2
+    assert "error: a.parquet: " in done.stderr
+    assert "(documents 1 to 300); get the file again" in done.stderr
+
+
+def test_a_column_whose_name_is_no_utf8(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": SENTENCES, "café": SENTENCES}), path)
+    path.write_bytes(path.read_bytes().replace("café".encode(), b"caf\xe9\xe9"))
+    refused("a.parquet: 'utf-8' codec can't decode", out=tmp_path / "out", source=str(path))
