@@ -179,8 +179,8 @@ def test_bars_start_no_thread(tmp_path):
 def test_the_eta_counts_the_evaluations_to_come(tmp_path):
     description = {
         "config": {"steps": 100, "batch_tokens": 8, "evaluation": {"eval_every": 25},
-                   "tracker": {"wandb": "disabled", "profile": 0}},
-        "resolved": {"dtype": "fp32", "flops_per_token": 1},
+                   "tracker": {"wandb": "disabled", "tensorboard": False, "profile": 0}},
+        "resolved": {"dtype": "fp32", "flops_per_token": 1, "val_set": "x"},
     }
     tracker = Tracker(tmp_path, WORLD, description)
     tracker.smooth_seconds, tracker.evaluation_seconds = 2.0, 60.0
