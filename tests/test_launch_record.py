@@ -239,7 +239,8 @@ def test_tensorboard_forgets_what_a_run_rolled_back_from(tmp_path):
     pytest.importorskip("tensorboard")
     world = World(0, 1, torch.device("cpu"))
     settings = {"wandb": "disabled", "tensorboard": True, "profile": 0}
-    description = {"config": {"steps": 9, "batch_tokens": 32, "tracker": settings},
+    description = {"config": {"steps": 9, "batch_tokens": 32, "tracker": settings,
+                              "evaluation": {"eval_every": 3}},
                    "resolved": {"dtype": "fp32", "flops_per_token": 1, "val_set": "x"}}
     with closing(tracker.Tracker(tmp_path, world, description)) as tracked:
         for step in range(1, 6):
