@@ -155,9 +155,10 @@ def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, mode, kills, se
 
 @pytest.mark.storm
 def test_a_storm_among_rollbacks_changes_nothing(undisturbed, tmp_path):
-    """Every eighth batch is poison: a run that is killed rolls back to the same checkpoints."""
+    """Every eighth batch is poison, and every step is saved: orphans save where they are, and a
+    rollback goes to the newest checkpoint, which is the one before the poison in either run."""
     configure, _ = undisturbed
-    settings = dict(steps=100, on_spike="rollback", max_spikes=100)
+    settings = dict(steps=100, save_every=1, on_spike="rollback", max_spikes=100)
     poison = json.dumps({"kind": "poison", "batches": list(range(7, 400, 8))})
     whole = configure(tmp_path, name="whole", **settings)
     code, printed = run(whole, ranks=2, FAULT=poison)
