@@ -12,6 +12,8 @@ from launch.errors import Failed
 def after_bad_step(run: Any, step: int, problem: str, loss: float, norm: float) -> int:
     """The step to go on with. Raises Failed where policy or too many bad steps end the run."""
     reason = run.spikes.reason_to_end(step + 1, problem, loss, norm)
+    if reason and run.spikes.streak == 1:  # one bad step tells nothing of the weights before it
+        raise Failed(reason)
     if reason:
         end(run, step + 1, reason)
     line = f"step {step + 1}: {problem}"
