@@ -4,6 +4,7 @@ A document that can't be read never costs more than itself: a reader hands back 
 be, each with its number in the file, and beside them a line for each that can't.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,7 +125,12 @@ def joined(parts: list[Documents]) -> Documents:
 def unreadable_piece(file: int, first: int, problem: str) -> Piece:
     """A piece without documents that says what is wrong from document `first` on."""
     nothing = from_texts([], [], [Unreadable(first, problem)])
-    return Piece(file, first, 0, lambda: nothing)
+    return Piece(file, first, 0, functools.partial(same, nothing))
+
+
+def same(documents: Documents) -> Documents:
+    """What the load() of a piece that is in memory already gives."""
+    return documents
 
 
 def patiently(file: File, read: Callable[[], Any]) -> Any:

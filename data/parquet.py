@@ -22,6 +22,7 @@ from data.documents import (
     joined,
     one_line,
     patiently,
+    same,
     unreadable_piece,
 )
 from launch.errors import BadInput
@@ -147,6 +148,8 @@ class _Groups:
 
         What fails is asked for again, at last row by row: damage costs no row before it.
         """
+        import pyarrow as pa
+
         given = max(self.first, start)  # the documents before this one are out
         problem = ""
         reader = self
@@ -159,11 +162,11 @@ class _Groups:
                     new = column.slice(max(0, given - at))
                     at += len(column)
                     if len(new):
-                        load = functools.partial(from_column, new, self.file.name, given)
-                        yield Piece(number, given, len(new), load)
+                        documents = from_column(new, self.file.name, given)
+                        yield Piece(number, given, len(new), functools.partial(same, documents))
                         given = at
                 return
-            except (OSError, ValueError) as error:
+            except (OSError, pa.ArrowException) as error:
                 problem = self._problem(given, error)
         yield unreadable_piece(number, given, problem)
 
@@ -213,13 +216,15 @@ class _Groups:
 
     def _until_damage(self) -> list[Documents]:
         """Row by row, so that the damage costs no row before it."""
+        import pyarrow as pa
+
         parts: list[Documents] = []
         first = self.first
         try:
             for column in self._batches(1):
                 parts.append(from_column(column, self.file.name, first))
                 first += len(column)
-        except (OSError, ValueError) as error:
+        except (OSError, pa.ArrowException) as error:
             lost = Unreadable(first, self._problem(first, error))
             parts.append(from_texts([], [], [lost]))
         return parts

@@ -283,3 +283,19 @@ def test_a_column_whose_name_is_no_utf8(tmp_path):
     pq.write_table(pa.table({"text": SENTENCES, "café": SENTENCES}), path)
     path.write_bytes(path.read_bytes().replace("café".encode(), b"caf\xe9\xe9"))
     refused("a.parquet: 'utf-8' codec can't decode", out=tmp_path / "out", source=str(path))
+
+
+def test_an_index_that_its_dictionary_has_not_costs_what_comes_after(tmp_path, monkeypatch):
+    """A damaged page may decode to one; Arrow hands it on, and finds it when it casts."""
+
+    def batches(self, rows):
+        yield pa.array(SENTENCES[:200])
+        yield pa.DictionaryArray.from_arrays(pa.array([0, 7]), SENTENCES[200:201], safe=False)
+
+    monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 1)
+    monkeypatch.setattr(parquet._Groups, "_batches", batches)
+    pq.write_table(pa.table({"text": SENTENCES}), tmp_path / "a.parquet")
+    documents, manifest = made(tmp_path / "a.parquet", tmp_path / "out", skip_bad_files=True)
+    assert documents == SENTENCES[:200]
+    (named,) = manifest["skipped_files"]
+    assert named.endswith("(documents 201 to 300)")
