@@ -61,11 +61,11 @@ class Tracker:
         self.evaluated_steps = {row["step"] for row in evaluations}
         # Step -> validation loss. A resumed run may have another validation set than before, and
         # losses of the two can't be compared.
-        val_set = resolved["val_set"]
+        val_set = resolved.get("val_set")
         self.val_losses: dict[int, float] = {
             row["step"]: row["val_loss"] for row in evaluations if row.get("val_set") == val_set}
         self.smooth_seconds = 0.0  # a step, for the first ones are slow
-        self.eval_every = config["evaluation"]["eval_every"]
+        self.eval_every = config.get("evaluation", {}).get("eval_every", self.steps)
         self.evaluation_seconds = 0.0  # of the latest evaluation; 0: there was none yet
         self.file: Any = None
         self.wandb: Any = None
@@ -77,7 +77,7 @@ class Tracker:
             extra = config["tracker"]
             if extra["wandb"] != "disabled":
                 self.wandb = _start_wandb(run, extra["wandb"], description)
-            if extra["tensorboard"]:
+            if extra.get("tensorboard"):
                 last_step = max((row["step"] for row in read_rows(self.path)), default=-1)
                 self.tensorboard = _start_tensorboard(run, last_step)
             if extra["profile"]:
