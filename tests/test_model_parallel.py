@@ -103,7 +103,8 @@ def test_fp16s_scale_leaves_the_gradient_as_it_is():
     from model.gpt2 import GPT
     from model.optim import LossScaler
     from model.parallel import ParallelModel
-    from tests.test_model_checkpoint import ALONE, CONFIG
+    from tests.running import ALONE
+    from tests.saved import CONFIG
 
     idx = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))
     found = []
