@@ -470,11 +470,13 @@ def test_tokens_of_32_bits_are_no_tokens_and_zeros_between(tmp_path):
 
 
 @pytest.mark.parametrize("statistics", [None, ["x"], {"documents": "many", "tokens": 3}])
-def test_any_statistics_in_a_manifest_are_shown(folder, statistics):
+def test_any_statistics_in_a_manifest_are_shown(folder, statistics, capsys):
     change_manifest = json.loads((folder / "manifest.json").read_text())
     change_manifest["statistics"] = statistics
     (folder / "manifest.json").write_text(json.dumps(change_manifest))
     shards.main(["info", str(folder)])
+    printed = capsys.readouterr().out
+    assert "tokens in" in printed and "it begins: " in printed  # whatever the statistics are
 
 
 def test_a_link_where_a_conversion_works_is_not_followed(folder, tmp_path):
