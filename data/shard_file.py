@@ -120,7 +120,7 @@ class Shard:
             raise BadInput(f"can't read {self.path}: {error.strerror}") from None
         largest = 0
         starts = range(0, len(self.tokens), BLOCK)
-        for start in track(starts, f"checking the tokens of {self.path}", "block"):
+        for start in track(starts, f"checking the tokens of {self.path.name}", "block"):
             part = self.tokens[start : start + BLOCK]
             largest = max(largest, int(part.max()))
             if largest > EOT:

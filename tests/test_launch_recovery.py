@@ -73,10 +73,10 @@ def test_stops_among_bad_steps_push_out_no_good_checkpoint(tiny, tmp_path, bad_f
 def test_a_run_whose_last_weights_give_no_numbers_has_failed(tiny, tmp_path, bad_from, monkeypatch):
     """Two bad steps are borne, but they were the last ones, and there is nothing to show."""
     bad_from(5)
-    results = Evaluator.results
+    results, evaluations = Evaluator.results, iter((0, 3, 6))
 
     def broken(self, *rest, with_hellaswag):
-        if (tmp_path / "tiny/checkpoints/step_00000004").exists():
+        if next(evaluations) == 6:
             raise Failed("the model's losses are no numbers")
         return results(self, *rest, with_hellaswag=with_hellaswag)
 

@@ -204,7 +204,7 @@ def test_a_group_that_was_left_is_not_taken_down():
     """Its destructor can wait for ever: launch/world.py, LEFT."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = weakref.ref(dist.group.WORLD)
-    World(0, 2, torch.device("cpu")).close()
+    World(0, 2, torch.device("cpu")).destroy()
     gc.collect()
     assert not dist.is_initialized()
     assert group() is not None
