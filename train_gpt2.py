@@ -31,7 +31,8 @@ from launch.tracker import Tracker, TrackerConfig
 from launch.watchdog import Watchdog, WatchdogConfig
 from launch.world import World, choose_dtype, init_distributed
 from model import checkpoint
-from model.gpt2 import GPTConfig, flops_per_token, parameter_count
+from model.gpt2 import GPTConfig
+from model.network import flops_per_token, parameter_count
 from model.optim import OptimConfig, get_lr
 from model.saving import Saver, SavingConfig
 from model.training import ComputeConfig, build_train_state
@@ -160,7 +161,7 @@ def train(config: TrainConfig) -> int:
             micro_batches = get_batch(run, step)  # (micro-steps, B, T + 1) tokens
             lr = get_lr(step, config.steps, config.optim)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_ratio"]  # 1 but for AdamW's groups beside Muon
 
             # forward and backward: the gradients of all micro-steps are added up
             loss = torch.zeros((), device=world.device)

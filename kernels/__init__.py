@@ -32,6 +32,9 @@ class Operators(NamedTuple):
     attention: Callable
     layer_norm: Callable
     linear_cross_entropy: Callable
+    # Of model/speedrun.py's network.
+    qk_norm_rotary: Callable = reference.qk_norm_rotary
+    relu_squared: Callable = reference.relu_squared
 
 
 TORCH = Operators(reference.attention, reference.layer_norm, reference.linear_cross_entropy)

@@ -95,15 +95,24 @@ def layer_norm(
     return x, y.to(product_dtype(x.dtype, x.device))
 
 
-def _softmax_in_place(logits: Tensor, exact: torch.dtype) -> Tensor:
+def _softcap(logits: Tensor, softcap: float) -> Tensor:
+    """Presses logits into (-softcap, softcap), where there is one; -inf (the padding) stays."""
+    if not softcap:
+        return logits
+    return torch.where(logits == -math.inf, logits, softcap * torch.tanh(logits / softcap))
+
+
+def _softmax_in_place(logits: Tensor, exact: torch.dtype, softcap: float) -> Tensor:
     """Replaces logits (rows, Vp) by their softmax and returns their log-sum-exp, (rows, 1), exact.
+
+    softcap: the softmax is that of softcap * tanh(logits / softcap); 0: of the logits.
 
     On a CPU a few rows at a time, so that their fp32 copy stays in the cache (measured: 1.6 times
     as fast at 512 rows of 50,304).
     """
     sums = []
     for rows in logits.split(CACHED_ROWS if logits.device.type == "cpu" else len(logits)):
-        wide = rows.to(exact)
+        wide = _softcap(rows.to(exact), softcap)
         p = wide.softmax(-1)
         # The largest p is 1 / sum(exp(logit - largest logit)), and at least 1 / Vp: safe to log.
         sums.append(wide.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log())
@@ -119,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, vocab, dtype, need_grad):
+    def forward(ctx, h, weight, targets, vocab, dtype, need_grad, softcap):
         exact = at_least_fp32(dtype)
         low_h, low_w = h.to(dtype), weight.to(dtype)  # what the matrix products see
         total = h.new_zeros((), dtype=exact)
@@ -131,12 +140,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = x @ low_w.t()  # (rows, Vp)
             logits[:, vocab:] = -math.inf  # the padding takes no probability
             index, valid = target.clamp(min=0).unsqueeze(1), (target != IGNORE).unsqueeze(1)
-            at_target = logits.gather(1, index).to(exact)  # (rows, 1)
-            losses = _softmax_in_place(logits, exact) - at_target
+            at_target = _softcap(logits.gather(1, index).to(exact), softcap)  # (rows, 1)
+            if softcap and need_grad:  # the slope of the cap, 1 - tanh^2; 0 in the padding
+                slope = 1 - torch.tanh(logits / softcap).square()  # (rows, Vp)
+            losses = _softmax_in_place(logits, exact, softcap) - at_target
             total += (losses * valid).sum()
             if need_grad:
                 # p - 1 at the target, subtracted before it is rounded.
                 dlogits = logits.scatter_(1, index, torch.expm1(-losses).to(dtype))
+                if softcap:
+                    dlogits *= slope
                 dx.copy_((dlogits @ low_w) * valid)
                 dw += dlogits.t() @ (x * valid)
         if need_grad:
@@ -146,13 +159,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
-        return dh * grad, dw * grad, None, None, None, None
+        return dh * grad, dw * grad, None, None, None, None, None
 
 
 def linear_cross_entropy(
-    h: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str = "mean"
+    h: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str = "mean",
+    softcap: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of softmax(h @ weight.T) against targets, without ever holding all logits.
+
+    softcap: of softmax(softcap * tanh(h @ weight.T / softcap)) instead; 0: no cap.
 
     h: (N, C); weight: (Vp, C), of which the rows from `vocab` on are padding that takes no
     probability; targets: (N,) in [0, vocab) or -100, which counts for nothing. Returns a scalar in
@@ -161,7 +177,39 @@ def linear_cross_entropy(
     # Inside forward() gradient mode is always off, so the question is asked here.
     need_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     dtype = product_dtype(h.dtype, h.device)
-    total = _LinearCrossEntropy.apply(h, weight, targets, vocab, dtype, need_grad)
+    total = _LinearCrossEntropy.apply(h, weight, targets, vocab, dtype, need_grad, softcap)
     if reduction == "sum":
         return total
     return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def qk_norm_rotary(
+    qkv: Tensor, n_head: int, cos: Tensor, sin: Tensor, gain: float = 1.0, eps: float = 1e-6
+) -> Tensor:
+    """Normalises the queries and keys of every head, and turns them by their positions.
+
+    qkv: (B, T, 3C); cos, sin: (T, D/2) or (B, T, D/2). Each q and k (D,) is divided by its root
+    mean square, then its pairs (x_i, x_{i + D/2}) are turned by their angle; q is multiplied by gain.
+    Values are handed on. Returns (B, T, 3C) in the dtype of a matrix product's output; arithmetic
+    at least in fp32. QK-norm: arXiv 2010.04245; rotary positions: arXiv 2104.09864.
+    """
+    B, T, C3 = qkv.shape
+    D = C3 // 3 // n_head
+    dtype = product_dtype(qkv.dtype, qkv.device)
+    q, k, v = qkv.to(dtype).view(B, T, 3, n_head, D).unbind(2)  # each (B, T, H, D)
+    exact = at_least_fp32(dtype)
+    cos, sin = cos.to(exact).unsqueeze(-2), sin.to(exact).unsqueeze(-2)  # (..., T, 1, D/2)
+
+    def turned(x: Tensor, gain: float) -> Tensor:
+        x = x.to(exact)
+        x = x * (torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain)
+        first, second = x.chunk(2, -1)  # each (B, T, H, D/2)
+        x = torch.cat((first * cos + second * sin, second * cos - first * sin), -1)
+        return x.to(dtype)
+
+    return torch.stack((turned(q, gain), turned(k, 1.0), v), 2).view(B, T, C3)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2, in x's dtype. (..., C) -> (..., C). Primer: arXiv 2109.08668."""
+    return F.relu(x).square()

@@ -31,7 +31,9 @@ LONGEST_NAME = 255  # bytes, on most file systems
 # What may not change between a run and its continuation, beside the training data.
 MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 # Settings that are younger than some runs, and what those runs did.
-BEFORE_IT_WAS_SET = {"model.gelu": "tanh"}
+BEFORE_IT_WAS_SET = {"model.gelu": "tanh", "model.arch": "gpt2", "optim.optimizer": "adamw",
+                     "optim.schedule": "cosine"}
+WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.")  # on a run that says nothing of them
 
 
 def describe(
@@ -144,6 +146,9 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
     old, new = flatten(saved.get("must_match", {})), flatten(asked["must_match"])
     for key in BEFORE_IT_WAS_SET.keys() & new.keys():
         old.setdefault(key, BEFORE_IT_WAS_SET[key])
+    for key in new.keys() - old.keys():
+        if key.startswith(WITHOUT_EFFECT_THEN):
+            old[key] = new[key]
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
         for key in sorted(old.keys() | new.keys())

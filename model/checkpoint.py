@@ -37,9 +37,10 @@ from launch.progress import track
 from model.formats import foreign
 from model.formats.hf import from_hf
 from model.formats.tensors import check_fits, load_named, without_padding
-from model.gpt2 import GPT, GPTConfig, without_weights
+from model.gpt2 import GPT, GPTConfig
 from model.manifest import MANIFEST, TRAINING, find_damage
-from model.optim import ROW_STATE, SCALAR_STATE, LossScaler
+from model.network import VOCABULARY_ROWS, new_network, without_weights
+from model.optim import SCALAR_STATE, LossScaler, MuonAdamW, row_state
 from model.parallel import ParallelModel, ParamShard
 from model.safetensors_layout import TensorFile
 
@@ -52,7 +53,7 @@ class TrainState(NamedTuple):
     """What training changes, and a checkpoint therefore holds."""
 
     model: ParallelModel
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer | MuonAdamW
     scaler: LossScaler
 
 
@@ -300,7 +301,7 @@ def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
     config = model_config(folder)
     with _open_weights(folder) as tensors:  # before a model of the size that config.json says
         check_fits(without_weights(config), _shapes(tensors), folder)
-    model = GPT(config, ops)
+    model = new_network(config, ops)
     load_weights(model, folder)
     return model
 
@@ -388,7 +389,7 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
                 if len(shard.optim_param) == 0:
                     continue
                 kept = state.optimizer.state[shard.optim_param]
-                for key in ROW_STATE:
+                for key in row_state(state.optimizer, shard):
                     name = f"{shard.name}.{key}"
                     _read_rows(moments, name, shape, kept[key], shard.optim_start)
                 for key in SCALAR_STATE:
@@ -406,7 +407,7 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
 def stored_shape(state: TrainState, shard: ParamShard) -> tuple[int, ...]:
     """The shape in which a parameter is stored: without the vocabulary's padding rows."""
     rows = len(shard.param)
-    if shard.name == "wte.weight":
+    if shard.name in VOCABULARY_ROWS:
         rows = min(rows, state.model.module.config.n_vocab)
     return (rows, *shard.param.shape[1:])
 

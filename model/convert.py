@@ -41,6 +41,7 @@ from model.formats.tensors import (
 )
 from model.gpt2 import GPT
 from model.manifest import write_manifest
+from model.network import get_num_params
 from model.safetensors_layout import save_tensors
 
 EOT_TEXT = "<|endoftext|>"
@@ -81,7 +82,8 @@ def write_ours(model: GPT, folder: Path, source: str = "") -> None:
 
     source: where the weights came from. Raises BadInput for a model that is no GPT-2.
     """
-    require_gpt2(model, "a converted checkpoint")
+    if model.config.arch == "gpt2":
+        require_gpt2(model, "a converted checkpoint")
     folder.mkdir()
     weights = {name: w.cpu().contiguous() for name, w in named_weights(model).items()}
     save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
@@ -199,7 +201,7 @@ def main(
     }
     write_whole(path, write[to])
     config = model.config
-    print(f"{dst}: {model.get_num_params():,} parameters ({config.n_layer} layers, "
+    print(f"{dst}: {get_num_params(model):,} parameters ({config.n_layer} layers, "
           f"{config.n_head} heads, width {config.n_embd}, context {config.n_ctx:,})")
 
 

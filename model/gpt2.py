@@ -9,7 +9,6 @@ Parameters carry OpenAI's names, so weights move in and out without a table.
 Shapes: B batch, T time, C width, H heads, D = C / H head width, V vocabulary, Vp padded.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +51,8 @@ class GPTConfig:
 
     gelu: Literal["tanh", "exact"] = "tanh"
     """GPT-2's is the tanh approximation; exact is what nanoGPT trains with."""
+    arch: Literal["gpt2", "speedrun"] = "gpt2"
+    """GPT-2's network (model/gpt2.py), or the speedrun's of the same shape (model/speedrun.py)."""
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -62,6 +63,18 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.gelu not in ("tanh", "exact"):
             raise ValueError(f"gelu is tanh or exact, not {self.gelu!r}")
+        if self.arch not in ("gpt2", "speedrun"):
+            raise ValueError(f"arch is gpt2 or speedrun, not {self.arch!r}")
+        if self.arch == "speedrun":
+            self._check_speedrun()
+
+    def _check_speedrun(self) -> None:
+        """What the speedrun's network has not, or can't do."""
+        if self.gelu != "tanh":
+            raise ValueError("gelu exact: the speedrun's network has no GELU, but relu(x)^2")
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(f"heads {self.n_embd // self.n_head} wide: rotary positions turn "
+                             "pairs, so the width of a head (n_embd / n_head) must be even")
 
     @property
     def padded_vocab(self) -> int:
@@ -219,42 +232,3 @@ class GPT(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., V); the padding is cut off, so it can never be sampled."""
         return F.linear(x, self.wte.weight)[..., : self.config.n_vocab]
-
-    def get_num_params(self) -> int:
-        """Parameters without padding rows of the vocabulary."""
-        padding = (self.config.padded_vocab - self.config.n_vocab) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
-
-    def compile_blocks(self) -> None:
-        """torch.compile on each block, in place, so that parameter names stay.
-
-        Block by block the compiler sees one small graph twelve times over (compiled once), and
-        gradients arrive block by block, so DDP can send them while the backward pass goes on.
-        """
-        for block in self.h:
-            block.compile()
-
-
-@functools.lru_cache
-def without_weights(config: GPTConfig) -> GPT:
-    """The model with shapes and no numbers, for counting: what is counted is what is trained."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
-def parameter_count(config: GPTConfig) -> int:
-    """Parameters without padding rows: 124,439,808 for the default."""
-    return without_weights(config).get_num_params()
-
-
-def flops_per_token(config: GPTConfig) -> int:
-    """Matrix-product FLOPs of forward and backward for one token at T = n_ctx.
-
-    6 per matrix parameter and 12 L C T for attention, counted as dense: PaLM's formula (arXiv
-    2204.02311, appendix B), as in nanoGPT and llm.c, so that the MFU compares with theirs.
-    """
-    L, C, T = config.n_layer, config.n_embd, config.n_ctx
-    blocks = without_weights(config).h.parameters()
-    matrices = sum(p.numel() for p in blocks if p.dim() == 2)
-    head = config.n_vocab * C
-    return 6 * (matrices + head) + 12 * L * C * T

@@ -1,28 +1,60 @@
-"""AdamW as GPT-2's reproductions use it, the learning rate of each step, fp16's loss scale."""
+"""The optimizers, AdamW's and Muon's, the learning rate of each step, fp16's loss scale."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from launch import cli
-from launch.errors import Failed
-from model.parallel import ParamShard
+from launch.errors import BadInput, Failed
+from model.muon import Muon, is_matrix
+from model.parallel import ParallelModel, ParamShard
 
-# What the optimizer keeps of each parameter. Checkpoints save and load what stands here and know
-# of no optimizer. ROW_STATE: tensors with the parameter's rows; SCALAR_STATE: one number each.
-ROW_STATE = ("exp_avg", "exp_avg_sq")
+# What an optimizer keeps of each parameter, beside tensors with its rows (row_state()): one number.
 SCALAR_STATE = ("step",)
 MAX_OVERFLOWS = 12  # in a row: a scale 4,096 times too large, where some two are usual
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """What --optim.optimizer muon needs beside the rest: the rates of what AdamW trains then, at
+    width 768 (modded-nanogpt, track 3, entry 36)."""
+
+    momentum: float = 0.95
+    """Of Muon, after its warm-up from 0.85."""
+    momentum_warmup: int = 300
+    """Steps of that warm-up."""
+    embed_lr: float = 0.7
+    """Peak learning rate of the embeddings."""
+    head_lr: float = 0.004
+    """Peak learning rate of the output head, where it isn't the embedding."""
+    vector_lr: float = 0.015
+    """Peak learning rate of everything that is no matrix."""
+    adamw_weight_decay: float = 0.001
+    """On what AdamW trains."""
+
+    def __post_init__(self) -> None:
+        cli.within("optim.muon.momentum", self.momentum, 0, 0.999999)
+        cli.within("optim.muon.momentum_warmup", self.momentum_warmup, 0, cli.MOST_STEPS)
+        cli.within("optim.muon.embed_lr", self.embed_lr, 0, 1e38)
+        cli.within("optim.muon.head_lr", self.head_lr, 0, 1e38)
+        cli.within("optim.muon.vector_lr", self.vector_lr, 0, 1e38)
+        cli.within("optim.muon.adamw_weight_decay", self.adamw_weight_decay, 0, 100)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Hyper-parameters; the defaults are the 124M model's (GPT-3: arXiv 2005.14165)."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine; constant, then linear over the last decay_ratio; constant."""
+    decay_ratio: float = 0.7
+    """wsd (warm-up, stable, decay; 2404.06395): the share of all steps in which the rate falls."""
     lr: float = 6e-4
-    """Peak learning rate (GPT-3, table 2.1)."""
+    """Peak learning rate (GPT-3, table 2.1); of Muon's matrices under muon."""
     final_lr: float = 0.0
     """Last step's learning rate as a fraction of the peak (llm.c's -q)."""
     warmup_steps: int = 700
@@ -37,6 +69,7 @@ class OptimConfig:
     """Added to the root of the second moment (GPT-3, appendix B)."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 leaves it as it is (GPT-3, appendix B)."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:
         cli.within("optim.lr", self.lr, 0, 1e38)  # fp32 ends at 3.4e38
@@ -48,32 +81,66 @@ class OptimConfig:
         # Padding rows have no gradient: their update is 0 / (0 + eps), NaN where fp32 makes eps 0.
         cli.within("optim.eps", self.eps, 1e-37, 1)
         cli.within("optim.clip", self.clip, 0, 1e38)
+        cli.within("optim.decay_ratio", self.decay_ratio, 0, 1)
+        if self.optimizer == "muon" and self.lr == 0:
+            raise BadInput("--optim.lr 0 with --optim.optimizer muon: other rates are multiples")
 
 
 def get_lr(step: int, steps: int, config: OptimConfig) -> float:
-    """Linear warm-up, then a cosine towards final_lr * lr, which step = steps would have.
+    """Linear warm-up, then as the schedule says, to final_lr * lr, which step = steps would have.
 
     step counts the finished updates, from 0.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        first = decay_start(steps, config)
+        if step <= first:
+            return config.lr
+        left = (steps - step) / (steps - first)  # 1 at the first step of the decay, 0 at the end
+        return config.lr * (config.final_lr + (1 - config.final_lr) * left)
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def configure_optimizers(shards: list[ParamShard], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW on the rows that are this rank's, with weight decay on matrices (embeddings included).
+def decay_start(steps: int, config: OptimConfig) -> int:
+    """The last step with the full rate: a run that is given more steps goes on from there.
+
+    wsd: where its decay begins. constant: the last step. cosine: 0, for it falls all the time.
+    """
+    if config.schedule == "constant":
+        return steps
+    if config.schedule == "wsd":
+        return max(min(config.warmup_steps, steps), steps - round(config.decay_ratio * steps))
+    return 0
+
+
+def configure_optimizers(
+    model: ParallelModel, config: OptimConfig
+) -> "torch.optim.Optimizer | MuonAdamW":
+    """The optimizer of the rows that are this rank's. Every group has its lr_ratio: how its rate
+    stands to that of get_lr().
 
     Moments are made now, and not in the first step: a GPU that can't hold them says so at once,
     and a checkpoint always has them.
     """
+    if config.optimizer == "muon":
+        return MuonAdamW(model, config)
     # A short bias has no row for each rank.
-    params = [shard.optim_param for shard in shards if len(shard.optim_param)]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    params = [shard.optim_param for shard in model.shards if len(shard.optim_param)]
+    return configure_adamw([  # weight decay on matrices, embeddings included
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay,
+         "lr_ratio": 1.0},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0},
+    ], config)
+
+
+def configure_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with its moments, fused where PyTorch has it so."""
+    params = [p for group in groups for p in group["params"]]
     fused = params[0].device.type in ("cuda", "cpu")
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
@@ -81,9 +148,59 @@ def configure_optimizers(shards: list[ParamShard], config: OptimConfig) -> torch
         device = p.device if fused else "cpu"
         for key in SCALAR_STATE:
             adamw.state[p][key] = torch.zeros((), dtype=torch.float32, device=device)
-        for key in ROW_STATE:
+        for key in ("exp_avg", "exp_avg_sq"):
             adamw.state[p][key] = torch.zeros_like(p)
     return adamw
+
+
+class MuonAdamW:
+    """Muon on the blocks' matrices and AdamW on the rest, called as one optimizer."""
+
+    def __init__(self, model: ParallelModel, config: OptimConfig) -> None:
+        matrices = [shard for shard in model.shards if is_matrix(shard.name, shard.param)]
+        if any(min(shard.param.shape) == 1 for shard in matrices):
+            raise BadInput("--optim.optimizer muon needs matrices, and this model's have a side of "
+                           "1: a larger --model.n_embd, or --optim.optimizer adamw")
+        others = [shard for shard in model.shards if shard not in matrices]
+        self.muon = Muon(model, matrices, config.lr, config.weight_decay,
+                         config.muon.momentum, config.muon.momentum_warmup)
+        self.adamw = configure_adamw([
+            {"params": [shard.optim_param], "weight_decay": config.muon.adamw_weight_decay,
+             "lr_ratio": _adamw_rate(shard.name, config.muon) / config.lr}
+            for shard in others if len(shard.optim_param)
+        ], config)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Both optimizers' groups."""
+        return self.muon.param_groups + self.adamw.param_groups
+
+    @property
+    def state(self) -> dict[torch.Tensor, Any]:
+        """What both keep of each parameter."""
+        return dict(self.muon.state) | dict(self.adamw.state)
+
+    def step(self) -> None:
+        """One update of this rank's rows; all ranks call it together."""
+        self.muon.step()
+        self.adamw.step()
+
+
+def _adamw_rate(name: str, config: MuonConfig) -> float:
+    """The peak rate of a parameter that isn't Muon's."""
+    if name == "lm_head.weight":
+        return config.head_lr
+    if name.startswith(("wte", "wpe", "value_embeddings")):
+        return config.embed_lr
+    return config.vector_lr
+
+
+def row_state(optimizer: Any, shard: ParamShard) -> tuple[str, ...]:
+    """What the optimizer keeps with a parameter's rows: the same on all ranks, also on those that
+    update none of its rows. Checkpoints save and load what stands here and know of no optimizer."""
+    if isinstance(optimizer, MuonAdamW) and is_matrix(shard.name, shard.param):
+        return ("momentum_buffer",)
+    return ("exp_avg", "exp_avg_sq")
 
 
 @dataclass

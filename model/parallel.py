@@ -13,10 +13,10 @@ torch.chunk cuts them, so who owns which row follows from the number of ranks al
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -124,7 +124,7 @@ class ParallelModel:
         torch._foreach_mul_(self._local_gradients(), factor)
 
     @torch.no_grad()
-    def optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def optimizer_step(self, optimizer: Any) -> None:
         """Updates this rank's rows; under zero1 every rank then gets the rows of the others."""
         for shard, gradient in zip(self.shards, self._local_gradients(), strict=True):
             if self.mode == "zero1":
@@ -170,18 +170,47 @@ class ParallelModel:
             gradients.append(gradient)
         return gradients
 
+    def gather_rows(self, shards: list[ParamShard], rows: list[Tensor]) -> list[Tensor]:
+        """All rows of something that each rank has of the rows it updates, in one all-gather.
+
+        rows: of each shard (len(optim_param), ...), of one dtype. Returns (len(param), ...) each.
+        """
+        if self.mode == "ddp":
+            return rows  # all of them are updated here
+        group = self.mesh.get_group("shard") if self.mesh is not None else None
+        ranks = dist.get_world_size(group)
+        # Every rank sends ceil(rows / ranks) rows of each, the last ranks partly zeros.
+        each = [-(-len(shard.param) // ranks) * shard.param[:1].numel() for shard in shards]
+        sent = rows[0].new_zeros(sum(each))
+        for part, own in zip(sent.split(each), rows, strict=True):
+            part[: own.numel()] = own.flatten()
+        gathered = sent.new_empty(ranks, len(sent))
+        dist.all_gather_into_tensor(gathered, sent, group=group)
+        parts = gathered.split(each, dim=1)  # each (ranks, rows a rank * columns)
+        return [part.reshape(-1, *shard.param.shape[1:])[: len(shard.param)]
+                for part, shard in zip(parts, shards, strict=True)]
+
+    def share_out(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """function(batch), where it treats the entries of its first dimension alike: each rank
+        does its share of them, and gets the results of the others. All ranks have the batch."""
+        if self.world.size == 1:
+            return function(batch)
+        group = self.mesh.get_group("shard") if self.mesh is not None else None
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        share = -(-len(batch) // ranks)
+        own = batch[rank * share : (rank + 1) * share]
+        sent = batch.new_zeros(share, *batch.shape[1:])
+        if len(own):
+            sent[: len(own)] = function(own)
+        done = batch.new_empty(ranks * share, *batch.shape[1:])
+        dist.all_gather_into_tensor(done, sent, group=group)
+        return done[: len(batch)]
+
     def _all_gather_rows(self) -> None:
         """Every rank gets the rows of each parameter that the others have updated."""
-        ranks = self.world.size
         for shard in self.shards:
-            rows = len(shard.local)
-            rows_a_rank = -(-rows // ranks)
-            row_shape = shard.local.shape[1:]
-            sent = shard.local.new_zeros(rows_a_rank, *row_shape)
-            sent[: len(shard.optim_param)] = shard.optim_param
-            gathered = sent.new_empty(ranks * rows_a_rank, *row_shape)
-            dist.all_gather_into_tensor(gathered, sent)
-            shard.local.copy_(gathered[:rows])
+            [full] = self.gather_rows([shard], [shard.optim_param.detach()])
+            shard.local.copy_(full)
 
     def _shard_of(self, name: str, param: nn.Parameter) -> ParamShard:
         """Who holds, updates and saves which rows."""

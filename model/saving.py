@@ -48,7 +48,7 @@ from model.checkpoint import (
     stored_shape,
 )
 from model.manifest import write_manifest
-from model.optim import ROW_STATE, SCALAR_STATE
+from model.optim import SCALAR_STATE, row_state
 from model.safetensors_layout import Layout
 
 PATIENCE = 300.0  # seconds without a byte from any rank after which a save has failed
@@ -328,7 +328,7 @@ class Saver:
             if first < end:
                 weights = shard.local[first - shard.local_start : end - shard.local_start]
                 rows.append(("model.safetensors", shard.name, first, weights))
-                for key in ROW_STATE:
+                for key in row_state(self.state.optimizer, shard):
                     values = kept[key][first - shard.optim_start : end - shard.optim_start]
                     rows.append(("optimizer.safetensors", f"{shard.name}.{key}", first, values))
             if self.world.is_rank0:  # which always has rows, of every parameter
@@ -427,7 +427,7 @@ def _layouts(state: TrainState) -> dict[str, Layout]:
         p = shard.param
         shape = stored_shape(state, shard)
         weights[shard.name] = (p.dtype, shape)
-        for key in ROW_STATE:
+        for key in row_state(state.optimizer, shard):
             optimizer[f"{shard.name}.{key}"] = (p.dtype, shape)
         for key in SCALAR_STATE:
             optimizer[f"{shard.name}.{key}"] = (torch.float32, ())

@@ -13,6 +13,7 @@ from launch.world import Dtype, World
 from model import checkpoint
 from model.checkpoint import TrainState
 from model.gpt2 import GPT, GPTConfig
+from model.network import compile_blocks, new_network
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import Mode, ParallelModel
 
@@ -58,9 +59,9 @@ def build_train_state(
     if given:
         world.print0(f"starts from the weights of {given} (--init {init})")
     if compute.compiled(world.device):
-        module.compile_blocks()
+        compile_blocks(module)
     model = ParallelModel(module, compute.parallel, world, dtype)
-    optimizer = configure_optimizers(model.shards, optim)
+    optimizer = configure_optimizers(model, optim)
     state = TrainState(model, optimizer, LossScaler.of(dtype))
     if not source:
         return state, {}
@@ -98,6 +99,6 @@ def new_model(
 ) -> GPT:
     """The same on every rank and device: it's drawn on the CPU from the seed."""
     torch.manual_seed(seed)
-    model = GPT(shape, ops).to(world.device, weights)
+    model = new_network(shape, ops).to(world.device, weights)
     model.checkpoint_activations = compute.activation_checkpointing
     return model

@@ -27,7 +27,7 @@ from tests.running import ALONE, Silent
 def main(rounds: int, folder: Path) -> None:
     keep_freed_memory()
     model = ParallelModel(GPT(GPTConfig()), "ddp", ALONE, "fp32")
-    state = TrainState(model, configure_optimizers(model.shards, OptimConfig()), LossScaler())
+    state = TrainState(model, configure_optimizers(model, OptimConfig()), LossScaler())
     (folder / "config.json").write_text("{}")
     saver = Saver(folder, state, Silent(), keep=1)  # type: ignore[arg-type]
     stalls, wholes, blocking = [], [], []

@@ -19,7 +19,7 @@ def trained(seed: int = 0) -> TrainState:
     """After two steps."""
     torch.manual_seed(seed)
     model = ParallelModel(GPT(CONFIG), "ddp", ALONE, "fp32")
-    optimizer = configure_optimizers(model.shards, OptimConfig())
+    optimizer = configure_optimizers(model, OptimConfig())
     idx = torch.randint(50257, (2, 17))
     for _ in range(2):
         model(idx[:, :-1], idx[:, 1:]).backward()

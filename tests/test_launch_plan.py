@@ -22,7 +22,8 @@ from launch.errors import BadInput
 from launch.plan import memory, report, step_time
 from launch.plan.job import Job, parse_cluster
 from launch.plan.own_card import read_card
-from model.gpt2 import GPT, GPTConfig, flops_per_token, parameter_count
+from model.gpt2 import GPT, GPTConfig
+from model.network import flops_per_token, parameter_count
 from train_gpt2 import PRESETS
 
 MIB = 2**20

@@ -8,7 +8,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model.formats.hf import from_hf, to_hf
-from model.gpt2 import GPT, Block, GPTConfig, flops_per_token, parameter_count
+from model.gpt2 import GPT, Block, GPTConfig
+from model.network import flops_per_token, parameter_count
 from model.optim import OptimConfig, configure_optimizers, get_lr
 from model.parallel import ParallelModel
 from tests.running import ALONE
@@ -125,8 +126,8 @@ def test_initialisation_is_the_papers():
 def test_padding_stays_zero_through_training_and_takes_no_probability():
     torch.manual_seed(0)
     model = GPT(SHAPES[0])
-    shards = ParallelModel(model, "ddp", ALONE, "fp32").shards
-    optimizer = configure_optimizers(shards, OptimConfig(lr=1e-2))
+    trained = ParallelModel(model, "ddp", ALONE, "fp32")
+    optimizer = configure_optimizers(trained, OptimConfig(lr=1e-2))
     idx = torch.randint(50257, (4, 17))
     for _ in range(3):
         model(idx[:, :-1], idx[:, 1:]).backward()
@@ -163,8 +164,8 @@ def test_learning_rate_warms_up_and_ends_where_it_should():
 
 
 def test_only_matrices_decay():
-    shards = ParallelModel(GPT(SHAPES[0]), "ddp", ALONE, "fp32").shards
-    optimizer = configure_optimizers(shards, OptimConfig())
+    model = ParallelModel(GPT(SHAPES[0]), "ddp", ALONE, "fp32")
+    optimizer = configure_optimizers(model, OptimConfig())
     decayed, rest = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1
     assert all(p.dim() == 2 for p in decayed["params"])

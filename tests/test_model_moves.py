@@ -21,14 +21,8 @@ from model.checkpoint import load_model
 from model.formats.llmc import parameters_in_file
 from model.formats.tensors import named_weights
 from model.generate import SampleConfig
-from model.gpt2 import (
-    GPT,
-    MLP,
-    GPTConfig,
-    flops_per_token,
-    parameter_count,
-    without_weights,
-)
+from model.gpt2 import GPT, MLP, GPTConfig
+from model.network import flops_per_token, parameter_count, without_weights
 from train_gpt2 import PRESETS, train
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=16)

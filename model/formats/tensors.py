@@ -16,6 +16,7 @@ from torch import Tensor
 from launch.errors import BadInput
 from launch.progress import track
 from model.gpt2 import GPT, GPTConfig
+from model.network import VOCABULARY_ROWS
 
 VOCAB = GPTConfig.n_vocab  # the tokenizer's
 # 50,257 rounded up for the hardware, as the field does; a vocabulary of any other size has tokens
@@ -59,14 +60,18 @@ def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def named_weights(model: GPT) -> dict[str, Tensor]:
-    """OpenAI's names -> weights, without the padding rows of the embedding."""
+    """OpenAI's names -> weights, without the padding rows of the vocabulary."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    weights["wte.weight"] = weights["wte.weight"][: model.config.n_vocab]
+    for name in VOCABULARY_ROWS & weights.keys():
+        weights[name] = weights[name][: model.config.n_vocab]
     return weights
 
 
 def require_gpt2(model: GPT, kind: str) -> None:
     """Raises BadInput for a model that has other tensors than GPT-2."""
+    if model.config.arch != "gpt2":
+        raise BadInput(f"a model with --model.arch {model.config.arch} can't be written as {kind}: "
+                       "nothing that reads that format knows its network; --to ours can")
     shapes = {name: weight.shape for name, weight in named_weights(model).items()}
     problem = _difference(shapes, gpt2_shapes(model.config))
     if problem:

@@ -1,0 +1,102 @@
+"""The networks that can be trained, and the small interface by which everything else knows them.
+
+    model = new_network(GPTConfig())                     # model/gpt2.py's GPT
+    model = new_network(GPTConfig(arch="speedrun"))      # model/speedrun.py's SpeedrunGPT
+
+Whoever writes a third one gives it these attributes and methods and a name in ARCHITECTURES;
+training, ranks, checkpoints, sampling and evaluation then work as they are.
+"""
+
+import functools
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels import Operators
+from model.gpt2 import GPT, Attend, GPTConfig
+from model.speedrun import SpeedrunGPT
+
+# Tensors with a row for each token: (Vp, C) in memory, stored without the padding rows.
+VOCABULARY_ROWS = {"wte.weight", "lm_head.weight"}
+
+
+class Network(Protocol):
+    """What the rest of the house uses of a network, an nn.Module. Shapes: model/gpt2.py."""
+
+    config: GPTConfig
+    ops: Operators
+    checkpoint_activations: bool  # keep a block's input only, and compute it twice
+    wte: nn.Embedding  # its weight's device and dtype are the model's
+    h: nn.ModuleList  # the blocks: what FSDP shards and torch.compile compiles, one by one
+
+    def hidden(
+        self, idx: Tensor, positions: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
+        """(B, T) tokens -> (B, T, C), what the head reads."""
+        ...
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., C) of hidden() -> (..., V), without padding."""
+        ...
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """(B, T) tokens -> logits (B, T, V), or with targets (B, T) the loss, a scalar in nats."""
+        ...
+
+
+ARCHITECTURES: dict[str, Any] = {"gpt2": GPT, "speedrun": SpeedrunGPT}
+
+
+def new_network(config: GPTConfig, ops: Operators = kernels.TORCH) -> Any:
+    """The network that config.arch names, with its first weights."""
+    return ARCHITECTURES[config.arch](config, ops)
+
+
+def compile_blocks(model: Any) -> None:
+    """torch.compile on each block, in place, so that parameter names stay.
+
+    Block by block the compiler sees one small graph twelve times over (compiled once), and
+    gradients arrive block by block, so DDP can send them while the backward pass goes on.
+    """
+    for block in model.h:
+        block.compile()
+
+
+@functools.lru_cache
+def without_weights(config: GPTConfig) -> Any:
+    """The model with shapes and no numbers, for counting: what is counted is what is trained."""
+    with torch.device("meta"):
+        return new_network(config)
+
+
+def get_num_params(model: Any) -> int:
+    """Parameters without padding rows of the vocabulary."""
+    padding_rows = model.config.padded_vocab - model.config.n_vocab
+    count = 0
+    for name, parameter in model.named_parameters():
+        count += parameter.numel()
+        if name in VOCABULARY_ROWS:
+            count -= padding_rows * parameter.shape[1]
+    return count
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """The same of a model of this shape: 124,439,808 for the default."""
+    return get_num_params(without_weights(config))
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Matrix-product FLOPs of forward and backward for one token at T = n_ctx.
+
+    6 per matrix parameter and 12 L C T for attention, counted as dense: PaLM's formula (arXiv
+    2204.02311, appendix B), as in nanoGPT and llm.c, so that the MFU compares with theirs.
+    """
+    L, C, T = config.n_layer, config.n_embd, config.n_ctx
+    blocks = without_weights(config).h.parameters()
+    matrices = sum(p.numel() for p in blocks if p.dim() == 2)
+    head = config.n_vocab * C
+    return 6 * (matrices + head) + 12 * L * C * T
