@@ -33,7 +33,8 @@ MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 # Settings that are younger than some runs, and what those runs did.
 BEFORE_IT_WAS_SET = {"model.gelu": "tanh", "model.arch": "gpt2", "optim.optimizer": "adamw",
                      "optim.schedule": "cosine"}
-WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.")  # on a run that says nothing of them
+WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.", "model.value_embeddings",
+                       "model.document_mask")  # on a run that says nothing of them
 
 
 def describe(

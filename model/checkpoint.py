@@ -39,7 +39,7 @@ from model.formats.hf import from_hf
 from model.formats.tensors import check_fits, load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
 from model.manifest import MANIFEST, TRAINING, find_damage
-from model.network import VOCABULARY_ROWS, new_network, without_weights
+from model.network import has_vocabulary_rows, new_network, without_weights
 from model.optim import SCALAR_STATE, LossScaler, MuonAdamW, row_state
 from model.parallel import ParallelModel, ParamShard
 from model.safetensors_layout import TensorFile
@@ -407,7 +407,7 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
 def stored_shape(state: TrainState, shard: ParamShard) -> tuple[int, ...]:
     """The shape in which a parameter is stored: without the vocabulary's padding rows."""
     rows = len(shard.param)
-    if shard.name in VOCABULARY_ROWS:
+    if has_vocabulary_rows(shard.name):
         rows = min(rows, state.model.module.config.n_vocab)
     return (rows, *shard.param.shape[1:])
 

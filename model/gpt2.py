@@ -53,6 +53,10 @@ class GPTConfig:
     """GPT-2's is the tanh approximation; exact is what nanoGPT trains with."""
     arch: Literal["gpt2", "speedrun"] = "gpt2"
     """GPT-2's network (model/gpt2.py), or the speedrun's of the same shape (model/speedrun.py)."""
+    value_embeddings: bool = False
+    """speedrun only: every other layer adds an embedding of the token to its values; V x C each."""
+    document_mask: bool = False
+    """speedrun only: attention ends at document borders while the loss is computed."""
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -67,6 +71,9 @@ class GPTConfig:
             raise ValueError(f"arch is gpt2 or speedrun, not {self.arch!r}")
         if self.arch == "speedrun":
             self._check_speedrun()
+        for name in ("value_embeddings", "document_mask"):
+            if getattr(self, name) and self.arch == "gpt2":
+                raise ValueError(f"{name}: only --model.arch speedrun has it")
 
     def _check_speedrun(self) -> None:
         """What the speedrun's network has not, or can't do."""

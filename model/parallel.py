@@ -184,9 +184,9 @@ class ParallelModel:
         sent = rows[0].new_zeros(sum(each))
         for part, own in zip(sent.split(each), rows, strict=True):
             part[: own.numel()] = own.flatten()
-        gathered = sent.new_empty(ranks, len(sent))
+        gathered = sent.new_empty(ranks * len(sent))
         dist.all_gather_into_tensor(gathered, sent, group=group)
-        parts = gathered.split(each, dim=1)  # each (ranks, rows a rank * columns)
+        parts = gathered.view(ranks, -1).split(each, dim=1)  # each (ranks, rows a rank * columns)
         return [part.reshape(-1, *shard.param.shape[1:])[: len(shard.param)]
                 for part, shard in zip(parts, shards, strict=True)]
 
