@@ -52,6 +52,8 @@ class GPTConfig:
 
     gelu: Literal["tanh", "exact"] = "tanh"
     """GPT-2's is the tanh approximation; exact is what nanoGPT trains with."""
+    dropout: float = 0.0
+    """While training: the share of embeddings, attention and branches left out (nanoGPT: 0.2)."""
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -62,6 +64,8 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.gelu not in ("tanh", "exact"):
             raise ValueError(f"gelu is tanh or exact, not {self.gelu!r}")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout!r}: expected 0 to less than 1")
 
     @property
     def padded_vocab(self) -> int:
@@ -77,15 +81,18 @@ class Attention(nn.Module):
         self.n_head, self.ops, self.layer = config.n_head, ops, layer
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C): queries, keys and values side by side
         # In each head: y = softmax(q k^T / sqrt(D)) v, a position seeing itself and those before.
-        if attend is None:
-            y = self.ops.attention(qkv, self.n_head)  # (B, T, C)
-        else:
+        if attend is not None:
             y = attend(self.layer, qkv, self.n_head)  # (B, T, C)
-        return self.c_proj(y)
+        elif self.training and self.dropout:  # of the softmax; the kernels have none
+            y = kernels.TORCH.attention(qkv, self.n_head, self.dropout)  # (B, T, C)
+        else:
+            y = self.ops.attention(qkv, self.n_head)  # (B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -96,11 +103,13 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.approximate = "tanh" if config.gelu == "tanh" else "none"  # torch's words
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, C) -> (B, T, 4C)
         x = F.gelu(x, approximate=self.approximate)
-        return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
+        x = self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
+        return F.dropout(x, self.dropout, self.training)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -191,6 +200,7 @@ class GPT(nn.Module):
         else:
             position_embedding = self.wpe.weight[positions]  # (T, C) or (B, T, C)
         x = token_embedding + position_embedding  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
         branch = None
         for block in self.h:
             if self.checkpoint_activations and torch.is_grad_enabled():
