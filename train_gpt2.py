@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tyro.conf import OmitArgPrefixes
 
-from data.loader import DataConfig, Loader, fingerprint, fit_micro_batch, open_data
+from data.loader import Data, DataConfig, Loader, fetch, fingerprint, fit_micro_batch, open_data
 from data.tokenizer import VOCAB
 from eval.evaluator import EvalConfig, Evaluator
 from eval.report import plot_losses
@@ -36,6 +36,7 @@ from model.network import flops_per_token, parameter_count
 from model.optim import OptimConfig, get_lr
 from model.saving import Saver, SavingConfig
 from model.training import ComputeConfig, build_train_state
+from presets import presets
 
 
 @dataclass(frozen=True)
@@ -75,30 +76,16 @@ class TrainConfig:
         cli.within("batch_tokens", self.batch_tokens, 1, 10**9)
         cli.within("micro_batch", self.micro_batch, 1)
         cli.within("seed", self.seed, 0, 2**32 - 1)
-        if self.model.n_vocab != VOCAB:
+        if self.model.n_vocab != VOCAB and self.data.vocab == "gpt2":
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
         folder.check_name(self.name)
 
+    def with_vocabulary(self, data: Data) -> "TrainConfig":
+        """The same with as many tokens as the data has: of a text by character, its characters."""
+        return replace(self, model=replace(self.model, n_vocab=data.tokenizer.n_vocab))
 
-# Hyper-parameters of llm.c's scripts/run_gpt2_{350M,774M,1558M}.sh and run_gpt3_125M.sh; shapes of
-# GPT-2 (table 2) and GPT-3 (arXiv 2005.14165, table 2.1). micro_batch is what 80 GB hold.
-PRESETS = {
-    "demo": TrainConfig(  # the best of what was tried for four minutes on two CPU cores
-        name="demo", steps=900, batch_tokens=1024, micro_batch=8,
-        model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
-        optim=OptimConfig(lr=6e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
-        data=DataConfig(dir=""), saving=SavingConfig(save_every=450),
-        evaluation=EvalConfig(eval_every=225, prompt="In the beginning", hellaswag="off")),
-    "gpt2-124m": TrainConfig(),
-    "gpt2-350m": TrainConfig(name="gpt2-350m", steps=60_000, micro_batch=32,
-        model=GPTConfig(n_layer=24, n_head=16, n_embd=1024), optim=OptimConfig(lr=3e-4)),
-    "gpt2-774m": TrainConfig(name="gpt2-774m", steps=286_102, micro_batch=16,
-        model=GPTConfig(n_layer=36, n_head=20, n_embd=1280), optim=OptimConfig(lr=2.5e-4)),
-    "gpt2-1558m": TrainConfig(name="gpt2-1558m", steps=32_000, batch_tokens=2**20, micro_batch=8,
-        model=GPTConfig(n_layer=48, n_head=25, n_embd=1600), optim=OptimConfig(final_lr=0.1)),
-    "gpt3-125m": TrainConfig(name="gpt3-125m", steps=572_204, micro_batch=32,
-        model=GPTConfig(n_ctx=2048), optim=OptimConfig(final_lr=0.1)),
-}
+
+PRESETS = presets(TrainConfig)  # name -> TrainConfig: presets.py
 
 
 @dataclass
@@ -127,11 +114,13 @@ class Run:
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
     config.check()
+    if config.data.vocab == "char" and config.planning.plan:
+        config = config.with_vocabulary(open_data(config.data))
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
     if config.planning.preflight:  # all ranks and their links; resolve(): the default folder
-        return preflight.of_run(asdict(replace(config, data=config.data.resolve())), parameters)
+        return preflight.of_run(asdict(replace(config, data=config.data.on_disk())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
         world, step, save_due = run.world, run.first_step, False
@@ -164,6 +153,7 @@ def train(config: TrainConfig) -> int:
                 group["lr"] = lr * group["lr_ratio"]  # 1 but for AdamW's groups beside Muon
 
             # forward and backward: the gradients of all micro-steps are added up
+            world.seed_step(config.seed, step)  # what dropout draws
             loss = torch.zeros((), device=world.device)
             for i, tokens in enumerate(micro_batches):  # (B, T + 1)
                 last_micro_step = i == len(micro_batches) - 1
@@ -214,9 +204,11 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, on new CPUs too
     world.require_same("--dtype", dtype)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
+    world.broadcast_from_rank0(fetch, config.data)  # a text that --data.text names by a word
     with world.fail_together():  # a BadInput or OSError of one rank is raised on all
         data = open_data(config.data)  # shards aren't memory-mapped; a text is tokenised anew
-    contents = fingerprint(data.train)  # of lengths and tokens, not of file names
+    config, characters = config.with_vocabulary(data), data.tokenizer.characters  # "": GPT-2's
+    contents = fingerprint(data.train, characters)  # of lengths and tokens, not of file names
     world.require_same("the data", f"{contents} and {fingerprint(data.val)}")
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world, signals.stop_requested)
     loader = at_exit.enter_context(closing(Loader(
@@ -226,7 +218,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
 
     # the run's folder, which no other process may use, and the checkpoint to go on from
     description = folder.describe(  # of config.json
-        asdict(config), world, contents, dtype=dtype,
+        asdict(config), world, contents, characters, dtype=dtype,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
         accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
         val_set=evaluator.val_set,
@@ -240,7 +232,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         world.broadcast_from_rank0(folder.require_same_run, source, description)
 
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
-                                     config.seed, config.init, source, world)
+                                     config.seed, config.init, source, world, characters)
     spikes = SpikeDetector(config.spikes)
     newest_step = saved.get("step", -1)  # of source, or -1: a new run has saved nothing
     first_step = max(newest_step, 0)

@@ -26,15 +26,18 @@ import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from data import corpus
+from data import corpus, shakespeare
 from data.alignment import document_sequences
+from data.chars import char_tokens, tokenizer_of
 from data.shard_file import Shard
 from data.shards import open_folder
 from data.stream import Align, Stream
+from data.tokenizer import GPT2, Tokenizer
 from launch.errors import BadInput
 
 DEFAULT_DIR = "fineweb10B"
@@ -47,7 +50,10 @@ class DataConfig:
     dir: str | None = None
     """Folder of shards (default fineweb10B); an empty string means the embedded corpus."""
     text: str = ""
-    """A text file to train on instead; every 20th block of it is held out for validation."""
+    """A text file to train on instead; every 20th block of it is held out for validation. Or the
+    word shakespeare: nanoGPT's text, downloaded once."""
+    vocab: Literal["gpt2", "char"] = "gpt2"
+    """What a token is: GPT-2's byte pairs, or a character of the text (its last tenth held out)."""
     split_text: bool = True
     """In a text, <|endoftext|> ends a document. False: it's text like any other."""
     align: Align = "stream"
@@ -59,29 +65,56 @@ class DataConfig:
             raise BadInput(f"--data.dir {self.dir} and --data.text {self.text} are both given: "
                            "leave one of them out (over a config.json that holds both: "
                            "--data.dir '' or --data.text '')")
+        if self.vocab == "char" and (self.dir or self.dir is None and not self.text):
+            raise BadInput(f"--data.vocab char reads a text, and {self.dir or DEFAULT_DIR} is a "
+                           "folder of tokens: --data.text FILE (or: --data.text shakespeare)")
+        if self.vocab == "char" and self.align == "documents":
+            raise BadInput("--data.align documents: a text by character has no documents; leave "
+                           "it out, or take --data.vocab gpt2")
         if self.dir is None:
             return replace(self, dir="" if self.text else DEFAULT_DIR)
         return self
 
 
+    def on_disk(self) -> "DataConfig":
+        """resolve(), with the file of what --data.text names by a word; none before it's here."""
+        if self.text != shakespeare.WORD:
+            return self.resolve()
+        path = shakespeare.find()
+        return replace(self, text=str(path) if path else "", dir="")
+
+
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: the training stream, the validation stream, and what to call them."""
+    """What a run reads: the training stream, the validation stream, what to call them, and what
+    their tokens stand for."""
 
     train: Stream
     val: Stream
     name: str
+    tokenizer: Tokenizer = GPT2
 
 
-def fingerprint(stream: Stream) -> str:
+def fingerprint(stream: Stream, characters: str = "") -> str:
     """Names a stream's tokens by their number and a hash of each shard's length and first and last
-    1,024 tokens. How sequences are cut belongs to it: a run can't go on with other sequences."""
+    1,024 tokens. How sequences are cut belongs to it, and the characters that tokens stand for: a
+    run can't go on with others."""
     digest = hashlib.sha256()
     for shard in stream.shards:
         digest.update(str(len(shard.tokens)).encode())
         digest.update(shard.tokens[:1024].tobytes() + shard.tokens[-1024:].tobytes())
     aligned = ", cut at documents" if stream.align == "documents" else ""
-    return f"{len(stream):,} tokens ({digest.hexdigest()[:16]}){aligned}"
+    of_characters = ""
+    if characters:
+        digest.update(characters.encode())
+        of_characters = f", each one of {len(characters)} characters"
+    return f"{len(stream):,} tokens ({digest.hexdigest()[:16]}){aligned}{of_characters}"
+
+
+def fetch(config: DataConfig) -> None:
+    """Downloads the text that --data.text names by a word. Raises Failed where it can't be had."""
+    if config.text == shakespeare.WORD:
+        shakespeare.fetch()
 
 
 def open_data(config: DataConfig) -> Data:
@@ -90,14 +123,29 @@ def open_data(config: DataConfig) -> Data:
     if config.dir:
         train_shards, val_shards, name = open_folder(Path(config.dir))
         return Data(Stream(train_shards, config.align), Stream(val_shards), name)
+    path = Path(config.text)
+    if config.text == shakespeare.WORD:
+        path = shakespeare.fetch()
+    if config.vocab == "char":
+        return open_characters(path if config.text else None)
     if config.text:
-        path = Path(config.text)
         train, val = corpus.text_file(path, config.split_text)
         name = path.name
     else:
         train, val = corpus.embedded()
         path, name = Path("World English Bible"), "World English Bible"
     return Data(Stream([Shard(path, train)], config.align), Stream([Shard(path, val)]), name)
+
+
+def open_characters(path: Path | None) -> Data:
+    """A text by its characters; the embedded corpus without a path. Raises BadInput."""
+    if path is None:
+        path, text = Path("World English Bible"), "\n\n".join(corpus.bible_chapters())
+    else:
+        text = corpus.read_text(path)
+    train, val, characters = char_tokens(text, path)
+    return Data(Stream([Shard(path, train)]), Stream([Shard(path, val)]),
+                f"{path.name} by character", tokenizer_of(characters))
 
 
 def fit_micro_batch(batch_tokens: int, ranks: int, T: int, at_most: int) -> int:

@@ -32,22 +32,25 @@ LONGEST_NAME = 255  # bytes, on most file systems
 MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 # Settings that are younger than some runs, and what those runs did.
 BEFORE_IT_WAS_SET = {"model.gelu": "tanh", "model.arch": "gpt2", "optim.optimizer": "adamw",
-                     "optim.schedule": "cosine"}
+                     "optim.schedule": "cosine", "model.dropout": 0.0}
 WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.", "model.value_embeddings",
                        "model.document_mask")  # on a run that says nothing of them
 
 
 def describe(
-    config: dict[str, Any], world: World, training_data: str, **resolved: Any
+    config: dict[str, Any], world: World, training_data: str, characters: str, **resolved: Any
 ) -> dict[str, Any]:
-    """What config.json will hold: the configuration, what "auto" became, code, packages, hardware.
+    """What config.json will hold: the configuration, what "auto" became, code, packages, hardware;
+    and the characters that tokens stand for, if they aren't GPT-2's.
 
     Writes nothing: prepare() does.
     """
     weights = "fp64" if resolved["dtype"] == "fp64" else "fp32"
     same = {key: config[key] for key in MUST_MATCH}
+    vocabulary = {"characters": characters} if characters else {}
     return {
         "config": config,
+        **vocabulary,
         "must_match": same | {"training data": training_data, "weights": weights},
         "resolved": resolved,
         "code": code_version(),

@@ -22,7 +22,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,14 +296,14 @@ def resolve(spec: str) -> str:
 def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
     """The model of a checkpoint folder, whose hashes were checked, or of hf:DIR."""
     if source.startswith("hf:"):
-        return without_padding(from_hf(source.removeprefix("hf:"), ops), source)
+        return without_padding(from_hf(source.removeprefix("hf:"), ops), source).eval()
     folder = Path(source)
     config = model_config(folder)
     with _open_weights(folder) as tensors:  # before a model of the size that config.json says
         check_fits(without_weights(config), _shapes(tensors), folder)
     model = new_network(config, ops)
     load_weights(model, folder)
-    return model
+    return model.eval()  # without dropout
 
 
 def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
@@ -312,6 +312,19 @@ def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
     Raises BadInput for another vocabulary than GPT-2's; padding rows of others are left out.
     """
     return load_resolved(resolve(spec), ops)
+
+
+def characters_of(source: str) -> str:
+    """What the tokens of a checkpoint's model stand for, in the order of their ids, if they are
+    characters (--data.vocab char); '' for GPT-2's tokens. source: as load_resolved() takes it."""
+    if source.startswith("hf:"):
+        return ""
+    folder = Path(source)
+    characters, n_vocab = read_config(folder).get("characters", ""), model_config(folder).n_vocab
+    if not isinstance(characters, str) or len(set(characters)) not in (0, n_vocab):
+        raise BadInput(f"{folder / 'config.json'}: \"characters\" are not the {n_vocab} different "
+                       "ones that its model reads")
+    return characters
 
 
 def model_config(folder: Path) -> GPTConfig:
@@ -334,12 +347,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def copy_weights(model: GPT, source: str) -> None:
-    """Copies weights (resolve() says which) into a model. Raises BadInput for another shape."""
+def copy_weights(model: GPT, source: str, characters: str = "") -> None:
+    """Copies weights (resolve() says which) into a model, whose tokens stand for `characters` or
+    are GPT-2's. Raises BadInput for another shape or other tokens."""
+    theirs = characters_of(source)
+    if theirs != characters:
+        names = [f"{len(of)} characters" if of else "GPT-2's tokens" for of in (theirs, characters)]
+        raise BadInput(f"{source} reads {names[0]}, and this run's data is of {names[1]}: weights "
+                       "go over only where every token stands for the same (--data.vocab)")
     given = load_resolved(source)
-    if given.config != model.config:
+    if replace(given.config, dropout=model.config.dropout) != model.config:
         flags = [f"--model.{name} {value}" for name, value in asdict(given.config).items()
-                 if value != getattr(model.config, name)]
+                 if value != getattr(model.config, name) and name != "dropout"]
         raise BadInput(f"{source} holds a model of another shape than this run's: add "
                        f"{' '.join(flags)}")
     model.load_state_dict(given.state_dict())

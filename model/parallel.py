@@ -143,11 +143,12 @@ class ParallelModel:
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:
-        """For evaluating the model: under fsdp every rank has all weights meanwhile.
+        """For evaluating the model: without dropout, and under fsdp every rank has all weights.
 
         Nothing is gathered inside, so ranks may call the model as often as they like, and any
         method of it. Takes the memory of the whole model in the compute dtype.
         """
+        self.module.eval()
         modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
@@ -158,6 +159,7 @@ class ParallelModel:
             for module in modules:
                 module.reshard()
                 module.set_reshard_after_forward(module is not self.module, recurse=False)
+            self.module.train()
 
     def _local_gradients(self) -> list[Tensor]:
         """Each parameter's gradient, of the rows that are in `local`."""
