@@ -25,10 +25,10 @@ import tyro
 
 from data.shard_file import Shard, blocks, open_shard, shard_bytes
 from data.tokenizer import EOT, RANKS_SHA256, decode
-from launch import cli
+from launch import cli, flags
 from launch.console import print0
 from launch.errors import BadInput, Failed, one_line_errors
-from launch.files import atomic_write, free_bytes, fsync
+from launch.files import atomic_write, free_bytes, fsync, human_size
 from launch.progress import Bar, track
 
 # train.bin, NAME_train.bin, NAME_train_000001.bin; where both words occur, the last one counts.
@@ -275,7 +275,7 @@ def convert(folder: Folder, to: Literal["npy", "nanogpt"]) -> None:
     target = folder.resolve().with_name(f"{folder.resolve().name}-{to}")
     needed = sum(2 * len(shard.tokens) for shard in val + train)
     if needed > free_bytes(target):
-        raise BadInput(f"not enough disk: {needed / 1e9:,.2f} GB are needed for {target}")
+        raise BadInput(f"not enough disk: {human_size(needed)} are needed for {target}")
     if to == "npy":
         parts = [(f"{shard.path.stem}.npy", [shard]) for shard in val + train]
     else:
@@ -309,10 +309,7 @@ def convert(folder: Folder, to: Literal["npy", "nanogpt"]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    tyro.extras.subcommand_cli_from_dict(
-        {"verify": verify, "info": info, "convert": convert},
-        args=arguments, prog="python -m data.shards",
-    )
+    flags.parse_subcommand({"verify": verify, "info": info, "convert": convert}, arguments)
 
 
 if __name__ == "__main__":
