@@ -31,7 +31,7 @@ from torch import Tensor
 
 from launch import cli, console
 from launch.errors import Failed
-from launch.files import flush, free_bytes, set_size
+from launch.files import flush, free_bytes, human_size, set_size
 from launch.progress import Bar
 from launch.tracker import Tracker
 from model.best import mark_best
@@ -272,8 +272,8 @@ class Saver:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             needed, free = sum(x.size for x in self.layouts.values()), free_bytes(self.checkpoints)
             if needed > free:
-                raise Failed(f"could not save {final}: it takes {needed / 1e9:,.2f} GB, and "
-                             f"{free / 1e9:,.2f} GB are free: no space left on the disk")
+                raise Failed(f"could not save {final}: it takes {human_size(needed)}, and "
+                             f"{human_size(free)} are free: no space left on the disk")
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             for name, layout in self.layouts.items():
