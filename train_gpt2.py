@@ -215,8 +215,8 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     with world.fail_together():  # a BadInput or OSError of one rank is raised on all
         data = open_data(config.data)  # shards aren't memory-mapped; a text is tokenised anew
-    contents = fingerprint(data.train)  # of lengths and tokens, not of file names
-    world.require_same("the data", f"{contents} and {fingerprint(data.val)}")
+    contents = {"training data": fingerprint(data.train), "validation data": fingerprint(data.val)}
+    world.require_same("the data", " and ".join(contents.values()))  # tokens, not names of files
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world, signals.stop_requested)
     loader = at_exit.enter_context(closing(Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
@@ -225,10 +225,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
 
     # the run's folder, which no other process may use, and the checkpoint to go on from
     description = folder.describe(  # of config.json
-        asdict(config), world, contents, dtype=dtype,
+        asdict(config), world, contents, dtype=dtype, val_set=evaluator.val_set,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
         accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
-        val_set=evaluator.val_set,
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))

@@ -35,9 +35,11 @@ from data.alignment import document_sequences
 from data.shard_file import Shard
 from data.shards import open_folder
 from data.stream import Align, Stream
+from launch.console import print0, warning
 from launch.errors import BadInput
 
 DEFAULT_DIR = "fineweb10B"
+EMBEDDED = "World English Bible"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class DataConfig:
     """Folder of shards (default fineweb10B); an empty string means the embedded corpus."""
     text: str = ""
     """A text file to train on instead; every 20th block of it is held out for validation."""
+    val_text: str = ""
+    """A text file to validate on; then nothing of what is trained on is held out."""
     split_text: bool = True
     """In a text, <|endoftext|> ends a document. False: it's text like any other."""
     align: Align = "stream"
@@ -66,7 +70,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: the training stream, the validation stream, and what to call them."""
+    """What a run reads: the training stream, the validation stream, and what the loss on the
+    latter is called."""
 
     train: Stream
     val: Stream
@@ -87,17 +92,42 @@ def fingerprint(stream: Stream) -> str:
 def open_data(config: DataConfig) -> Data:
     """Opens what the configuration names. Raises BadInput where it can't be used."""
     config = config.resolve()
+    if config.val_text:
+        train = Stream(all_training_shards(config), config.align)
+        path = Path(config.val_text)
+        return Data(train, Stream([Shard(path, validation_text(config))]), path.name)
     if config.dir:
         train_shards, val_shards, name = open_folder(Path(config.dir))
         return Data(Stream(train_shards, config.align), Stream(val_shards), name)
+    path = Path(config.text or EMBEDDED)
     if config.text:
-        path = Path(config.text)
-        train, val = corpus.text_file(path, config.split_text)
-        name = path.name
+        tokens, held_out = corpus.text_file(path, config.split_text)
     else:
-        train, val = corpus.embedded()
-        path, name = Path("World English Bible"), "World English Bible"
-    return Data(Stream([Shard(path, train)], config.align), Stream([Shard(path, val)]), name)
+        tokens, held_out = corpus.embedded()
+    train = Stream([Shard(path, tokens)], config.align)
+    return Data(train, Stream([Shard(path, held_out)]), path.name)
+
+
+def all_training_shards(config: DataConfig) -> list[Shard]:
+    """What is trained on where a text of its own is for validation: all there is of a text or of
+    the embedded corpus, and a folder's train shards (its validation shards stay unused)."""
+    if config.dir:
+        return open_folder(Path(config.dir), kinds=("train",))[0]
+    path = Path(config.text or EMBEDDED)
+    if config.text:
+        return [Shard(path, corpus.whole_text(path, config.split_text))]
+    return [Shard(path, corpus.embedded_whole())]
+
+
+def validation_text(config: DataConfig) -> np.ndarray:
+    """The tokens of --data.val_text, uint16; a warning where the text trained on holds it all."""
+    path = Path(config.val_text)
+    tokens = corpus.whole_text(path, config.split_text)
+    if config.text and corpus.read_text(path).strip() in corpus.read_text(Path(config.text)):
+        print0(warning(f"--data.val_text {path} is part of --data.text {config.text}, so that the "
+                       "validation loss is of text that was trained on: leave --data.val_text out "
+                       "to hold some of it back"))
+    return tokens
 
 
 def fit_micro_batch(batch_tokens: int, ranks: int, T: int, at_most: int) -> int:

@@ -62,10 +62,13 @@ def write_folder(
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def open_folder(folder: Path) -> tuple[list[Shard], list[Shard], str]:
+def open_folder(
+    folder: Path, kinds: Sequence[str] = ("train", "val")
+) -> tuple[list[Shard], list[Shard], str]:
     """(train shards, validation shards, the data set's name), in the order of their names.
 
-    Raises BadInput where the folder is missing or incomplete, or holds what can't be told apart.
+    kinds: of which there must be some. Raises BadInput where the folder is missing or incomplete,
+    or holds what can't be told apart.
     """
     where = find_shards(folder)
     manifest = read_manifest(where)
@@ -75,8 +78,8 @@ def open_folder(folder: Path) -> tuple[list[Shard], list[Shard], str]:
     shards: dict[str, list[Shard]] = {"train": [], "val": []}
     for path in shard_paths(where):
         shards[kind_of(path)].append(open_entry(path, entries.get(path.name)))
-    for kind, found in shards.items():
-        if not found:
+    for kind in kinds:
+        if not shards[kind]:
             raise BadInput(f"{where} holds no {'validation' if kind == 'val' else kind} shard: "
                            f"expected NAME_{kind}_000001.bin or .npy, NAME_{kind}.bin or "
                            f"{kind}.bin")

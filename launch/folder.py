@@ -28,24 +28,24 @@ ROOT = Path(__file__).parent.parent
 LONGEST_NAME = 255  # bytes, on most file systems
 
 
-# What may not change between a run and its continuation, beside the training data.
+# What may not change between a run and its continuation, beside the data.
 MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 # Settings that are younger than some runs, and what those runs did.
 BEFORE_IT_WAS_SET = {"model.gelu": "tanh"}
 
 
 def describe(
-    config: dict[str, Any], world: World, training_data: str, **resolved: Any
+    config: dict[str, Any], world: World, data: dict[str, str], **resolved: Any
 ) -> dict[str, Any]:
     """What config.json will hold: the configuration, what "auto" became, code, packages, hardware.
 
-    Writes nothing: prepare() does.
+    data: "training data" and "validation data", each a fingerprint. Writes nothing: prepare() does.
     """
     weights = "fp64" if resolved["dtype"] == "fp64" else "fp32"
     same = {key: config[key] for key in MUST_MATCH}
     return {
         "config": config,
-        "must_match": same | {"training data": training_data, "weights": weights},
+        "must_match": same | data | {"weights": weights},
         "resolved": resolved,
         "code": code_version(),
         "command": sys.argv,
@@ -144,6 +144,8 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
     old, new = flatten(saved.get("must_match", {})), flatten(asked["must_match"])
     for key in BEFORE_IT_WAS_SET.keys() & new.keys():
         old.setdefault(key, BEFORE_IT_WAS_SET[key])
+    if not asked["config"].get("data", {}).get("val_text"):  # runs older than this flag don't say
+        old.setdefault("validation data", new.get("validation data"))
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
         for key in sorted(old.keys() | new.keys())
