@@ -34,6 +34,7 @@ from model import checkpoint
 from model.gpt2 import GPTConfig, flops_per_token, parameter_count
 from model.optim import OptimConfig, get_lr
 from model.saving import Saver, SavingConfig
+from model.train_state import TrainState
 from model.training import ComputeConfig, build_train_state
 
 
@@ -109,7 +110,7 @@ class Run:
     path: Path  # the run's folder
     loader: Loader
     evaluator: Evaluator
-    state: checkpoint.TrainState  # ParallelModel, AdamW, fp16's LossScaler: model/parallel, optim
+    state: TrainState  # ParallelModel, AdamW, fp16's LossScaler: model/parallel, optim
     saver: Saver
     tracker: Tracker
     signals: DistributedSignalHandler

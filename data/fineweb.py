@@ -134,7 +134,7 @@ def _make(config: FineWebConfig) -> None:
     borders = _borders(files, config.split_text)
     _check_disk(config.out, text_bytes, before)
     if config.source and not config.name:
-        print(f"called {dataset!r}: --name calls documents of your own something else")
+        print(f"these documents are called {dataset!r}: --name gives those of your own a name")
     print(f"shards of {settings['shard_tokens']:,} tokens; {settings['val_tokens']:,} are for "
           "validation")
     name, encode = encoder(config.workers)
