@@ -35,6 +35,7 @@ from model.gpt2 import GPTConfig
 from model.network import flops_per_token, parameter_count
 from model.optim import OptimConfig, get_lr
 from model.saving import Saver, SavingConfig
+from model.train_state import TrainState
 from model.training import ComputeConfig, build_train_state
 from presets import presets
 
@@ -97,7 +98,7 @@ class Run:
     path: Path  # the run's folder
     loader: Loader
     evaluator: Evaluator
-    state: checkpoint.TrainState  # ParallelModel, AdamW, fp16's LossScaler: model/parallel, optim
+    state: TrainState  # ParallelModel, AdamW, fp16's LossScaler: model/parallel, optim
     saver: Saver
     tracker: Tracker
     signals: DistributedSignalHandler
@@ -208,8 +209,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     with world.fail_together():  # a BadInput or OSError of one rank is raised on all
         data = open_data(config.data)  # shards aren't memory-mapped; a text is tokenised anew
     config, characters = config.with_vocabulary(data), data.tokenizer.characters  # "": GPT-2's
-    contents = fingerprint(data.train, characters)  # of lengths and tokens, not of file names
-    world.require_same("the data", f"{contents} and {fingerprint(data.val)}")
+    contents = {"training data": fingerprint(data.train, characters),
+                "validation data": fingerprint(data.val)}
+    world.require_same("the data", " and ".join(contents.values()))  # tokens, not names of files
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world, signals.stop_requested)
     loader = at_exit.enter_context(closing(Loader(
         data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
@@ -218,10 +220,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
 
     # the run's folder, which no other process may use, and the checkpoint to go on from
     description = folder.describe(  # of config.json
-        asdict(config), world, contents, characters, dtype=dtype,
+        asdict(config), world, contents, characters, dtype=dtype, val_set=evaluator.val_set,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
         accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
-        val_set=evaluator.val_set,
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))

@@ -38,9 +38,11 @@ from data.shard_file import Shard
 from data.shards import open_folder
 from data.stream import Align, Stream
 from data.tokenizer import GPT2, Tokenizer
+from launch.console import print0, warning
 from launch.errors import BadInput
 
 DEFAULT_DIR = "fineweb10B"
+EMBEDDED = "World English Bible"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class DataConfig:
     word shakespeare: nanoGPT's text, downloaded once."""
     vocab: Literal["gpt2", "char"] = "gpt2"
     """What a token is: GPT-2's byte pairs, or a character of the text (its last tenth held out)."""
+    val_text: str = ""
+    """A text file to validate on; then nothing of what is trained on is held out."""
     split_text: bool = True
     """In a text, <|endoftext|> ends a document. False: it's text like any other."""
     align: Align = "stream"
@@ -71,6 +75,9 @@ class DataConfig:
         if self.vocab == "char" and self.align == "documents":
             raise BadInput("--data.align documents: a text by character has no documents; leave "
                            "it out, or take --data.vocab gpt2")
+        if self.vocab == "char" and self.val_text:
+            raise BadInput("--data.val_text with --data.vocab char: the last tenth of a text by "
+                           "character is held out; leave one of them out")
         if self.dir is None:
             return replace(self, dir="" if self.text else DEFAULT_DIR)
         return self
@@ -86,8 +93,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: the training stream, the validation stream, what to call them, and what
-    their tokens stand for."""
+    """What a run reads: the training stream, the validation stream, what the loss on the latter is
+    called, and what their tokens stand for."""
 
     train: Stream
     val: Stream
@@ -120,21 +127,51 @@ def fetch(config: DataConfig) -> None:
 def open_data(config: DataConfig) -> Data:
     """Opens what the configuration names. Raises BadInput where it can't be used."""
     config = config.resolve()
+    if config.val_text:
+        train = Stream(all_training_shards(config), config.align)
+        path = Path(config.val_text)
+        return Data(train, Stream([Shard(path, validation_text(config))]), path.name)
     if config.dir:
         train_shards, val_shards, name = open_folder(Path(config.dir))
         return Data(Stream(train_shards, config.align), Stream(val_shards), name)
-    path = Path(config.text)
-    if config.text == shakespeare.WORD:
-        path = shakespeare.fetch()
+    path = text_path(config)
     if config.vocab == "char":
         return open_characters(path if config.text else None)
     if config.text:
-        train, val = corpus.text_file(path, config.split_text)
-        name = path.name
+        tokens, held_out = corpus.text_file(path, config.split_text)
     else:
-        train, val = corpus.embedded()
-        path, name = Path("World English Bible"), "World English Bible"
-    return Data(Stream([Shard(path, train)], config.align), Stream([Shard(path, val)]), name)
+        tokens, held_out = corpus.embedded()
+    train = Stream([Shard(path, tokens)], config.align)
+    return Data(train, Stream([Shard(path, held_out)]), path.name)
+
+
+def text_path(config: DataConfig) -> Path:
+    """The file of --data.text; a name for the embedded corpus without one."""
+    if config.text == shakespeare.WORD:
+        return shakespeare.fetch()
+    return Path(config.text or EMBEDDED)
+
+
+def all_training_shards(config: DataConfig) -> list[Shard]:
+    """What is trained on where a text of its own is for validation: all there is of a text or of
+    the embedded corpus, and a folder's train shards (its validation shards stay unused)."""
+    if config.dir:
+        return open_folder(Path(config.dir), kinds=("train",))[0]
+    path = text_path(config)
+    if config.text:
+        return [Shard(path, corpus.whole_text(path, config.split_text))]
+    return [Shard(path, corpus.embedded_whole())]
+
+
+def validation_text(config: DataConfig) -> np.ndarray:
+    """The tokens of --data.val_text, uint16; a warning where the text trained on holds it all."""
+    path = Path(config.val_text)
+    tokens = corpus.whole_text(path, config.split_text)
+    if config.text and corpus.read_text(path).strip() in corpus.read_text(text_path(config)):
+        print0(warning(f"--data.val_text {path} is part of --data.text {config.text}, so that the "
+                       "validation loss is of text that was trained on: leave --data.val_text out "
+                       "to hold some of it back"))
+    return tokens
 
 
 def open_characters(path: Path | None) -> Data:

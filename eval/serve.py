@@ -35,7 +35,7 @@ from data.tokenizer import GPT2, Tokenizer
 from eval.completion_request import parse_request
 from eval.completions import Answer, Piece, complete
 from eval.sample import load_for_sampling
-from launch import cli
+from launch import cli, flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.world import Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.gpt2 import GPT
@@ -297,4 +297,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main)
+        flags.parse(main)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST_NAME = 255  # bytes, on most file systems
 
 
-# What may not change between a run and its continuation, beside the training data.
+# What may not change between a run and its continuation, beside the data.
 MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 # Settings that are younger than some runs, and what those runs did.
 BEFORE_IT_WAS_SET = {"model.gelu": "tanh", "model.arch": "gpt2", "optim.optimizer": "adamw",
@@ -38,12 +38,12 @@ WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.", "model.value_embeddin
 
 
 def describe(
-    config: dict[str, Any], world: World, training_data: str, characters: str, **resolved: Any
+    config: dict[str, Any], world: World, data: dict[str, str], characters: str, **resolved: Any
 ) -> dict[str, Any]:
     """What config.json will hold: the configuration, what "auto" became, code, packages, hardware;
     and the characters that tokens stand for, if they aren't GPT-2's.
 
-    Writes nothing: prepare() does.
+    data: "training data" and "validation data", each a fingerprint. Writes nothing: prepare() does.
     """
     weights = "fp64" if resolved["dtype"] == "fp64" else "fp32"
     same = {key: config[key] for key in MUST_MATCH}
@@ -51,7 +51,7 @@ def describe(
     return {
         "config": config,
         **vocabulary,
-        "must_match": same | {"training data": training_data, "weights": weights},
+        "must_match": same | data | {"weights": weights},
         "resolved": resolved,
         "code": code_version(),
         "command": sys.argv,
@@ -153,6 +153,8 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
     for key in new.keys() - old.keys():
         if key.startswith(WITHOUT_EFFECT_THEN):
             old[key] = new[key]
+    if not asked["config"].get("data", {}).get("val_text"):  # runs older than this flag don't say
+        old.setdefault("validation data", new.get("validation data"))
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
         for key in sorted(old.keys() | new.keys())

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, hashed, and readable without running anybody's code.
 
-model/saving.py writes them, model/manifest.py checks them; this file finds and loads them.
+model/saving.py writes them, model/manifest.py checks them; this file finds them and loads models.
+What training goes on from, model/train_state.py puts back.
 
     runs/NAME/checkpoints/step_00000500/
         model.safetensors      OpenAI's parameter names, master dtype, 50,257 vocabulary rows
@@ -16,7 +17,6 @@ only for moments: .step_00000500.tmp (being written), .old (set aside while a ne
 step takes its place) and .deleted (on its way out).
 """
 
-import base64
 import contextlib
 import json
 import re
@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,28 +33,17 @@ from kernels import Operators
 from launch import console
 from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
-from launch.progress import track
 from model.formats import foreign
 from model.formats.hf import from_hf
 from model.formats.tensors import check_fits, load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
-from model.manifest import MANIFEST, TRAINING, find_damage
-from model.network import has_vocabulary_rows, new_network, without_weights
-from model.optim import SCALAR_STATE, LossScaler, MuonAdamW, row_state
-from model.parallel import ParallelModel, ParamShard
+from model.manifest import MANIFEST, find_damage
+from model.network import new_network, without_weights
 from model.safetensors_layout import TensorFile
 
 NAME = re.compile(r"step_[0-9]{8}")
 HIDDEN = re.compile(rf"\.({NAME.pattern})\.(tmp|old|deleted)")
 DOUBTFUL = "DOUBTFUL"
-
-
-class TrainState(NamedTuple):
-    """What training changes, and a checkpoint therefore holds."""
-
-    model: ParallelModel
-    optimizer: torch.optim.Optimizer | MuonAdamW
-    scaler: LossScaler
 
 
 # ---- folders ----
@@ -385,72 +374,3 @@ def _open_weights(folder: Path) -> Iterator[TensorFile]:
 
 def _shapes(tensors: TensorFile) -> dict[str, tuple[int, ...]]:
     return {name: tensors.shape(name) for name in tensors}
-
-
-@torch.no_grad()
-def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
-    """Puts back what a checkpoint of any number of ranks, in any mode, holds; returns its state.
-
-    Each rank reads the rows that it holds. Raises BadInput for a converted checkpoint, which has
-    weights only.
-    """
-    if not all((folder / name).exists() for name in TRAINING):
-        raise BadInput(f"{folder} has weights and no optimizer state: --init {folder} starts anew "
-                       "from them")
-    try:
-        with (
-            TensorFile(folder / "model.safetensors") as weights,
-            TensorFile(folder / "optimizer.safetensors") as moments,
-        ):
-            for shard in track(state.model.shards, f"loading {folder}", "tensor"):
-                shape = stored_shape(state, shard)
-                _read_rows(weights, shard.name, shape, shard.local, shard.local_start)
-                if len(shard.optim_param) == 0:
-                    continue
-                kept = state.optimizer.state[shard.optim_param]
-                for key in row_state(state.optimizer, shard):
-                    name = f"{shard.name}.{key}"
-                    _read_rows(moments, name, shape, kept[key], shard.optim_start)
-                for key in SCALAR_STATE:
-                    kept[key].copy_(moments[f"{shard.name}.{key}"])
-        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state.scaler.load_state_dict(saved["loss_scale"])
-        _set_random_states(saved)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"can't read {folder}: {error}") from None
-    except KeyError as error:
-        raise BadInput(f"can't read {folder}: there is no {error}") from None
-    return saved
-
-
-def stored_shape(state: TrainState, shard: ParamShard) -> tuple[int, ...]:
-    """The shape in which a parameter is stored: without the vocabulary's padding rows."""
-    rows = len(shard.param)
-    if has_vocabulary_rows(shard.name):
-        rows = min(rows, state.model.module.config.n_vocab)
-    return (rows, *shard.param.shape[1:])
-
-
-def _read_rows(
-    file: TensorFile, name: str, shape: tuple[int, ...], into: torch.Tensor, first: int
-) -> None:
-    """Copies the stored rows from `first` on; what isn't stored, the padding, becomes zero."""
-    if file.shape(name) != shape:
-        raise ValueError(f"{name} has shape {file.shape(name)}, expected {shape}")
-    end = min(first + len(into), shape[0])
-    into.zero_()
-    if first < end:
-        into[: end - first] = file.rows(name, first, end).to(into.device)
-
-
-def _set_random_states(saved: dict[str, Any]) -> None:
-    try:
-        torch.set_rng_state(_tensor_of(saved["rng_cpu"]))
-        if torch.cuda.is_available() and saved["rng_cuda"]:
-            torch.cuda.set_rng_state(_tensor_of(saved["rng_cuda"]))
-    except RuntimeError as error:  # a state of another size
-        raise ValueError(str(error)) from None
-
-
-def _tensor_of(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -14,7 +14,6 @@ A checkpoint has failed until it's proved good: newest_step changes, on all rank
 every rank's thread has come to its end without an error.
 """
 
-import base64
 import contextlib
 import json
 import os
@@ -22,7 +21,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +30,29 @@ from torch import Tensor
 
 from launch import cli, console
 from launch.errors import Failed
-from launch.files import flush, free_bytes, set_size
+from launch.files import flush, free_bytes, human_size, set_size
 from launch.progress import Bar
 from launch.tracker import Tracker
 from model.best import mark_best
 from model.checkpoint import (
-    TrainState,
     find_rollback_checkpoint,
     folder_name,
     hidden,
-    load_train_state,
     mark_doubtful,
     prune,
     put_in_place,
     step_of,
-    stored_shape,
 )
 from model.manifest import write_manifest
-from model.optim import SCALAR_STATE, row_state
-from model.safetensors_layout import Layout
+from model.train_state import (
+    Piece,
+    TrainState,
+    find_not_finite,
+    layouts,
+    load_train_state,
+    pieces_to_save,
+    small_state,
+)
 
 PATIENCE = 300.0  # seconds without a byte from any rank after which a save has failed
 LAST_PATIENCE = 10.0  # that rank 0 gives the others where it's leaving, perhaps for a dead rank
@@ -74,16 +77,6 @@ class SavingConfig:
         cli.within("keep", self.keep, 1, cli.MOST_STEPS)
 
 
-@dataclass
-class Piece:
-    """Rows to write: their values here, and where they belong."""
-
-    file: str
-    name: str  # of the tensor
-    offset: int
-    values: Tensor
-
-
 class Saver:
     """One rank's share in writing a run's checkpoints. At most one is being written at a time.
 
@@ -103,7 +96,7 @@ class Saver:
         self.keep_best = keep_best
         self.world = tracker.world
         self.checkpoints = run / "checkpoints"
-        self.layouts = _layouts(state)
+        self.layouts = layouts(state)
         self._copies: dict[tuple[str, int], Tensor] = {}  # in memory; used again at every save
         self._losses: dict[int, float] = {}  # validation losses, when the last save began
         self._saved: list[Path] = []  # since report_finished
@@ -236,8 +229,7 @@ class Saver:
 
     def _begin(self, step: int, progress: dict[str, Any]) -> None:
         """Makes the files, copies this rank's rows, and starts the thread."""
-        scaler = self.state.scaler.state_dict()
-        content = {**progress, "loss_scale": scaler, **_random_states()}  # of state.json
+        content = {**progress, **small_state(self.state)}  # of state.json
         work = self.world.broadcast_from_rank0(self._make_files, step, content)
         files: dict[str, int] = {}
         try:
@@ -272,8 +264,8 @@ class Saver:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             needed, free = sum(x.size for x in self.layouts.values()), free_bytes(self.checkpoints)
             if needed > free:
-                raise Failed(f"could not save {final}: it takes {needed / 1e9:,.2f} GB, and "
-                             f"{free / 1e9:,.2f} GB are free: no space left on the disk")
+                raise Failed(f"could not save {final}: it takes {human_size(needed)}, and "
+                             f"{human_size(free)} are free: no space left on the disk")
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             for name, layout in self.layouts.items():
@@ -302,40 +294,20 @@ class Saver:
 
     def _copy(self) -> list[Piece]:
         """Copies what this rank writes into memory of its own."""
-        pieces = []
+        copies = []
         try:
-            for file, name, row, values in self._rows():
-                offset = self.layouts[file].offsets[name] + row * values[:1].nbytes
-                key = (file, offset)
+            for piece in pieces_to_save(self.state, self.layouts, self.world.is_rank0):
+                key, values = (piece.file, piece.offset), piece.values
                 if key not in self._copies:
                     pinned = values.device.type == "cuda"
                     self._copies[key] = torch.empty_like(values, device="cpu", pin_memory=pinned)
                 self._copies[key].copy_(values, non_blocking=True)
-                pieces.append(Piece(file, name, offset, self._copies[key]))
+                copies.append(replace(piece, values=self._copies[key]))
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
         except (MemoryError, RuntimeError) as error:  # torch's words for a full memory
             raise Failed(f"no copy in memory could be made: {error}") from None
-        return pieces
-
-    def _rows(self) -> list[tuple[str, str, int, Tensor]]:
-        """(file, tensor's name, first row, values) of everything that this rank writes."""
-        rows = []
-        for shard in self.state.model.shards:
-            first = shard.save_rows.start
-            end = min(shard.save_rows.stop, stored_shape(self.state, shard)[0])
-            kept = self.state.optimizer.state.get(shard.optim_param, {})
-            if first < end:
-                weights = shard.local[first - shard.local_start : end - shard.local_start]
-                rows.append(("model.safetensors", shard.name, first, weights))
-                for key in row_state(self.state.optimizer, shard):
-                    values = kept[key][first - shard.optim_start : end - shard.optim_start]
-                    rows.append(("optimizer.safetensors", f"{shard.name}.{key}", first, values))
-            if self.world.is_rank0:  # which always has rows, of every parameter
-                for key in SCALAR_STATE:
-                    value = kept[key].reshape(1)
-                    rows.append(("optimizer.safetensors", f"{shard.name}.{key}", 0, value))
-        return rows
+        return copies
 
     # ---- in the thread ----
 
@@ -345,7 +317,7 @@ class Saver:
         final = self.checkpoints / folder_name(step)
         work = hidden(final, "tmp")
         try:
-            problem = _not_finite(pieces)
+            problem = find_not_finite(pieces)
             if not problem:
                 self._write_rows(work, files, pieces)
                 if self.world.is_rank0:
@@ -419,43 +391,8 @@ class Saver:
         self._bytes += done
 
 
-def _layouts(state: TrainState) -> dict[str, Layout]:
-    """Both files' layouts, the same on every rank."""
-    weights: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    optimizer: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for shard in state.model.shards:
-        p = shard.param
-        shape = stored_shape(state, shard)
-        weights[shard.name] = (p.dtype, shape)
-        for key in row_state(state.optimizer, shard):
-            optimizer[f"{shard.name}.{key}"] = (p.dtype, shape)
-        for key in SCALAR_STATE:
-            optimizer[f"{shard.name}.{key}"] = (torch.float32, ())
-    return {"model.safetensors": Layout.of(weights), "optimizer.safetensors": Layout.of(optimizer)}
-
-
-def _not_finite(pieces: list[Piece]) -> str:
-    """Names a weight with an infinity or a NaN: such a checkpoint is worth less than none, for it
-    would push out a good one. Moments may overflow and recover."""
-    for piece in pieces:
-        if piece.file == "model.safetensors":
-            smallest, largest = torch.aminmax(piece.values)  # each NaN where there is one
-            if not (smallest.isfinite() and largest.isfinite()):
-                return f"{piece.name} holds values that are no numbers (infinite or NaN)"
-    return ""
-
-
 def _close(files: dict[str, int]) -> None:
     """Closes what is open, once."""
     while files:
         with contextlib.suppress(OSError):
             os.close(files.popitem()[1])
-
-
-def _random_states() -> dict[str, str | None]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"rng_cpu": _text_of(torch.get_rng_state()), "rng_cuda": _text_of(cuda)}
-
-
-def _text_of(state: Tensor | None) -> str | None:
-    return None if state is None else base64.b64encode(state.numpy().tobytes()).decode()

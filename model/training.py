@@ -11,11 +11,11 @@ from kernels import Choice, selfcheck
 from launch.errors import BadInput
 from launch.world import Dtype, World
 from model import checkpoint
-from model.checkpoint import TrainState
 from model.gpt2 import GPT, GPTConfig
 from model.network import compile_blocks, new_network
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import Mode, ParallelModel
+from model.train_state import TrainState, load_train_state
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def build_train_state(
     if not source:
         return state, {}
     with world.fail_together():
-        saved = checkpoint.load_train_state(state, source)
+        saved = load_train_state(state, source)
     return state, saved
 
 
