@@ -35,8 +35,7 @@ from model.gpt2 import GPTConfig
 from model.network import flops_per_token, parameter_count
 from model.optim import OptimConfig, get_lr
 from model.saving import Saver, SavingConfig
-from model.train_state import TrainState
-from model.training import ComputeConfig, build_train_state
+from model.training import ComputeConfig, TrainState, build_train_state
 from presets import presets
 
 
