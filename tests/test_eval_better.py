@@ -1,6 +1,5 @@
 """Which of several runs is better: by how much, and what such a difference is worth."""
 
-import json
 import math
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from eval.report.better import evaluation_noise, rank, student_t
 from eval.report.charts import Entry
 from eval.report.record import read_records
 from eval.report.verdict import judge
+from launch.errors import BadInput
 from tests.test_eval_report import BATCH_TOKENS, SAME, Reader, row, val_rows, write_run
 
 OWN = "my letters, 50,000 tokens"
@@ -88,13 +88,12 @@ def test_runs_without_a_config_are_settings_of_their_own(tmp_path):
 ])
 def test_one_run_each_is_judged_by_its_evaluations_and_never_called_better(tmp_path, gap, words):
     """Six evaluations at 2, 4, 8 ... steps, b above a by gap and 0.01 up and down in turn: each of
-    the four inner ones is 0.02 from the line between its neighbours, two thirds and one third of
-    which make sqrt(1 + 1/4 + 1/4): 0.02 / sqrt(1.5) = 0.01633, two degrees of freedom... t 4.303,
-    or 18 * 4 / 35 = 2."""
+    the four inner ones is 0.02 from the middle between its neighbours, which scatters sqrt(1.5)
+    times as much as one evaluation. They are worth 18 * 4 / 35 = 2 degrees of freedom: t 4.303."""
     steps = [2, 4, 8, 16, 32, 64]
     a = own_run(tmp_path / "a", {step: 5 - math.log(step) / 4 for step in steps})
     b = own_run(tmp_path / "b", {step: 5 - math.log(step) / 4 + gap + 0.01 * (-1) ** i
-                                 for i, step in enumerate(steps, start=0)}, lr=2)
+                                 for i, step in enumerate(steps)}, lr=2)
     ranking = ranking_of([a, b])
     noise = 4.3027 * 0.02 / math.sqrt(1.5)
     assert ranking.noise[1] == pytest.approx(noise, rel=1e-4)
@@ -197,11 +196,8 @@ def test_the_page_goes_where_out_says(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["page.html", "file"])
 def test_out_is_a_folder(tmp_path, name):
-    from launch.errors import BadInput
-
     run = write_run(tmp_path / "run", [row(10, val_loss=4.0, val_set=SAME)])
     (tmp_path / "file").write_text("mine")
     with pytest.raises(BadInput, match="is no folder: the page will be index.html"):
         write_report([run], out=tmp_path / name)
     assert (tmp_path / "file").read_text() == "mine"
-    assert json.loads((run / "config.json").read_text())

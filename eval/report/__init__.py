@@ -5,7 +5,8 @@
 
 The page is one file that needs no network, and the pictures lie beside it as PNG. The published
 curve is the one of the run's own shape where the validation sets are the same (curves.py), or the
-one that --against names: llmc-124m, llmc-350m. Several runs are compared with each other. Runs on different data are refused.
+one that --against names: llmc-124m, llmc-350m. Several runs are compared with each other too; runs
+on different data are refused.
 
     record.py     what a run has written
     curves.py     llm.c's published losses

@@ -34,7 +34,7 @@ from launch.folder import flatten
 LEVEL = 0.05
 # What makes a setting; what else is in config.json names, watches, saves or evaluates.
 SETTINGS = ("model", "optim", "steps", "batch_tokens", "init", "compute", "spikes")
-NEWEST = 12  # evaluations, whose scatter is taken: the fall before them is another matter
+NEWEST = 8  # evaluations, whose scatter is taken: the fall before them is another matter
 MORE_SEEDS = "Each setting run again with another --seed, and all of them given to this command, " \
              "would tell."
 
@@ -164,7 +164,8 @@ def _unequal(records: list[Record], tables: list[dict[int, float]], end: int) ->
             shares.append(end / (steps * batch_tokens))
     if shares and max(shares) - min(shares) > 0.05:
         notes.append(f"There the least far has run {100 * min(shares):.0f} % of its steps and the "
-                     f"farthest {100 * max(shares):.0f} %: under a learning rate that falls, the last steps gain.")
+                     f"farthest {100 * max(shares):.0f} %: under a learning rate that falls, the "
+                     "last steps gain.")
     return notes
 
 
@@ -185,7 +186,7 @@ def _noise(
         sizes = [1 / len(best.losses) + 1 / len(s.losses) for s in others]
         how = (f"Noise is judged from seeds: they differ by {deviation:.4f} within a setting (one "
                f"standard deviation, {freedom} degree{'s' * (freedom > 1)} of freedom), times "
-               f"Student's t of {t:.2f} for {confidence}.")
+               f"Student's t of {t:.2f} for {confidence}. More seeds make t smaller.")
         return "seeds", [None, *(t * deviation * math.sqrt(size) for size in sizes)], [how]
     if all(_seeds_are_known(entry) for entry in entries):
         band = float(seed_noise(np.array(shared[-1])))

@@ -64,7 +64,8 @@ def page(entries: list[Entry], pictures: list[Picture]) -> str:
 {"".join(f'<p class="hint">{escaped(line)}</p>' for line in quiet_lines(entries))}
 <section class="charts">{figures}</section>
 <p class="hint">Pale bands reach from the smallest to the largest value of neighbouring steps.</p>
-<h2>Figures</h2>{figures_table([entry.record for entry in entries])}
+<h2>Figures</h2>
+<section class="figures">{figures_table([entry.record for entry in entries])}</section>
 <h2>Events</h2>{"".join(events_table(e.record, len(entries) > 1) for e in entries)}
 <h2>Samples</h2>{"".join(samples(entry.record, len(entries)) for entry in entries)}
 </body></html>

@@ -107,7 +107,7 @@ def make_pictures(entries: list[Entry]) -> list[Picture]:
 
 def make_picture(name: str, title: str, draw: Draw, entries: list[Entry]) -> Picture | None:
     """One picture; None where `draw` found nothing to put into it."""
-    with _matplotlib_style():
+    with matplotlib_style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -145,7 +145,7 @@ def put_legend(figure: "Figure", axes: "Axes") -> None:
 
 
 @contextlib.contextmanager
-def _matplotlib_style() -> Iterator[None]:
+def matplotlib_style() -> Iterator[None]:
     """matplotlib with STYLE over its own defaults, whatever the environment asks for.
 
     Its import fails where MPLBACKEND names a notebook's backend that isn't installed here (Colab
