@@ -32,8 +32,9 @@ from launch.watchdog import Watchdog, WatchdogConfig
 from launch.world import World, choose_dtype, init_distributed
 from model import checkpoint
 from model.gpt2 import GPTConfig
+from model.longer import set_aside_decayed
 from model.network import flops_per_token, parameter_count
-from model.optim import OptimConfig, get_lr
+from model.optim import OptimConfig, decay_start, get_lr
 from model.saving import Saver, SavingConfig
 from model.training import ComputeConfig, TrainState, build_train_state
 from presets import presets
@@ -137,7 +138,7 @@ def train(config: TrainConfig) -> int:
             last_step = last_step or run.evaluator.stops_early(step, run.tracker)  # --early_stop
 
             # once in a while, but not while steps are bad, and before leaving: save a checkpoint
-            save_due |= step % config.saving.save_every == 0 or run.saver.is_best(step)
+            save_due |= step % config.saving.save_every == 0 or run.saver.must_keep(step)
             if save_due and run.spikes.in_a_row == 0 or last_step or stopping:
                 run.save(step, wait=last_step or stopping or step == 0)
                 save_due = False
@@ -222,10 +223,12 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         asdict(config), world, contents, characters, dtype=dtype, val_set=evaluator.val_set,
         compile=config.compute.compiled(world.device), micro_batch=micro_batch,
         accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
+        decay_start=decay_start(config.steps, config.optim),
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))
     world.broadcast_from_rank0(checkpoint.clean_up, path / "checkpoints")  # mends what a kill left
+    world.broadcast_from_rank0(set_aside_decayed, path, description)  # where more steps are asked
     # The folder's own newest, or before there is one --resume PATH; damaged ones are passed over.
     source = world.broadcast_from_rank0(checkpoint.find_resume_checkpoint, config.resume, path)
     if source:
@@ -250,7 +253,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated_rows)))
     saver = at_exit.enter_context(closing(Saver(  # source: for a rollback before the first save
         path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat,
-        config.saving.keep_best)))
+        config.saving.keep_best, description["resolved"]["decay_start"])))
     world.print0(folder.summary(description, T))
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")

@@ -96,9 +96,11 @@ def remove(folder: Path) -> None:
     _delete(doomed)
 
 
-def prune(checkpoints: Path, newest: Path, keep: int, best: Path | None = None) -> None:
+def prune(
+    checkpoints: Path, newest: Path, keep: int, best: Path | None = None, full_rate: int = -1
+) -> None:
     """Removes checkpoints older than the `keep` newest good ones, of which `newest` is the first.
-    `best` stays in any case.
+    `best` stays in any case, and so does the newest good one up to step `full_rate`.
 
     Newer folders are damaged or doubtful ones that the run went back from: they aren't counted, nor
     are doubtful ones in between, or they would push out the good ones.
@@ -106,8 +108,10 @@ def prune(checkpoints: Path, newest: Path, keep: int, best: Path | None = None) 
     ours = [folder for folder in list_checkpoints(checkpoints) if folder.name <= newest.name]
     good = [folder for folder in ours if not (folder / DOUBTFUL).exists()]
     oldest = good[:keep][-1]
+    before_decay = [folder for folder in good if folder.name <= folder_name(max(0, full_rate))]
+    stay = {best, *before_decay[:1]} if full_rate >= 0 else {best}
     for folder in ours:
-        if folder.name < oldest.name and folder != best:
+        if folder.name < oldest.name and folder not in stay:
             remove(folder)
 
 

@@ -83,17 +83,18 @@ class Saver:
     newest_step: of the newest checkpoint that is proved to be on the disk; the same on all ranks.
     resumed_from: the checkpoint that the run began with, perhaps another run's.
     heartbeat: called while a wait makes progress, so that a long one isn't taken for a hang.
-    keep_best: beside the `keep` newest, the one of the lowest validation loss.
+    keep_best, full_rate: beside the `keep` newest, the one of the lowest validation loss, and the
+    newest up to this step, the last before the rate falls.
     """
 
     def __init__(
         self, run: Path, state: TrainState, tracker: Tracker, keep: int, newest_step: int = -1,
         resumed_from: Path | None = None, heartbeat: Callable[[], object] = lambda: None,
-        keep_best: bool = False,
+        keep_best: bool = False, full_rate: int = -1,
     ) -> None:
         self.run, self.state, self.tracker, self.keep = run, state, tracker, keep
         self.newest_step, self.resumed_from, self.heartbeat = newest_step, resumed_from, heartbeat
-        self.keep_best = keep_best
+        self.keep_best, self.full_rate = keep_best, full_rate
         self.world = tracker.world
         self.checkpoints = run / "checkpoints"
         self.layouts = layouts(state)
@@ -136,8 +137,12 @@ class Saver:
                 raise self._failed.pop()
             self.report_finished(step)
 
+    def must_keep(self, step: int) -> bool:
+        """Whether this step is saved in any case: the best so far, or the last of full rate."""
+        return self.is_best(step) or step == self.full_rate
+
     def is_best(self, step: int) -> bool:
-        """Whether this step is to be saved as the best so far. The same on all ranks."""
+        """Whether this step is to be saved as the best so far: the same on all ranks."""
         return self.keep_best and step == self.tracker.best_step()
 
     def wait(self) -> None:
@@ -385,7 +390,7 @@ class Saver:
             return
         with contextlib.suppress(OSError):  # what can't be pruned now will be after the next save
             best = mark_best(self.checkpoints, final, self._losses)
-            prune(self.checkpoints, final, self.keep, best)
+            prune(self.checkpoints, final, self.keep, best, self.full_rate)
 
     def _count(self, done: int) -> None:
         self._bytes += done
