@@ -120,14 +120,14 @@ def train(config: TrainConfig) -> int:
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
-    if config.planning.preflight:  # all ranks and their links; resolve(): the default folder
+    if config.planning.preflight:  # of all ranks and their links; on_disk() only fills in
         return preflight.of_run(asdict(replace(config, data=config.data.on_disk())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
         world, step, save_due = run.world, run.first_step, False
         model, optimizer, scaler = run.state  # under fsdp all ranks must call model together
         while True:
-            run.saver.report_finished(step)  # all ranks; a save that failed is only a warning
+            run.saver.report_finished(step)  # all ranks; prints "saved" or a warning, no more
             last_step = step == config.steps
             stopping = run.signals.stop_requested()  # on any rank; a heartbeat for the watchdog too
 
@@ -170,7 +170,7 @@ def train(config: TrainConfig) -> int:
                 continue
             mean_loss = world.all_reduce_mean(loss.item())
             model.unscale_gradients(scaler.scale)
-            norm = model.gradient_norm()
+            norm = model.gradient_norm()  # under fsdp ranks add up what each has, else they agree
 
             # the update, unless it would do harm; too many fp16 overflows in a row raise Failed
             if overflow := scaler.update(mean_loss, norm.item()):  # the norm is inf, not the loss
@@ -202,7 +202,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     watchdog.heartbeat(setting_up=True)  # starts its thread; a rank that hangs prints its stacks
 
     # data
-    dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, on new CPUs too
+    dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, fp16, fp32: what is fast
     world.require_same("--dtype", dtype)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     world.broadcast_from_rank0(fetch, config.data)  # a text that --data.text names by a word
@@ -212,9 +212,10 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     contents = {"training data": fingerprint(data.train, characters),
                 "validation data": fingerprint(data.val)}
     world.require_same("the data", " and ".join(contents.values()))  # tokens, not names of files
+    # on rank 0 it downloads HellaSwag, where it will be asked for; so all ranks are needed
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world, signals.stop_requested)
     loader = at_exit.enter_context(closing(Loader(
-        data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
+        data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,  # or less data
         seed=config.seed, rank=world.rank, ranks=world.size, pin=world.device.type == "cuda",
     )))
 
@@ -231,7 +232,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     world.broadcast_from_rank0(set_aside_decayed, path, description)  # where more steps are asked
     # The folder's own newest, or before there is one --resume PATH; damaged ones are passed over.
     source = world.broadcast_from_rank0(checkpoint.find_resume_checkpoint, config.resume, path)
-    if source:
+    if source:  # BadInput unless model, optim, batch_tokens, seed, data (and mostly steps) match
         world.broadcast_from_rank0(folder.require_same_run, source, description)
 
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
@@ -273,7 +274,7 @@ def get_batch(run: Run, step: int) -> torch.Tensor:
 def finish(run: Run, step: int, last_step: bool) -> int:
     """Says how the run ended: the plot, STOPPED after a signal, the next command to try."""
     world = run.world
-    if last_step and run.evaluator.problem:  # broken weights: Failed, their checkpoints doubtful
+    if last_step and run.evaluator.problem:  # Failed, after marking the checkpoints DOUBTFUL
         recovery.end(run, step, run.evaluator.problem)
     completed = last_step and step in run.tracker.evaluated_steps
     if not completed:
@@ -291,5 +292,5 @@ def finish(run: Run, step: int, last_step: bool) -> int:
 
 if __name__ == "__main__":
     with one_line_errors(output_may_fail=True):  # what a full or closed stdout refuses is dropped
-        # --steps without --optim.warmup_steps: the warm-up keeps its share of the preset's run.
+        # No PRESET: the defaults above; a run's folder: that run. --steps scales the warm-up.
         exit_process(train(cli.parse(TrainConfig, PRESETS)))
