@@ -79,6 +79,8 @@ class TrainConfig:
         cli.within("seed", self.seed, 0, 2**32 - 1)
         if self.model.n_vocab != VOCAB and self.data.vocab == "gpt2":
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
+        if self.data.chat and not self.init:
+            raise BadInput("--data.chat fine-tunes a trained model: --init hf:gpt2, or a run")
         folder.check_name(self.name)
 
     def with_vocabulary(self, data: Data) -> "TrainConfig":
@@ -149,6 +151,7 @@ def train(config: TrainConfig) -> int:
             # ---- one training step ----
             started = time.perf_counter()
             micro_batches = get_batch(run, step)  # (micro-steps, B, T + 1) tokens
+            targets_a_rank = run.loader.count_targets(step) / world.size  # on the average
             lr = get_lr(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]  # 1 but for AdamW's groups beside Muon
@@ -158,8 +161,9 @@ def train(config: TrainConfig) -> int:
             loss = torch.zeros((), device=world.device)
             for i, tokens in enumerate(micro_batches):  # (B, T + 1)
                 last_micro_step = i == len(micro_batches) - 1
+                inputs, targets = run.loader.inputs_and_targets(tokens)  # (B, T) each
                 with model.gradient_sync(last_micro_step):  # ranks average in the last one only
-                    micro_loss = model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
+                    micro_loss = model(inputs, targets, "sum") / targets_a_rank
                     (micro_loss * scaler.scale).backward()
                 loss = loss + micro_loss.detach()
                 interrupted = not last_micro_step and run.signals.stop_requested_in_step()
@@ -207,7 +211,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     world.broadcast_from_rank0(fetch, config.data)  # a text that --data.text names by a word
     with world.fail_together():  # a BadInput or OSError of one rank is raised on all
-        data = open_data(config.data)  # shards aren't memory-mapped; a text is tokenised anew
+        data = open_data(config.data, T)  # shards aren't memory-mapped; a text is tokenised anew
     config, characters = config.with_vocabulary(data), data.tokenizer.characters  # "": GPT-2's
     contents = {"training data": fingerprint(data.train, characters),
                 "validation data": fingerprint(data.val)}

@@ -34,10 +34,12 @@ import torch
 from data import corpus, shakespeare
 from data.alignment import document_sequences
 from data.chars import char_tokens, tokenizer_of
+from data.chat import chat_rows, inputs_and_targets
 from data.shard_file import Shard
 from data.shards import open_folder
 from data.stream import Align, Stream
 from data.tokenizer import GPT2, Tokenizer
+from kernels.constants import IGNORE
 from launch.console import print0, warning
 from launch.errors import BadInput
 
@@ -58,6 +60,8 @@ class DataConfig:
     """What a token is: GPT-2's byte pairs, or a character of the text (its last tenth held out)."""
     val_text: str = ""
     """A text file to validate on; then nothing of what is trained on is held out."""
+    chat: str = ""
+    """A JSONL file of conversations to fine-tune on instead (data/chat.py); it takes --init."""
     split_text: bool = True
     """In a text, <|endoftext|> ends a document. False: it's text like any other."""
     align: Align = "stream"
@@ -65,6 +69,9 @@ class DataConfig:
 
     def resolve(self) -> "DataConfig":
         """The same with its default filled in. Raises BadInput where two sources are given."""
+        if self.chat and (self.text or self.dir or self.vocab == "char" or self.align != "stream"):
+            raise BadInput("--data.chat has conversations in GPT-2's tokens, one a row: leave out "
+                           "--data.dir, --data.text, --data.vocab and --data.align")
         if self.text and self.dir:
             raise BadInput(f"--data.dir {self.dir} and --data.text {self.text} are both given: "
                            "leave one of them out (over a config.json that holds both: "
@@ -78,8 +85,11 @@ class DataConfig:
         if self.vocab == "char" and self.val_text:
             raise BadInput("--data.val_text with --data.vocab char: the last tenth of a text by "
                            "character is held out; leave one of them out")
+        if self.chat and self.val_text:
+            raise BadInput("--data.val_text with --data.chat: some of the conversations are held "
+                           "out; leave one of them out")
         if self.dir is None:
-            return replace(self, dir="" if self.text else DEFAULT_DIR)
+            return replace(self, dir="" if self.text or self.chat else DEFAULT_DIR)
         return self
 
 
@@ -100,6 +110,7 @@ class Data:
     val: Stream
     name: str
     tokenizer: Tokenizer = GPT2
+    chat: bool = False  # conversations
 
 
 def fingerprint(stream: Stream, characters: str = "") -> str:
@@ -109,8 +120,13 @@ def fingerprint(stream: Stream, characters: str = "") -> str:
     digest = hashlib.sha256()
     for shard in stream.shards:
         digest.update(str(len(shard.tokens)).encode())
-        digest.update(shard.tokens[:1024].tobytes() + shard.tokens[-1024:].tobytes())
-    aligned = ", cut at documents" if stream.align == "documents" else ""
+        ends = [shard.tokens[:1024], shard.tokens[-1024:]]
+        if stream.align == "rows":  # in memory: all of it
+            ends = [shard.tokens[:]]
+        for tokens in ends:
+            digest.update(tokens.tobytes())
+    aligned = {"stream": "", "documents": ", cut at documents",
+               "rows": ", a conversation a row"}[stream.align]
     of_characters = ""
     if characters:
         digest.update(characters.encode())
@@ -124,9 +140,17 @@ def fetch(config: DataConfig) -> None:
         shakespeare.fetch()
 
 
-def open_data(config: DataConfig) -> Data:
-    """Opens what the configuration names. Raises BadInput where it can't be used."""
+def open_data(config: DataConfig, T: int = 0) -> Data:
+    """Opens what the configuration names. Raises BadInput where it can't be used.
+
+    T: the length of a sequence, which only conversations ask for.
+    """
     config = config.resolve()
+    if config.chat:
+        path = Path(config.chat)
+        rows, val_rows = chat_rows(path, T)
+        return Data(Stream([Shard(path, rows.reshape(-1))], "rows"),
+                    Stream([Shard(path, val_rows.reshape(-1))], "rows"), path.name, chat=True)
     if config.val_text:
         train = Stream(all_training_shards(config), config.align)
         path = Path(config.val_text)
@@ -267,7 +291,21 @@ class Loader:
         """The positions in the stream where the sequences with these numbers begin."""
         if self.stream.align == "documents":
             return self.aligned_starts[sequences]
-        return sequences * self.T
+        return self.stream.start_of(sequences, self.T)
+
+    def inputs_and_targets(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T + 1) of a batch -> (B, T) tokens to read, (B, T) to predict: of conversations only
+        what the assistant says, IGNORE elsewhere."""
+        if self.stream.align == "rows":
+            return inputs_and_targets(tokens)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def count_targets(self, step: int) -> int:
+        """Tokens to predict in a step, over all ranks: batch_tokens, or fewer in conversations."""
+        if self.stream.align != "rows":
+            return self.batch_sequences * self.T
+        starts = self.sequence_starts(self.sequences_of_step(step))  # (batch_tokens / T,)
+        return count_targets(self.stream.rows(starts, self.T + 1))
 
     def epoch(self, step: int) -> float:
         """How many epochs lie before this step: 1.5 after the training data once and a half."""
@@ -309,8 +347,8 @@ class Loader:
                       f"{100 * self.sequences * T / len(stream):.1f} % of the training tokens, the "
                       "others are ends of documents")
             return
-        self.sequences = (len(stream) - 1) // T  # the last target is a token too
-        first_sequence = -(-stream.shard_starts // T)  # rounded up
+        self.sequences = stream.count_sequences(T)
+        first_sequence = -(-stream.shard_starts // T)  # rounded up; rows are all in one shard
         self.first_sequence = np.minimum(first_sequence, self.sequences)
         self.first_sequence[-1] = self.sequences
 
@@ -362,18 +400,33 @@ def validation_sequences(stream: Stream, T: int, val_tokens: int) -> int:
 
     They are checked, and stay in memory. Raises BadInput where there isn't even one.
     """
-    sequences = min(val_tokens, len(stream) - 1) // T
+    sequences = min(val_tokens // T, stream.count_sequences(T))
     if sequences < 1:
         raise BadInput(
             f"the validation set is shorter than one sequence: {len(stream):,} tokens there, "
             f"--val_tokens {val_tokens:,}, and {T + 1:,} needed"
         )
-    for shard in stream.shards_of(0, sequences * T + 1):
+    end = int(stream.start_of(np.array(sequences - 1), T)) + T + 1
+    for shard in stream.shards_of(0, end):
         stream.check(shard)
-    stream.keep_beginning(sequences * T + 1)
+    stream.keep_beginning(end)
     return sequences
+
+
+def describe_validation(data: Data, T: int, sequences: int) -> str:
+    """The data set and the number of tokens that a validation loss is the loss of."""
+    if not data.chat:
+        return f"{data.name}, {sequences * T:,} tokens"
+    targets = count_targets(validation_batch(data.val, T, [*range(sequences)]))
+    return f"{data.name}, {targets:,} tokens of the answers in {sequences:,} conversations"
+
+
+def count_targets(rows: torch.Tensor) -> int:
+    """Tokens to predict in rows of T + 1 tokens."""
+    _inputs, targets = inputs_and_targets(rows)
+    return int((targets != IGNORE).sum())
 
 
 def validation_batch(stream: Stream, T: int, sequences: list[int]) -> torch.Tensor:
     """(len(sequences), T + 1) int64 tokens of the validation set's sequences with these numbers."""
-    return stream.rows(np.array(sequences) * T, T + 1)
+    return stream.rows(stream.start_of(np.array(sequences), T), T + 1)

@@ -8,10 +8,11 @@
 vocab.bpe.xz holds the 50,000 merges as OpenAI publishes them (MIT, see NOTICE), compressed.
 """
 
+import codecs
 import functools
 import hashlib
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,3 +115,11 @@ class Tokenizer:
 
 
 GPT2 = Tokenizer(VOCAB, EOT, EOT, encode, decode, token_bytes)
+
+
+def stream_text(tokens: Iterable[int], tokenizer: Tokenizer = GPT2) -> Iterator[str]:
+    """Text as its tokens come; bytes wait until their character is whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        yield decoder.decode(tokenizer.token_bytes(token))
+    yield decoder.decode(b"", final=True)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from data.loader import Data, validation_sequences
+from data.chat import question_text
+from data.loader import Data, describe_validation, validation_sequences
 from data.tokenizer import GPT2, Tokenizer
 from eval import hellaswag
 from eval.likelihood import Stopped
@@ -65,12 +66,14 @@ class Evaluator:
         """
         self.stop = stop
         self.world, self.micro_batch, self.prompt = world, micro_batch, config.prompt
+        if data.chat:
+            self.prompt = question_text(config.prompt)
         self.early_stop = config.early_stop
         self.val_stream, self.tokenizer = data.val, data.tokenizer
         with world.fail_together():
             self.val_sequences = validation_sequences(data.val, T, config.val_tokens)
-            prompt = self.tokenizer.encode(config.prompt)
-        self.val_set = f"{data.name}, {self.val_sequences * T:,} tokens"
+            prompt = self.tokenizer.encode(self.prompt)
+        self.val_set = describe_validation(data, T, self.val_sequences)
         self.questions = read_questions(config.hellaswag, world, self.tokenizer)
         self.problem = ""  # why the latest evaluation gave no numbers
         note = crop_note(len(prompt), T)

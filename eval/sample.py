@@ -5,18 +5,19 @@
     echo "In the beginning" | python -m eval.sample runs/demo
     python -m eval.sample hf:gpt2 --prompt "Hello, I'm a language model," --num 3
     python -m eval.sample hf:gpt2 --prompts prompts.txt --json True > samples.jsonl
+    python -m eval.sample runs/chat --chat              # of a run with --data.chat: talks with it
 
 Text goes to standard output, wrapped where that is a terminal and exact where it is a pipe or a
 file; tokens/s go to standard error.
 """
 
-import codecs
 import contextlib
 import itertools
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -25,7 +26,8 @@ import torch
 import tyro
 
 from data.chars import tokenizer_of
-from data.tokenizer import GPT2, Tokenizer
+from data.tokenizer import GPT2, Tokenizer, stream_text
+from eval.dialogue import Dialogue
 from eval.wrap import console_width, wrap
 from launch import cli, flags
 from launch.errors import BadInput, one_line_errors
@@ -52,6 +54,8 @@ class Arguments(SampleConfig):
     """Samples of each prompt; only a single one is streamed."""
     json: bool = False
     """One JSON object a line: prompt, text, tokens."""
+    chat: bool = False
+    """Talk: each line of standard input is said to the model, which remembers what was said."""
     dtype: Dtype = "auto"
     """Number format of the matrices and their products."""
 
@@ -137,14 +141,6 @@ def continue_prompts(
     return texts
 
 
-def stream_text(tokens: Iterable[int], tokenizer: Tokenizer = GPT2) -> Iterator[str]:
-    """Text as its tokens come; bytes wait until their character is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        yield decoder.decode(tokenizer.token_bytes(token))
-    yield decoder.decode(b"", final=True)
-
-
 def print_text(pieces: Iterable[str]) -> None:
     """Prints a text as it comes: wrapped on a terminal, exact in a pipe or a file."""
     if sys.stdout.isatty():
@@ -228,15 +224,46 @@ def converse(
             pass
 
 
+def read_lines(ask: bool) -> Iterator[str]:
+    """The lines of standard input that say something; `ask`: on a terminal, with a prompt."""
+    if ask:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() then has a history and can be edited
+        print("What is typed is said to the model; Ctrl-C stops its answer, Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("> " if ask else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise BadInput(f"can't read standard input: {error}") from None
+        if line.strip():
+            yield line
+
+
+def chat(
+    model: GPT, said: Iterable[str], arguments: Arguments, device: torch.device
+) -> None:
+    """Prints an answer to each of these. Ctrl-C stops the one that is being drawn."""
+    dialogue = Dialogue(model, arguments, device)
+    for text in said:
+        with contextlib.suppress(KeyboardInterrupt), closing(dialogue.answer(text)) as pieces:
+            print_text(pieces)
+
+
 def main(arguments: Arguments) -> None:
     if not arguments.checkpoint:
         raise BadInput("which checkpoint? python -m eval.sample CHECKPOINT --prompt TEXT")
     cli.within("num", arguments.num, 1, 1_000_000)
     if arguments.prompt and arguments.prompts:
         raise BadInput("--prompt and --prompts: give one of them")
+    if arguments.chat and (arguments.prompts or arguments.json or arguments.num > 1):
+        raise BadInput("--chat is one conversation: leave out --prompts, --json and --num")
     prompts, ask = [arguments.prompt], False
     if arguments.prompts:
         prompts = read_prompts(Path(arguments.prompts))
+    elif arguments.chat:
+        ask = sys.stdin.isatty() and sys.stdout.isatty()
     elif not arguments.prompt and not sys.stdin.isatty():
         prompts = [read_stdin()]
     elif not arguments.prompt and not arguments.json:
@@ -246,7 +273,12 @@ def main(arguments: Arguments) -> None:
     dtype = choose_dtype(arguments.dtype, device)
     model, tokenizer = load_for_sampling(arguments.checkpoint, dtype, device)
     with autocast(device, dtype):
-        if ask:
+        if arguments.chat and tokenizer.characters:
+            raise BadInput(f"--chat is in GPT-2's tokens: {arguments.checkpoint} reads characters")
+        if arguments.chat:
+            said = [arguments.prompt] if arguments.prompt else read_lines(ask)
+            chat(model, said, arguments, device)
+        elif ask:
             converse(model, arguments, device, tokenizer)
         else:
             answer(model, prompts, arguments, device, tokenizer)

@@ -338,7 +338,7 @@ def table_row(status: Status, check: str, text: str) -> str:
 def of_run(settings: Mapping, parameters: int) -> int:
     """Checks all ranks against what a run with these settings will need. Returns the exit code."""
     data, model = settings["data"], settings["model"]
-    source = data["text"] or data["dir"]
+    source = data["chat"] or data["text"] or data["dir"]
     return run(Needs(
         data=Path(source) if source else None, out_dir=Path(settings["out_dir"]),
         checkpoint_bytes=12 * parameters,  # weights and two moments in fp32

@@ -72,10 +72,10 @@ class ParallelModel:
             )
         self.shards = [self._shard_of(name, p) for name, p in module.named_parameters()]
 
-    def __call__(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The loss. (B, T) tokens and targets -> this rank's mean, in nats a token."""
+    def __call__(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """The loss. (B, T) tokens and targets -> this rank's mean or sum, in nats."""
         with self.autocast():
-            return self.forward(idx, targets)
+            return self.forward(idx, targets, reduction)
 
     def autocast(self) -> AbstractContextManager:
         """Matrix products run in the compute dtype inside this context."""

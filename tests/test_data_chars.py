@@ -180,6 +180,8 @@ def test_sample_reads_it_aloud(char_run, capsys, corpus_file):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["tokens"] for row in rows] == [64, 64] == [len(row["text"]) for row in rows]
     assert set(rows[0]["text"]) <= set(corpus_file.read_text())
+    with pytest.raises(BadInput, match="--chat is in GPT-2's tokens"):
+        sample.main(sample.Arguments(checkpoint=str(char_run), chat=True))
     with pytest.raises(BadInput, match="'E', 'H', 'T' is none of them"):
         sample.main(sample.Arguments(checkpoint=str(char_run), prompt="THE"))
 
