@@ -1,4 +1,4 @@
-"""The three operators in plain PyTorch: the definition, the CPU path and the oracle.
+"""The operators in plain PyTorch: the definition, the CPU path and the oracle.
 
 Every Triton kernel in this folder is tested against these functions in fp64. They never downcast:
 fp64 in, fp64 arithmetic throughout. Under autocast the matrix products take and return the autocast
@@ -189,9 +189,9 @@ def qk_norm_rotary(
     """Normalises the queries and keys of every head, and turns them by their positions.
 
     qkv: (B, T, 3C); cos, sin: (T, D/2) or (B, T, D/2). Each q and k (D,) is divided by its root
-    mean square, then its pairs (x_i, x_{i + D/2}) are turned by their angle; q is multiplied by gain.
-    Values are handed on. Returns (B, T, 3C) in the dtype of a matrix product's output; arithmetic
-    at least in fp32. QK-norm: arXiv 2010.04245; rotary positions: arXiv 2104.09864.
+    mean square, then its pairs (x_i, x_{i + D/2}) are turned by their angle; q is multiplied by
+    gain. Values are handed on. Returns (B, T, 3C) in the dtype of a matrix product's output;
+    arithmetic at least in fp32. QK-norm: arXiv 2010.04245; rotary positions: arXiv 2104.09864.
     """
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_head
