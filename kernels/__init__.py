@@ -62,8 +62,10 @@ def operators(
     from kernels.attention import attention
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.layernorm import layer_norm
+    from kernels.qk_norm_rotary import qk_norm_rotary
+    from kernels.relu_squared import relu_squared
 
-    return Operators(attention, layer_norm, linear_cross_entropy)
+    return Operators(attention, layer_norm, linear_cross_entropy, qk_norm_rotary, relu_squared)
 
 
 def _obstacle(

@@ -24,17 +24,17 @@ import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kernels import sass, tiles
 from kernels.cards import CARDS, Card
+from kernels.launches import Case, cases, launch, tile_name
 from kernels.roofline import GPT2, floor, loop_floor, work
 
 # The card that stands for an architecture.
 CARD = dict(sm_80="a100", sm_86="3090", sm_89="4090", sm_90="h100", sm_100="b200", sm_120="5090",
             gfx942="mi300x")
 
-VOCAB = 50257  # of GPT-2, padded to GPT2.V
 ATTENTION = ("attention_forward", "attention_dq", "attention_dkdv")
 IDENTITY = ("kernel", "arch", "size", "default")  # of a row of the table; one of these ships
 
@@ -42,81 +42,17 @@ IDENTITY = ("kernel", "arch", "size", "default")  # of a row of the table; one o
 # and their like on every architecture; fp32 lanes are on the card; four schedulers issue one each.
 MUFU_LANES, ISSUES = 16, 4
 
-# Kernels whose inner loop also reads two fp32 statistics a row (log-sum-exp and delta, mean and
-# rstd), and the only loads there that may be of 32 bits: two instructions a pass. attention_dkdv's
-# 32 or 64 rows are 128 or 256 bytes, fewer than its threads could take 128 bits each of;
-# layer_norm_backward's are one number for all threads. Through a tensor descriptor dkdv's pass is
-# longer: 350 instructions for 321 on sm_90, 363 for 356 on sm_100.
-STATISTICS = {"attention_dkdv": 2, "layer_norm_backward": 2}
-
-
-class Case(NamedTuple):
-    """One kernel, compiled for one architecture with one tile."""
-
-    kernel: str
-    arch: str
-    size: int  # head width, or the power of two that holds a row
-    tile: tiles.Tile
-    default: bool
-
-    @property
-    def id(self) -> str:
-        return f"{self.kernel} {self.arch} {self.size} {tile_name(self.tile)}"
-
-
-def tile_name(tile: tiles.Tile) -> str:
-    return f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}" + (" tma" if tile.tma else "")
-
-
-def cases(archs: list[str]) -> list[Case]:
-    return [
-        Case(kernel, arch, size, tile, place == 0)
-        for (kernel, arch, size), row in tiles.TABLE.items()
-        if arch in archs
-        for place, tile in enumerate(row)
-    ]
-
-
-def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """The kernel, its arguments' types and its constants, as training launches it."""
-    from kernels import attention, cross_entropy, layernorm
-
-    kernel, _, size, tile, _ = case
-    bf16, fp32, i32, i64 = "*bf16", "*fp32", "i32", "i64"
-    if kernel.startswith("attention"):
-        kind = "fp32" if kernel.endswith("_fp32") else "bf16"
-
-        def tiled(rows: int) -> str:
-            return f"tensordesc<{kind}[1, {rows}, {size}]>" if tile.tma else f"*{kind}"
-
-        x = f"*{kind}"
-        q, k = tiled(tile.m), tiled(tile.n)
-        types = dict(queries=q, keys=k, out=x, dout=x, lse=fp32, delta=fp32, dqkv=x, T=i32, H=i32)
-        if "dkdv" in kernel:
-            types["dout"] = q
-        fn = getattr(attention, kernel.removesuffix("_fp32"))
-        tmem = tiles.tensor_memory_rows(case.arch, tile)
-        constants = dict(D=size, BLOCK_M=tile.m, BLOCK_N=tile.n, TMEM=tmem)
-    elif kernel == "cross_entropy":
-        fn = cross_entropy.cross_entropy
-        types = dict(logits=bf16, targets=f"*{i64}", losses=fp32)
-        constants = dict(V=VOCAB, Vp=GPT2.V, BLOCK=tile.n, GRADIENT=True)
-    else:
-        fn = getattr(layernorm, kernel)
-        wide = ("x", "total", "weight", "bias", "mean", "rstd", "dtotal", "dx", "dweight", "dbias")
-        types = dict.fromkeys(wide, fp32) | dict.fromkeys(("branch", "y", "dy", "dbranch"), bf16)
-        types |= dict(C=i32, N=i32, eps="fp32")
-        constants = dict(BLOCK=size, BRANCH=True, DTOTAL=True, DBRANCH=True)
-    names = fn.arg_names
-    return (
-        fn,
-        {name: types[name] for name in names if name in types},
-        {name: constants[name] for name in names if name in constants},
-    )
+# Kernels whose inner loop also reads one or two fp32 statistics a row (log-sum-exp and delta, mean
+# and rstd), and the only loads there that may be of 32 bits: as many instructions a pass.
+# attention_dkdv's 32 or 64 rows are 128 or 256 bytes, fewer than its threads could take 128 bits
+# each of; layer_norm_backward's are one number for all threads, qk_norm_rotary_backward's for 4
+# or 8 of them. Through a tensor descriptor dkdv's pass is longer: 350 instructions for 321 on
+# sm_90, 363 for 356 on sm_100.
+STATISTICS = {"attention_dkdv": 2, "layer_norm_backward": 2, "qk_norm_rotary_backward": 1}
 
 
 def compile_offline(case: Case):
-    """Triton's compiled kernel. Pointers and C are multiples of 16, as they are in training."""
+    """Triton's compiled kernel. Pointers, C and count are multiples of 16, as in training."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -125,7 +61,11 @@ def compile_offline(case: Case):
     triton.knobs.compilation.disable_line_info = True
     fn, types, constants = launch(case)
     signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
-    aligned = [i for i, name in enumerate(fn.arg_names) if signature[name][0] == "*" or name == "C"]
+    aligned = [
+        i
+        for i, name in enumerate(fn.arg_names)
+        if signature[name][0] == "*" or name in ("C", "count")
+    ]
     source = ASTSource(
         fn=fn,
         signature=signature,
@@ -277,7 +217,8 @@ def cache_file() -> Path:
     import triton
 
     here = Path(__file__).parent
-    names = "attention layernorm cross_entropy tiles cards sass audit".split()
+    kernels = "attention layernorm cross_entropy qk_norm_rotary relu_squared"
+    names = f"{kernels} tiles cards sass launches audit".split()
     sources = b"".join((here / f"{name}.py").read_bytes() for name in names)
     key = hashlib.sha256(sources + triton.__version__.encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -333,7 +274,12 @@ def floors(rows: list[dict]) -> list[dict]:
     """Bytes, FLOP and least times of each kernel at GPT-2 124M with 64 x 1,024 tokens."""
     found = []
     norms = ("layer_norm_forward", "layer_norm_backward")
-    for kernel in (*ATTENTION, *norms, "cross_entropy", "lm_head"):
+    speedrun = [
+        f"{kernel}_{direction}"
+        for kernel in ("qk_norm_rotary", "relu_squared")
+        for direction in ("forward", "backward")
+    ]
+    for kernel in (*ATTENTION, *norms, "cross_entropy", "lm_head", *speedrun):
         need = work(kernel, GPT2)
         row: dict[str, Any] = dict(
             kernel=kernel, megabytes=need.bytes / 1e6, gigaflop=need.flops / 1e9

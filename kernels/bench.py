@@ -23,9 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from kernels import reference, tiles
 from kernels.cards import Card, by_name
+from kernels.launches import SOFTCAP, VOCAB
 from kernels.roofline import GPT2, Shape, Work, floor, work
-
-VOCAB = 50257
 
 
 class Timing(NamedTuple):
@@ -74,6 +73,9 @@ def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callab
     weight, bias = (random(s.C, dtype=torch.float32) for _ in range(2))
     h, head = random(N, s.C), random(s.V, s.C)
     targets = torch.randint(0, VOCAB, (N,), device="cuda")
+    wide = random(s.B, s.T, 4 * s.C)
+    angle = torch.rand(s.T, s.C // s.H // 2, device="cuda")
+    cos, sin = angle.cos(), angle.sin()
 
     def norm(f: Callable) -> Callable[..., Tensor]:
         def run(*inputs: Tensor) -> Tensor:
@@ -82,9 +84,15 @@ def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callab
 
         return run
 
-    def unfused(h: Tensor, weight: Tensor) -> Tensor:
+    def unfused(h: Tensor, weight: Tensor, softcap: float = 0.0) -> Tensor:
         """What nanoGPT does: all logits at once, in fp32 for the loss."""
-        return F.cross_entropy((h @ weight.T)[:, :VOCAB].float(), targets)
+        logits = (h @ weight.T)[:, :VOCAB].float()
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits, targets)
+
+    def turned(f: Callable) -> Callable[[Tensor], Tensor]:
+        return lambda qkv: f(qkv, s.H, cos, sin)
 
     attention: dict[str, Callable] = {
         "triton": lambda qkv: ops.attention(qkv, s.H),
@@ -100,6 +108,21 @@ def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callab
         "triton": lambda h, w: ops.linear_cross_entropy(h, w, targets, VOCAB),
         "torch": unfused,
         "torch.compile": torch.compile(unfused),
+    }
+    capped: dict[str, Callable] = {
+        "triton": lambda h, w: ops.linear_cross_entropy(h, w, targets, VOCAB, softcap=SOFTCAP),
+        "torch": lambda h, w: unfused(h, w, SOFTCAP),
+        "torch.compile": torch.compile(lambda h, w: unfused(h, w, SOFTCAP)),
+    }
+    qk_norm_rotary: dict[str, Callable] = {
+        "triton": turned(ops.qk_norm_rotary),
+        "torch": turned(reference.qk_norm_rotary),
+        "torch.compile": torch.compile(turned(reference.qk_norm_rotary)),
+    }
+    relu_squared: dict[str, Callable] = {
+        "triton": ops.relu_squared,
+        "torch": reference.relu_squared,
+        "torch.compile": torch.compile(reference.relu_squared),
     }
     parts = {
         name: work(name, s) for name in ("attention_forward", "attention_dq", "attention_dkdv")
@@ -120,6 +143,18 @@ def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callab
         rows.append(("layer_norm + backward", by, prepare, norm_both))
     for by, f in loss.items():
         rows.append(("loss + backward", by, partial(forward_backward, f, [h, head]), loss_both))
+    for by, f in capped.items():
+        prepare = partial(forward_backward, f, [h, head])
+        rows.append(("softcap loss + backward", by, prepare, loss_both))
+    for name, contest, x in (
+        ("qk_norm_rotary", qk_norm_rotary, qkv),
+        ("relu_squared", relu_squared, wide),
+    ):
+        one, other = (work(f"{name}_{d}", s) for d in ("forward", "backward"))
+        both = Work(one.bytes + other.bytes, 0.0)
+        for by, f in contest.items():
+            rows.append((name, by, partial(no_grad, f, [x]), one))
+            rows.append((f"{name} + backward", by, partial(forward_backward, f, [x]), both))
     return rows
 
 
@@ -154,9 +189,9 @@ def as_row(t: Timing, card: Card | None) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'operator':22} {'by':14} {'ms':>8} {'TFLOP/s':>8} {'GB/s':>6} {'limit':>6}"]
+    lines = [f"{'operator':25} {'by':14} {'ms':>8} {'TFLOP/s':>8} {'GB/s':>6} {'limit':>6}"]
     for r in rows:
-        cells = [f"{r['operator']:22} {r['by']:14}"]
+        cells = [f"{r['operator']:25} {r['by']:14}"]
         if r["milliseconds"]:
             cells.append(f"{r['milliseconds']:8.3f} {r['tflops']:8.0f} {r['gbs']:6.0f}")
             cells.append(f"{r['limit']:6.0%}" if "limit" in r else "")
@@ -171,12 +206,17 @@ CALLED_BY = {  # what launches a kernel
     "layer_norm_forward": "layer_norm",
     "layer_norm_backward": "layer_norm + backward",
     "cross_entropy": "loss + backward",
+    "cross_entropy_softcap": "softcap loss + backward",
+    "qk_norm_rotary_forward": "qk_norm_rotary",
+    "qk_norm_rotary_backward": "qk_norm_rotary + backward",
+    "relu_squared_forward": "relu_squared",
+    "relu_squared_backward": "relu_squared + backward",
 }
 
 
 def sized(kernel: str, size: int, s: Shape) -> Shape:
     """s with heads, or rows, of the size of one row of kernels/tiles.py, and as many elements."""
-    if kernel.startswith("attention"):
+    if kernel.startswith(("attention", "qk_norm_rotary")):
         return s._replace(H=s.C // size)
     if kernel.startswith("layer_norm"):
         C = {1024: 768, 2048: 1600}.get(size, size)  # the widths of GPT-2 that such a row holds

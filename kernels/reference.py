@@ -1,4 +1,4 @@
-"""The three operators in plain PyTorch: the definition, the CPU path and the oracle.
+"""The operators in plain PyTorch: the definition, the CPU path and the oracle.
 
 Every Triton kernel in this folder is tested against these functions in fp64. They never downcast:
 fp64 in, fp64 arithmetic throughout. Under autocast the matrix products take and return the autocast
@@ -42,35 +42,28 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def short_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0
-) -> Tensor:
+def short_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v on a CPU, holding all scores: for T up to SHORT.
 
-    q, k, v: (B H, T, D); mask: 0 or -inf, (T, T) or (B H, T, T); dropout: the probability with
-    which an entry of the softmax is left out. Returns (B H, T, D) in q's dtype, rounded once: bf16
-    and fp16 are widened first and all is computed in fp32, since PyTorch has no product of bf16 on
-    a CPU that leaves fp32 scores.
+    q, k, v: (B H, T, D); mask: 0 or -inf, (T, T) or (B H, T, T). Returns (B H, T, D) in q's dtype,
+    rounded once: bf16 and fp16 are widened first and all is computed in fp32, since PyTorch has no
+    product of bf16 on a CPU that leaves fp32 scores.
     """
     exact = at_least_fp32(q.dtype)
     with torch.autocast("cpu", enabled=False):  # it would round the scores to bf16
         wide_q, wide_k, wide_v = q.to(exact), k.to(exact), v.to(exact)  # each (B H, T, D)
         scale = q.shape[-1] ** -0.5
         scores = torch.baddbmm(mask.to(exact), wide_q, wide_k.mT, alpha=scale)  # (B H, T, T)
-        p = scores.softmax(-1)  # (B H, T, T)
-        if dropout:
-            p = F.dropout(p, dropout)
-        y = p @ wide_v  # (B H, T, D)
+        y = scores.softmax(-1) @ wide_v  # (B H, T, D)
     return y.to(q.dtype)
 
 
-def attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+def attention(qkv: Tensor, n_head: int) -> Tensor:
     """Causal self-attention out of the packed projection.
 
     qkv: (B, T, 3C), queries, keys and values side by side. Returns (B, T, C), in qkv's dtype or
     under autocast in its dtype: softmax(q k^T / sqrt(D)) v per head, each position seeing itself
-    and what precedes it. Scores and softmax are at least fp32. dropout: the probability with which
-    an entry of the softmax is left out, and the others divided by 1 - dropout; kernels have none.
+    and what precedes it. Scores and softmax are at least fp32.
     """
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_head
@@ -79,9 +72,9 @@ def attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
     if qkv.device.type == "cpu" and T <= SHORT:
         q, k, v = (z.reshape(B * n_head, T, D) for z in (q, k, v))
         mask = _causal_mask(T, at_least_fp32(qkv.dtype), qkv.device)  # (T, T)
-        y = short_attention(q, k, v, mask, dropout).view(B, n_head, T, D)
+        y = short_attention(q, k, v, mask).view(B, n_head, T, D)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
@@ -190,20 +183,6 @@ def linear_cross_entropy(
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
-def rotary_angles(
-    T: int, D: int, base: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's rotations, each (T, D/2), fp32. arXiv 2104.09864.
-
-    Half of the pairs turn, from a radian a position down to 1 / base; the others stand still, and
-    carry content without position (modded-nanogpt).
-    """
-    frequency = base ** -torch.linspace(0, 1, math.ceil(D / 4), device=device)
-    frequency = F.pad(frequency, (0, D // 2 - len(frequency)))  # (D/2,)
-    angle = torch.arange(T, device=device)[:, None] * frequency  # (T, D/2)
-    return angle.cos(), angle.sin()
-
-
 def qk_norm_rotary(
     qkv: Tensor, n_head: int, cos: Tensor, sin: Tensor, gain: float = 1.0, eps: float = 1e-6
 ) -> Tensor:
@@ -211,8 +190,8 @@ def qk_norm_rotary(
 
     qkv: (B, T, 3C); cos, sin: (T, D/2) or (B, T, D/2). Each q and k (D,) is divided by its root
     mean square, then its pairs (x_i, x_{i + D/2}) are turned by their angle; q is multiplied by
-    gain. Values are handed on. Returns (B, T, 3C) in the dtype of a product; arithmetic
-    at least in fp32. QK-norm: arXiv 2010.04245; rotary positions: arXiv 2104.09864.
+    gain. Values are handed on. Returns (B, T, 3C) in the dtype of a matrix product's output;
+    arithmetic at least in fp32. QK-norm: arXiv 2010.04245; rotary positions: arXiv 2104.09864.
     """
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_head

@@ -50,6 +50,14 @@ def work(kernel: str, s: Shape) -> Work:
         "layer_norm_backward": Work(8 * activation, 0.0),
         # reads the logits twice, writes them once
         "cross_entropy": Work(3 * 2.0 * N * s.V, 0.0),
+        # reads qkv; writes its twin and the norms of q and k
+        "qk_norm_rotary_forward": Work(6 * activation + 2 * statistic, 0.0),
+        # reads dqkv, q, k and their norms; writes dqkv
+        "qk_norm_rotary_backward": Work(8 * activation + 2 * statistic, 0.0),
+        # reads and writes (N, 4C)
+        "relu_squared_forward": Work(8 * activation, 0.0),
+        # reads dy and x; writes dx
+        "relu_squared_backward": Work(12 * activation, 0.0),
         # the logits, dh and dW
         "lm_head": Work(6.0 * N * s.V, 3 * 2.0 * N * s.V * s.C),
     }[kernel]

@@ -108,6 +108,22 @@ def _cases(dtype: torch.dtype, device: torch.device, D: int) -> Iterator[Case]:
         [random(N, 64), random(padded, 64) / 8],
         lambda f, h, weight: f(h, weight, targets, V),
     )
+    few = targets[:6]
+    yield (
+        "linear_cross_entropy",
+        ["loss with softcap", "dh with softcap", "dweight with softcap"],
+        [random(len(few), 64), random(padded, 64) / 8],
+        lambda f, h, weight: f(h, weight, few, V, softcap=2.0),  # logits of 1: 2 bends them
+    )
+    angle = torch.arange(T)[:, None] * torch.linspace(1, 0, D // 2)  # (T, D/2)
+    cos, sin = angle.cos().to(device), angle.sin().to(device)
+    yield (
+        "qk_norm_rotary",
+        ["turned qkv", "dqkv"],
+        [random(B, T, 3 * H * D)],
+        lambda f, qkv: f(qkv, H, cos, sin, 1.36),
+    )
+    yield "relu_squared", ["y", "dx"], [random(N, C)], lambda f, x: f(x)
 
 
 def _gradients(function: Callable, run: Callable, inputs: list[Tensor]) -> list[Tensor]:

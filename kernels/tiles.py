@@ -21,7 +21,7 @@ PROGRAMS_PER_SM = 4  # layer_norm_backward: enough warps to hide loads, and 3 MB
 class Tile(NamedTuple):
     """M rows by N columns, the warps that share it, and the depth of the load pipeline."""
 
-    m: int  # queries (attention), rows (layer_norm, cross_entropy)
+    m: int  # queries (attention), tokens (qk_norm_rotary), rows (layer_norm, cross_entropy)
     n: int  # keys (attention), columns taken at once
     warps: int
     stages: int = 1
@@ -83,7 +83,8 @@ _FP32 = {
     for D, warps in ((64, 4), (128, 8))
 }
 
-# (kernel, architectures, the power of two that holds a row) -> tiles.
+# (kernel, architectures, size) -> tiles. The size is the power of two that holds a row, the head
+# width of qk_norm_rotary, and 1 where values have nothing to do with each other.
 _ROWS = {
     ("layer_norm_forward", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 2), Tile(1, 1024, 8)),
     ("layer_norm_forward", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 4)),
@@ -95,6 +96,14 @@ _ROWS = {
     ("layer_norm_backward", EVERY.replace("sm_100 ", ""), 8192): (Tile(1, 8192, 16),),
     ("layer_norm_backward", "sm_100", 8192): (Tile(1, 8192, 8),),  # 16 warps spill there
     ("cross_entropy", EVERY, 65536): (Tile(1, 4096, 8), Tile(1, 8192, 8), Tile(1, 8192, 16)),
+    ("cross_entropy_softcap", EVERY, 65536): (Tile(1, 4096, 8), Tile(1, 4096, 16)),
+    # Tokens and head width: 8 values of each half of a head in each thread.
+    ("qk_norm_rotary_forward", EVERY, 64): (Tile(32, 64, 4), Tile(64, 64, 8)),
+    ("qk_norm_rotary_forward", EVERY, 128): (Tile(16, 128, 4), Tile(32, 128, 8)),
+    ("qk_norm_rotary_backward", EVERY, 64): (Tile(32, 64, 4), Tile(64, 64, 8)),
+    ("qk_norm_rotary_backward", EVERY, 128): (Tile(16, 128, 4), Tile(32, 128, 8)),
+    ("relu_squared_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
+    ("relu_squared_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
 }
 
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {

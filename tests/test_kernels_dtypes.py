@@ -82,15 +82,55 @@ def test_linear_cross_entropy(h, weight, autocast, reduction):
         assert dtypes_of(loss, inputs, autocast) == [FP32, h, weight]
 
 
+@pytest.mark.parametrize("h", DTYPES, ids=name)
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=name)
+def test_softcap(h, autocast):
+    targets = torch.tensor([3, -100, 64])
+    inputs = [torch.randn(3, 64).to(h), torch.randn(128, 64)]
+    for ops in (OPS, reference):
+
+        def loss(h, weight, f=ops.linear_cross_entropy):
+            return f(h, weight, targets, 65, "mean", 15.0)
+
+        assert dtypes_of(loss, inputs, autocast) == [FP32, h, FP32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("angles", [BF16, FP32], ids=name)
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=name)
+def test_qk_norm_rotary(dtype, angles, autocast):
+    cos, sin = torch.ones(5, 32).to(angles), torch.zeros(5, 32).to(angles)
+    for ops in (OPS, reference):
+
+        def turned(qkv, f=ops.qk_norm_rotary):
+            return f(qkv, 1, cos, sin)
+
+        inputs = [torch.randn(1, 5, 192).to(dtype)]
+        assert dtypes_of(turned, inputs, autocast) == [autocast or dtype, dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("autocast", AUTOCAST, ids=name)
+def test_relu_squared(dtype, autocast):
+    """Not the autocast dtype: what comes out of a matrix product has it already."""
+    for ops in (OPS, reference):
+        inputs = [torch.randn(3, 64).to(dtype)]
+        assert dtypes_of(ops.relu_squared, inputs, autocast) == [dtype, dtype]
+
+
 @pytest.mark.parametrize("autocast", AUTOCAST, ids=name)
 def test_fp64_is_never_downcast(autocast):
     """Not under autocast either, as PyTorch's own leaves it; Triton has no fp64, and says so."""
     qkv, h, weight = torch.randn(1, 5, 192), torch.randn(3, 64), torch.randn(128, 64)
     targets = torch.tensor([3, -100, 64])
+    cos, sin = torch.ones(5, 32), torch.zeros(5, 32)
     for operator, inputs in (
         (lambda f, z: f.attention(z, 1), [qkv]),
         (lambda f, *z: f.layer_norm(*z), [h, weight[0], weight[1], h]),
         (lambda f, *z: f.linear_cross_entropy(*z, targets, 65), [h, weight]),
+        (lambda f, *z: f.linear_cross_entropy(*z, targets, 65, softcap=2.0), [h, weight]),
+        (lambda f, z: f.qk_norm_rotary(z, 1, cos, sin), [qkv]),
+        (lambda f, z: f.relu_squared(z), [h]),
     ):
         wide = [x.double() for x in inputs]
         got = run(lambda *z, o=operator: o(reference, *z), wide, autocast)

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import attention, reference, tiles
-from model.gpt2 import GPT, GPTConfig
+from model.gpt2 import GPTConfig
+from model.network import new_network
 
 CPU = torch.device("cpu")
 OPS = kernels.operators("triton", CPU)
@@ -39,7 +40,17 @@ def layer_norm_inputs(branch: bool):
 
 def loss_inputs(gradient: bool):
     h, weight = torch.randn(9, 64, requires_grad=True), torch.randn(128, 64, requires_grad=True)
-    return h, weight, torch.randint(0, 65, (9,)), 65, torch.float32, gradient
+    return h, weight, torch.randint(0, 65, (9,)), 65, torch.float32, gradient, 0.0
+
+
+def rotary(T: int, D: int = 64):
+    """cos and sin, each (T, D/2)."""
+    angle = torch.arange(T)[:, None] * torch.linspace(1, 0, D // 2)
+    return angle.cos(), angle.sin()
+
+
+def qk_norm_rotary_inputs():
+    return torch.randn(2, 33, 3 * 64, requires_grad=True), 1, *rotary(33), 1.36, 1e-6
 
 
 CASES = {
@@ -47,6 +58,9 @@ CASES = {
     "layer_norm": ("layer_norm_forward", layer_norm_inputs(False)),
     "layer_norm of a sum": ("layer_norm_forward", layer_norm_inputs(True)),
     "loss": ("linear_cross_entropy", loss_inputs(True)),
+    "loss with softcap": ("linear_cross_entropy", (*loss_inputs(True)[:-1], 15.0)),
+    "qk_norm_rotary": ("qk_norm_rotary_forward", qk_norm_rotary_inputs()),
+    "relu_squared": ("relu_squared_forward", (torch.randn(3, 50, requires_grad=True),)),
 }
 
 
@@ -65,6 +79,9 @@ def test_opcheck_of_the_backward_operators():
     for ds, narrow in ((None, torch.float32), (dy, torch.bfloat16)):
         inputs = (dy, ds, x, weight, stat, stat, torch.float32, narrow)
         torch.library.opcheck(torch.ops.gpt2.layer_norm_backward.default, inputs)
+    inputs = (qkv, qkv, *rotary(33), torch.ones(2, 33), 1, 1.36)
+    torch.library.opcheck(torch.ops.gpt2.qk_norm_rotary_backward.default, inputs)
+    torch.library.opcheck(torch.ops.gpt2.relu_squared_backward.default, (dy, x))
 
 
 class Block(torch.nn.Module):
@@ -110,12 +127,17 @@ def test_a_training_step_equals_the_references():
         assert (grad - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
 
 
-def test_the_whole_gpt_compiles_into_one_graph():
+@pytest.mark.parametrize("arch", ["gpt2", "speedrun"])
+def test_the_whole_model_compiles_into_one_graph(arch):
     """No graph breaks, and the eager reference's loss and gradients, with the same limits."""
 
     def once(ops, backend=None):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, n_ctx=40, n_vocab=65), ops)
+        shape = dict(n_layer=2, n_head=2, n_embd=128, n_ctx=40, n_vocab=65)
+        model = new_network(GPTConfig(arch=arch, **shape), ops)
+        for parameter in model.parameters():
+            if not parameter.any():  # the speedrun's zeros would let no gradient through
+                torch.nn.init.normal_(parameter, 0.0, 0.1)
         tokens, targets = torch.randint(0, 65, (2, 2, 33))
         function = torch.compile(model, backend=backend, fullgraph=True) if backend else model
         loss = function(tokens, targets)
@@ -148,6 +170,9 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones():
         targets = torch.empty(80, dtype=torch.long)
         loss = OPS.linear_cross_entropy(x.view(80, 128), torch.empty(256, 128), targets, 200)
         assert loss.shape == () and loss.dtype == torch.float32
+        turned = OPS.qk_norm_rotary(qkv, 2, torch.empty(40, 32), torch.empty(40, 32))
+        assert turned.shape == qkv.shape and turned.dtype == torch.bfloat16
+        assert OPS.relu_squared(x).shape == x.shape
 
 
 class Launches:
@@ -178,6 +203,12 @@ def test_an_empty_batch():
         qkv = torch.empty(0, 8, 192, requires_grad=True)
         ops.attention(qkv, 1).sum().backward()
         assert qkv.grad.shape == qkv.shape
+        qkv.grad = None
+        ops.qk_norm_rotary(qkv, 1, *rotary(8)).sum().backward()
+        assert qkv.grad.shape == qkv.shape
+        z = torch.empty(0, 64, requires_grad=True)
+        ops.relu_squared(z).sum().backward()
+        assert z.grad.shape == z.shape
         x, weight = torch.empty(0, 64, requires_grad=True), torch.ones(64, requires_grad=True)
         total, y = ops.layer_norm(x, weight, weight, x)
         y.sum().backward()
@@ -229,6 +260,12 @@ def test_what_the_kernels_cannot_do_is_said():
         OPS.attention(torch.randn(1, 8, 192, dtype=torch.float64), 1)
     with pytest.raises(ValueError, match="at most 8192, not 8193"):
         OPS.layer_norm(torch.randn(1, 8193), torch.randn(8193), torch.randn(8193))
+    with pytest.raises(ValueError, match="head width 64 or 128, not 32"):
+        OPS.qk_norm_rotary(torch.randn(1, 8, 96), 1, *rotary(8, 32))
+    with pytest.raises(ValueError, match=r"shape \(8, 32\) or \(2, 8, 32\), not \(9, 32\)"):
+        OPS.qk_norm_rotary(torch.randn(2, 8, 192), 1, *rotary(9))
+    with pytest.raises(ValueError, match="gain of 0"):
+        OPS.qk_norm_rotary(torch.randn(2, 8, 192), 1, *rotary(8), 0.0)
 
 
 def test_choices_on_a_cpu(monkeypatch):

@@ -1,0 +1,89 @@
+"""The kernels as training launches them: types and constants, for kernels/audit.py to compile.
+
+    for case in cases(["sm_90"]):           # each row of kernels/tiles.py
+        kernel, types, constants = launch(case)
+"""
+
+from typing import Any, NamedTuple
+
+from kernels import tiles
+from kernels.roofline import GPT2
+
+VOCAB = 50257  # of GPT-2, padded to GPT2.V
+SOFTCAP = 15.0  # the speedrun's
+
+
+class Case(NamedTuple):
+    """One kernel, compiled for one architecture with one tile."""
+
+    kernel: str
+    arch: str
+    size: int  # head width, or the power of two that holds a row; 1: value by value
+    tile: tiles.Tile
+    default: bool
+
+    @property
+    def id(self) -> str:
+        return f"{self.kernel} {self.arch} {self.size} {tile_name(self.tile)}"
+
+
+def tile_name(tile: tiles.Tile) -> str:
+    return f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}" + (" tma" if tile.tma else "")
+
+
+def cases(archs: list[str]) -> list[Case]:
+    return [
+        Case(kernel, arch, size, tile, place == 0)
+        for (kernel, arch, size), row in tiles.TABLE.items()
+        if arch in archs
+        for place, tile in enumerate(row)
+    ]
+
+
+def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The kernel, its arguments' types and its constants, as training launches it."""
+    from kernels import attention, cross_entropy, layernorm, qk_norm_rotary, relu_squared
+
+    kernel, _, size, tile, _ = case
+    bf16, fp32, i32, i64 = "*bf16", "*fp32", "i32", "i64"
+    if kernel.startswith("attention"):
+        kind = "fp32" if kernel.endswith("_fp32") else "bf16"
+
+        def tiled(rows: int) -> str:
+            return f"tensordesc<{kind}[1, {rows}, {size}]>" if tile.tma else f"*{kind}"
+
+        x = f"*{kind}"
+        q, k = tiled(tile.m), tiled(tile.n)
+        types = dict(queries=q, keys=k, out=x, dout=x, lse=fp32, delta=fp32, dqkv=x, T=i32, H=i32)
+        if "dkdv" in kernel:
+            types["dout"] = q
+        fn = getattr(attention, kernel.removesuffix("_fp32"))
+        tmem = tiles.tensor_memory_rows(case.arch, tile)
+        constants = dict(D=size, BLOCK_M=tile.m, BLOCK_N=tile.n, TMEM=tmem)
+    elif kernel.startswith("cross_entropy"):
+        fn = cross_entropy.cross_entropy
+        types = dict(logits=bf16, targets=f"*{i64}", losses=fp32)
+        cap = SOFTCAP if kernel.endswith("_softcap") else 0.0
+        constants = dict(V=VOCAB, Vp=GPT2.V, SOFTCAP=cap, BLOCK=tile.n, GRADIENT=True)
+    elif kernel.startswith("qk_norm_rotary"):
+        fn = getattr(qk_norm_rotary, kernel)
+        types = dict.fromkeys(("qkv", "out", "dout", "dqkv"), bf16)
+        types |= dict.fromkeys(("cos", "sin", "rstd"), fp32)
+        types |= dict(N=i32, P=i32, H=i32, gain="fp32", eps="fp32")
+        constants = dict(D=size, BLOCK=tile.m)
+    elif kernel.startswith("relu_squared"):
+        fn = getattr(relu_squared, kernel)
+        types = dict.fromkeys(("x", "y", "dx", "dy"), bf16) | dict(count=i32)
+        constants = dict(BLOCK=tile.n)
+    else:
+        fn = getattr(layernorm, kernel)
+        wide = ("x", "total", "weight", "bias", "mean", "rstd", "dtotal", "dx", "dweight", "dbias")
+        types = dict.fromkeys(wide, fp32) | dict.fromkeys(("branch", "y", "dy", "dbranch"), bf16)
+        types |= dict(C=i32, N=i32, eps="fp32")
+        constants = dict(BLOCK=size, BRANCH=True, DTOTAL=True, DBRANCH=True)
+    names = fn.arg_names
+    return (
+        fn,
+        {name: types[name] for name in names if name in types},
+        {name: constants[name] for name in names if name in constants},
+    )
