@@ -8,7 +8,7 @@ shakespeare-char: nanoGPT's config/train_shakespeare_char.py, and its README for
 from collections.abc import Callable
 from typing import TypeVar
 
-from data.loader import DataConfig
+from data.dataset import DataConfig
 from eval.evaluator import EvalConfig
 from model.gpt2 import GPTConfig
 from model.optim import OptimConfig

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from tyro.conf import OmitArgPrefixes
 
-from data.loader import Data, DataConfig, Loader, fetch, fingerprint, fit_micro_batch, open_data
+from data.dataset import Data, DataConfig, open_data, open_on_all_ranks
+from data.loader import Loader, fit_micro_batch
 from data.tokenizer import VOCAB
 from eval.evaluator import EvalConfig, Evaluator
 from eval.report import plot_losses
@@ -209,13 +210,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, fp16, fp32: what is fast
     world.require_same("--dtype", dtype)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
-    world.broadcast_from_rank0(fetch, config.data)  # a text that --data.text names by a word
-    with world.fail_together():  # a BadInput or OSError of one rank is raised on all
-        data = open_data(config.data, T)  # shards aren't memory-mapped; a text is tokenised anew
+    # Opened, not read; a text is tokenised anew. A rank that sees other tokens is named.
+    data = open_on_all_ranks(config.data, T, world)
     config, characters = config.with_vocabulary(data), data.tokenizer.characters  # "": GPT-2's
-    contents = {"training data": fingerprint(data.train, characters),
-                "validation data": fingerprint(data.val)}
-    world.require_same("the data", " and ".join(contents.values()))  # tokens, not names of files
     # on rank 0 it downloads HellaSwag, where it will be asked for; so all ranks are needed
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world, signals.stop_requested)
     loader = at_exit.enter_context(closing(Loader(
@@ -225,8 +222,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
 
     # the run's folder, which no other process may use, and the checkpoint to go on from
     description = folder.describe(  # of config.json
-        asdict(config), world, contents, characters, dtype=dtype, val_set=evaluator.val_set,
-        compile=config.compute.compiled(world.device), micro_batch=micro_batch,
+        asdict(config), world, data.fingerprints(), characters, dtype=dtype,
+        val_set=evaluator.val_set, micro_batch=micro_batch,
+        compile=config.compute.compiled(world.device),
         accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
         decay_start=decay_start(config.steps, config.optim),
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),

@@ -10,7 +10,8 @@ import torch
 import tyro
 
 from data.chat import question_text
-from data.loader import Data, describe_validation, validation_sequences
+from data.dataset import Data
+from data.loader import describe_validation, validation_sequences
 from data.tokenizer import GPT2, Tokenizer
 from eval import hellaswag
 from eval.likelihood import Stopped

@@ -9,7 +9,7 @@ import torch
 
 from data import shakespeare
 from data.chars import char_tokens, tokenizer_of
-from data.loader import DataConfig, open_data
+from data.dataset import DataConfig, open_data
 from data.tokenizer import GPT2
 from eval import sample
 from eval.choice import open_model

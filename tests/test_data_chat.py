@@ -19,7 +19,8 @@ from data.chat import (
     question_tokens,
     read_conversations,
 )
-from data.loader import DataConfig, Loader, open_data
+from data.dataset import DataConfig, open_data
+from data.loader import Loader
 from data.tokenizer import EOT, decode, encode
 from eval import sample
 from eval.dialogue import Dialogue

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import corpus
-from data.loader import DataConfig, fingerprint, open_data
+from data.dataset import DataConfig, fingerprint, open_data
 from data.shards import open_folder, write_folder
 from data.tokenizer import EOT_TEXT, encode_documents
 from launch.errors import BadInput

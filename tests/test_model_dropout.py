@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from data.loader import open_data
+from data.dataset import open_data
 from eval.loss import validation_loss
 from kernels import reference, selfcheck
 from launch.tracker import read_rows

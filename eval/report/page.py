@@ -8,6 +8,7 @@ import numpy as np
 
 from eval.report.better import Ranking, rank
 from eval.report.charts import RUN_COLOURS, Entry
+from eval.report.floor import counted_floor
 from eval.report.pictures import Picture, make_pictures, write_picture
 from eval.report.record import Record, Series, read_records
 from eval.report.verdict import judge, quiet_lines
@@ -209,7 +210,7 @@ def _facts(record: Record) -> dict[str, str]:
     memory = record.series("memory_mib").values
     if len(memory):
         facts["memory, largest"] = f"{memory.max():,.0f} MiB"
-    return facts | _description(record)
+    return facts | counted_floor(record) | _description(record)
 
 
 def _description(record: Record) -> dict[str, str]:
