@@ -11,13 +11,10 @@ Same as lesson 8: a model sees numbers. Different: what they stand for is learne
     200,000 bytes of shakespeare             60,826 tokens, which are data/tokenizer.py's
 """
 
-# %%
-import sys
-
-sys.path.insert(0, "..")
-sys.path.insert(0, ".")
+# %% The start
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
 from functools import lru_cache
@@ -26,28 +23,34 @@ from pathlib import Path
 
 import regex
 
+sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
+sys.path.insert(0, ".")  # for a program, which runs in the repository's root
 from data import tokenizer
 from lessons import course
 
 Pair = tuple[int, int]
+
 
 def exact(what: str, value: int, right: int, embedded: int | None = None) -> None:
     """A figure without a band; embedded: where it is another one on the embedded text."""
     other = right if embedded is None else embedded
     course.figure(what, value, right, right, embedded=(other, other))
 
+
 def unlike(ids: Iterable, others: Iterable) -> int:
     """At how many places two lists differ."""
     return sum(a != b for a, b in zip_longest(ids, others))
 
-# %%
-# ## Step 1: train
+
+# %% Step 1: train
 # Text is bytes, and a byte is a number below 256. The pair of neighbours that stands there most
 # often gets a new number, then the next pair, until the vocabulary is as large as it may be.
 #
 # Counting looks at every place, so `aaa` holds `aa` twice; writing goes from left to right, so
 # `aaa` becomes `Xa`. Of pairs that are as frequent the one **met first** wins. That is our rule:
 # nothing in the method says so. No pair crosses the border between two chunks (step 2).
+
+
 def merge(ids: Iterable[int], pair: Pair, new: int) -> list[int]:
     """The ids with `new` wherever the pair stands."""
     left, right = pair
@@ -58,6 +61,7 @@ def merge(ids: Iterable[int], pair: Pair, new: int) -> list[int]:
         else:
             merged.append(token)
     return merged
+
 
 def learn(chunks: Iterable[Iterable[int]], count: int, first: int = 256):
     """`count` merges {pair: new id} in their order, and what they make of the text."""
@@ -73,11 +77,13 @@ def learn(chunks: Iterable[Iterable[int]], count: int, first: int = 256):
         ids = merge(ids, best, new)
     return merges, [token for token in ids if token is not None]
 
-# %%
-# ## Encode and decode
+
+# %% Encode and decode
 # Encoding replays the merges in the order in which they were learned, not from left to right: of
 # all pairs in the text the oldest goes first. Decoding puts bytes side by side, and what of them
 # isn't UTF-8 becomes U+FFFD. `byte_ids`, `pattern` and `specials` belong to steps 3, 2 and 4.
+
+
 class Tokenizer:
     """Text to ids and back. pattern: what cuts text into chunks ("": nothing does)."""
 
@@ -130,7 +136,8 @@ class Tokenizer:
         merges, *others = json.loads(path.read_text())
         return cls({(left, right): new for left, right, new in merges}, *others)
 
-# %%
+
+# %% Two first tries
 # Wikipedia's example. `aa` goes first; then `Xa` and `ab` stand there twice each, and whichever
 # goes, the third merge makes the same five tokens: the ids don't show the tie rule, merges do.
 merges, _ = learn([b"aaabdaaabac"], 3)
@@ -146,8 +153,7 @@ exact("shakespeare, 256 merges: tokens", len(left), 47_586, 40_317)
 exact("encode() makes others of it", unlike(basic.encode(start), left), 0)
 print("first merges:", [basic.decode([token]) for token in range(256, 264)])
 
-# %%
-# ## Step 2: cut the text first
+# %% Step 2: cut the text first
 # Merges like `e ` and `, ` glue a word to whatever follows it, so that `dog.` and `dog!` share
 # nothing. GPT-4's pattern keeps letters, digits (by three) and punctuation apart and leaves the
 # space with the word behind it. It costs next to no tokens, or saves some. Names are chunks too.
@@ -164,14 +170,14 @@ _, left = learn([name.encode() for name in names], 256)
 exact("names, a chunk each: bytes", len("".join(names)), 196_113, 83_923)
 exact("names, 256 merges: tokens", len(left), 101_713, 44_114)
 
-# %%
-# ## Step 3: GPT-2's merges, out of its ranks
+# %% Step 3: GPT-2's merges, out of its ranks
 # tiktoken publishes each token's bytes and rank, and no merges. They are in there: the token of
 # rank r was made of two older ones, so byte pair encoding of its bytes with ranks **below r** has
 # to end at two parts, its merge. Bytes have ranks too, in an order of their own: "A" is 32.
 byte_of = {glyph: byte for byte, glyph in enumerate(tokenizer.byte_glyphs())}
 ranks = {bytes(byte_of[glyph] for glyph in token): rank
          for token, rank in tokenizer.vocabulary()[0].items()}
+
 
 def parts_below(token: bytes) -> list[bytes]:
     """What is left of the token's bytes after all merges into tokens of lower ranks."""
@@ -183,6 +189,7 @@ def parts_below(token: bytes) -> list[bytes]:
         i = joined.index(min(joined))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
+
 parts = [parts_below(token) for token in ranks if len(token) > 1]  # by rank
 pairs = [tuple(pair) for pair in parts if len(pair) == 2]
 theirs = [tuple(bytes(byte_of[glyph] for glyph in part) for part in pair)
@@ -193,8 +200,7 @@ exact("ambiguous ones", len(parts) - len(pairs), 0)
 exact("other than OpenAI's own list", unlike(pairs, theirs), 0)
 exact("bytes whose rank is another number", unlike(byte_ids, range(256)), 256)
 
-# %%
-# ## Step 4: special tokens
+# %% Step 4: special tokens
 # `<|endoftext|>` comes from no merge: its id is put in, where that is allowed. A stranger's text
 # may spell it too, so the default refuses; data/tokenizer.py never emits it at all.
 gpt2 = Tokenizer({(ranks[left], ranks[right]): 256 + i for i, (left, right) in enumerate(pairs)},
@@ -204,8 +210,7 @@ print("all: ", gpt2.encode(text, "all"), "\nnone:", gpt2.encode(text, "none"))
 theirs = tokenizer.encoding().encode(text, allowed_special="all")
 exact("ids that are not tiktoken's", unlike(gpt2.encode(text, "all"), theirs), 0)
 
-# %%
-# ## Step 5: characters for bytes
+# %% Step 5: characters for bytes
 # sentencepiece merges characters: each that the text holds has an id, and ids below 256 remain
 # bytes, for those never seen. A Korean syllable seen costs one id, not three; but of the same 512
 # ids characters take theirs, and fewer are left for merges.
@@ -214,8 +219,7 @@ points = [symbols[character] for character in start]
 _, left = learn([points], 256 - len(symbols), 256 + len(symbols))
 exact("512 ids by characters: tokens", len(left), 51_272, 43_814)
 
-# %%
-# ## The door: data/tokenizer.py
+# %% The door: data/tokenizer.py
 # What our GPT-2 reads comes from tiktoken, with OpenAI's merges. The tokenizer above was built
 # from ranks alone, and gives the same ids: for every token's own bytes, and for a text.
 moved = [token for token, rank in ranks.items() if gpt2.encode_chunk(token) != [rank]]

@@ -10,6 +10,7 @@ import pytest
 import regex
 
 from data import tokenizer
+from lessons import grade
 from lessons.checks import c09
 from lessons.course import Wrong
 from lessons.exercises import e09 as exercises
@@ -260,7 +261,7 @@ WRONG = [
     ("recover", lambda ranks: [], "merged into itself"),
     ("encode_special", lambda text, encode, specials, allowed: encode(text), "stand for their ids"),
     ("encode_special", special_pattern(longest_first, group="{}"), "was dropped"),
-    ("encode_special", special_pattern(longest_first, escape=str), "gave"),
+    ("encode_special", special_pattern(longest_first, escape=str), "regex.escape"),
     ("encode_special", special_pattern(len), "shorter special token"),
     ("encode_special", lambda text, encode, specials, allowed: solutions.encode_special(
         text, encode, specials, set(specials)), "anyone could write it"),
@@ -275,3 +276,11 @@ def test_a_mistake_is_named(name, answer, said):
     with pytest.raises(Wrong, match=re.escape(said)) as wrong:
         c09.CHECKS[name](answer)
     assert "\n" not in str(wrong.value)
+
+
+def test_the_time_limit_is_a_ratio_to_our_own_solution(tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "FLOOR", 0.5)
+    monkeypatch.setattr(c09, "CHECKS", {"decode": c09.decode})
+    (tmp_path / "e09.py").write_text("def decode(ids, merges):\n    while True:\n        pass\n")
+    verdicts = grade.grade("09", tmp_path)
+    assert re.match(f"wrong: no answer after .* s .{grade.TIMES} times", verdicts["decode"])
