@@ -1,4 +1,4 @@
-"""Lesson 9: the five steps of a tokenizer. `python -m lessons.grade 09` says what is right.
+"""Lesson 9: the five steps of a tokenizer.
 
 A byte is its own id here; the first merge makes id 256, the next 257. merges: the pairs of ids in
 the order in which they were learned.
