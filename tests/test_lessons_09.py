@@ -1,4 +1,4 @@
-"""Lesson 9: the program inside its figures, its tokenizers, the solutions, every planted mistake."""
+"""Lesson 9: its figures, its tokenizers, the solutions right, every planted mistake named."""
 
 import importlib
 import re
