@@ -47,7 +47,7 @@ def unlike(ids: Iterable, others: Iterable) -> int:
 # often gets a new number, then the next pair, until the vocabulary is as large as it may be.
 #
 # Counting looks at every place, so `aaa` holds `aa` twice; writing goes from left to right, so
-# `aaa` becomes `Xa`. Of pairs that are as frequent the one **met first** wins. That is our rule:
+# `aaa` becomes `Xa`. Of pairs that are as frequent the one met FIRST wins. That is our rule:
 # nothing in the method says so. No pair crosses the border between two chunks (step 2).
 
 
@@ -172,7 +172,7 @@ exact("names, 256 merges: tokens", len(left), 101_713, 44_114)
 
 # %% Step 3: GPT-2's merges, out of its ranks
 # tiktoken publishes each token's bytes and rank, and no merges. They are in there: the token of
-# rank r was made of two older ones, so byte pair encoding of its bytes with ranks **below r** has
+# rank r was made of two older ones, so byte pair encoding of its bytes with ranks below r has
 # to end at two parts, its merge. Bytes have ranks too, in an order of their own: "A" is 32.
 byte_of = {glyph: byte for byte, glyph in enumerate(tokenizer.byte_glyphs())}
 ranks = {bytes(byte_of[glyph] for glyph in token): rank
