@@ -50,8 +50,9 @@ def start(config, ranks: int, restarts: int = 0, **more: str) -> subprocess.Pope
 
 
 def run(config, ranks: int, restarts: int = 0, **more: str) -> tuple[int, str]:
-    """The exit code and everything that was printed."""
-    return wait_for_ranks(start(config, ranks, restarts, **more), timeout=150)
+    """The exit code and everything that was printed. A hang is what takes longer than 4 seconds a
+    step (0.1 on two idle cores) and two minutes to start in."""
+    return wait_for_ranks(start(config, ranks, restarts, **more), timeout=120 + 4 * config.steps)
 
 
 def same_weights(one: Path, two: Path, step: int) -> bool:
