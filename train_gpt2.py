@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from tyro.conf import OmitArgPrefixes
 
-from data.loader import DataConfig, Loader, fingerprint, fit_micro_batch, open_data
+from data.dataset import Data, DataConfig, open_data, open_on_all_ranks
+from data.loader import Loader, fit_micro_batch
 from data.tokenizer import VOCAB
 from eval.evaluator import EvalConfig, Evaluator
 from eval.report import plot_losses
@@ -32,10 +33,12 @@ from launch.watchdog import Watchdog, WatchdogConfig
 from launch.world import World, choose_dtype, init_distributed
 from model import checkpoint
 from model.gpt2 import GPTConfig
+from model.longer import set_aside_decayed
 from model.network import flops_per_token, parameter_count
-from model.optim import OptimConfig, get_lr
+from model.optim import OptimConfig, decay_start, get_lr
 from model.saving import Saver, SavingConfig
-from model.training import ComputeConfig, build_train_state
+from model.training import ComputeConfig, TrainState, build_train_state
+from presets import presets
 
 
 @dataclass(frozen=True)
@@ -75,30 +78,18 @@ class TrainConfig:
         cli.within("batch_tokens", self.batch_tokens, 1, 10**9)
         cli.within("micro_batch", self.micro_batch, 1)
         cli.within("seed", self.seed, 0, 2**32 - 1)
-        if self.model.n_vocab != VOCAB:
+        if self.model.n_vocab != VOCAB and self.data.vocab == "gpt2":
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
+        if self.data.chat and not self.init:
+            raise BadInput("--data.chat fine-tunes a trained model: --init hf:gpt2, or a run")
         folder.check_name(self.name)
 
+    def with_vocabulary(self, data: Data) -> "TrainConfig":
+        """The same with as many tokens as the data has: of a text by character, its characters."""
+        return replace(self, model=replace(self.model, n_vocab=data.tokenizer.n_vocab))
 
-# Hyper-parameters of llm.c's scripts/run_gpt2_{350M,774M,1558M}.sh and run_gpt3_125M.sh; shapes of
-# GPT-2 (table 2) and GPT-3 (arXiv 2005.14165, table 2.1). micro_batch is what 80 GB hold.
-PRESETS = {
-    "demo": TrainConfig(  # the best of what was tried for four minutes on two CPU cores
-        name="demo", steps=900, batch_tokens=1024, micro_batch=8,
-        model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
-        optim=OptimConfig(lr=6e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
-        data=DataConfig(dir=""), saving=SavingConfig(save_every=450),
-        evaluation=EvalConfig(eval_every=225, prompt="In the beginning", hellaswag="off")),
-    "gpt2-124m": TrainConfig(),
-    "gpt2-350m": TrainConfig(name="gpt2-350m", steps=60_000, micro_batch=32,
-        model=GPTConfig(n_layer=24, n_head=16, n_embd=1024), optim=OptimConfig(lr=3e-4)),
-    "gpt2-774m": TrainConfig(name="gpt2-774m", steps=286_102, micro_batch=16,
-        model=GPTConfig(n_layer=36, n_head=20, n_embd=1280), optim=OptimConfig(lr=2.5e-4)),
-    "gpt2-1558m": TrainConfig(name="gpt2-1558m", steps=32_000, batch_tokens=2**20, micro_batch=8,
-        model=GPTConfig(n_layer=48, n_head=25, n_embd=1600), optim=OptimConfig(final_lr=0.1)),
-    "gpt3-125m": TrainConfig(name="gpt3-125m", steps=572_204, micro_batch=32,
-        model=GPTConfig(n_ctx=2048), optim=OptimConfig(final_lr=0.1)),
-}
+
+PRESETS = presets(TrainConfig)  # name -> TrainConfig: presets.py
 
 
 @dataclass
@@ -110,7 +101,7 @@ class Run:
     path: Path  # the run's folder
     loader: Loader
     evaluator: Evaluator
-    state: checkpoint.TrainState  # ParallelModel, AdamW, fp16's LossScaler: model/parallel, optim
+    state: TrainState  # ParallelModel, AdamW, fp16's LossScaler: model/parallel, optim
     saver: Saver
     tracker: Tracker
     signals: DistributedSignalHandler
@@ -127,17 +118,19 @@ class Run:
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
     config.check()
+    if config.data.vocab == "char" and config.planning.plan:
+        config = config.with_vocabulary(open_data(config.data))
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
-    if config.planning.preflight:  # all ranks and their links; resolve(): the default folder
-        return preflight.of_run(asdict(replace(config, data=config.data.resolve())), parameters)
+    if config.planning.preflight:  # of all ranks and their links; on_disk() only fills in
+        return preflight.of_run(asdict(replace(config, data=config.data.on_disk())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
         world, step, save_due = run.world, run.first_step, False
         model, optimizer, scaler = run.state  # under fsdp all ranks must call model together
         while True:
-            run.saver.report_finished(step)  # all ranks; a save that failed is only a warning
+            run.saver.report_finished(step)  # all ranks; prints "saved" or a warning, no more
             last_step = step == config.steps
             stopping = run.signals.stop_requested()  # on any rank; a heartbeat for the watchdog too
 
@@ -148,7 +141,7 @@ def train(config: TrainConfig) -> int:
             last_step = last_step or run.evaluator.stops_early(step, run.tracker)  # --early_stop
 
             # once in a while, but not while steps are bad, and before leaving: save a checkpoint
-            save_due |= step % config.saving.save_every == 0 or run.saver.is_best(step)
+            save_due |= step % config.saving.save_every == 0 or run.saver.must_keep(step)
             if save_due and run.spikes.in_a_row == 0 or last_step or stopping:
                 run.save(step, wait=last_step or stopping or step == 0)
                 save_due = False
@@ -159,16 +152,19 @@ def train(config: TrainConfig) -> int:
             # ---- one training step ----
             started = time.perf_counter()
             micro_batches = get_batch(run, step)  # (micro-steps, B, T + 1) tokens
+            targets_a_rank = run.loader.count_targets(step) / world.size  # on the average
             lr = get_lr(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]  # 1 but for AdamW's groups beside Muon
 
             # forward and backward: the gradients of all micro-steps are added up
+            world.seed_step(config.seed, step)  # what dropout draws
             loss = torch.zeros((), device=world.device)
             for i, tokens in enumerate(micro_batches):  # (B, T + 1)
                 last_micro_step = i == len(micro_batches) - 1
+                inputs, targets = run.loader.inputs_and_targets(tokens)  # (B, T) each
                 with model.gradient_sync(last_micro_step):  # ranks average in the last one only
-                    micro_loss = model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
+                    micro_loss = model(inputs, targets, "sum") / targets_a_rank
                     (micro_loss * scaler.scale).backward()
                 loss = loss + micro_loss.detach()
                 interrupted = not last_micro_step and run.signals.stop_requested_in_step()
@@ -179,7 +175,7 @@ def train(config: TrainConfig) -> int:
                 continue
             mean_loss = world.all_reduce_mean(loss.item())
             model.unscale_gradients(scaler.scale)
-            norm = model.gradient_norm()
+            norm = model.gradient_norm()  # under fsdp ranks add up what each has, else they agree
 
             # the update, unless it would do harm; too many fp16 overflows in a row raise Failed
             if overflow := scaler.update(mean_loss, norm.item()):  # the norm is inf, not the loss
@@ -211,36 +207,38 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     watchdog.heartbeat(setting_up=True)  # starts its thread; a rank that hangs prints its stacks
 
     # data
-    dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, on new CPUs too
+    dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, fp16, fp32: what is fast
     world.require_same("--dtype", dtype)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
-    with world.fail_together():  # a BadInput or OSError of one rank is raised on all
-        data = open_data(config.data)  # shards aren't memory-mapped; a text is tokenised anew
-    contents = fingerprint(data.train)  # of lengths and tokens, not of file names
-    world.require_same("the data", f"{contents} and {fingerprint(data.val)}")
+    # Opened, not read; a text is tokenised anew. A rank that sees other tokens is named.
+    data = open_on_all_ranks(config.data, T, world)
+    config, characters = config.with_vocabulary(data), data.tokenizer.characters  # "": GPT-2's
+    # on rank 0 it downloads HellaSwag, where it will be asked for; so all ranks are needed
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world, signals.stop_requested)
     loader = at_exit.enter_context(closing(Loader(
-        data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,
+        data.train, T=T, batch_tokens=config.batch_tokens, micro_batch=micro_batch,  # or less data
         seed=config.seed, rank=world.rank, ranks=world.size, pin=world.device.type == "cuda",
     )))
 
     # the run's folder, which no other process may use, and the checkpoint to go on from
     description = folder.describe(  # of config.json
-        asdict(config), world, contents, dtype=dtype,
-        compile=config.compute.compiled(world.device), micro_batch=micro_batch,
+        asdict(config), world, data.fingerprints(), characters, dtype=dtype,
+        val_set=evaluator.val_set, micro_batch=micro_batch,
+        compile=config.compute.compiled(world.device),
         accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
-        val_set=evaluator.val_set,
+        decay_start=decay_start(config.steps, config.optim),
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))
     world.broadcast_from_rank0(checkpoint.clean_up, path / "checkpoints")  # mends what a kill left
+    world.broadcast_from_rank0(set_aside_decayed, path, description)  # where more steps are asked
     # The folder's own newest, or before there is one --resume PATH; damaged ones are passed over.
     source = world.broadcast_from_rank0(checkpoint.find_resume_checkpoint, config.resume, path)
-    if source:
+    if source:  # BadInput unless model, optim, batch_tokens, seed, data (and mostly steps) match
         world.broadcast_from_rank0(folder.require_same_run, source, description)
 
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
-                                     config.seed, config.init, source, world)
+                                     config.seed, config.init, source, world, characters)
     spikes = SpikeDetector(config.spikes)
     newest_step = saved.get("step", -1)  # of source, or -1: a new run has saved nothing
     first_step = max(newest_step, 0)
@@ -258,7 +256,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated_rows)))
     saver = at_exit.enter_context(closing(Saver(  # source: for a rollback before the first save
         path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat,
-        config.saving.keep_best)))
+        config.saving.keep_best, description["resolved"]["decay_start"])))
     world.print0(folder.summary(description, T))
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
@@ -278,7 +276,7 @@ def get_batch(run: Run, step: int) -> torch.Tensor:
 def finish(run: Run, step: int, last_step: bool) -> int:
     """Says how the run ended: the plot, STOPPED after a signal, the next command to try."""
     world = run.world
-    if last_step and run.evaluator.problem:  # broken weights: Failed, their checkpoints doubtful
+    if last_step and run.evaluator.problem:  # Failed, after marking the checkpoints DOUBTFUL
         recovery.end(run, step, run.evaluator.problem)
     completed = last_step and step in run.tracker.evaluated_steps
     if not completed:
@@ -296,5 +294,5 @@ def finish(run: Run, step: int, last_step: bool) -> int:
 
 if __name__ == "__main__":
     with one_line_errors(output_may_fail=True):  # what a full or closed stdout refuses is dropped
-        # --steps without --optim.warmup_steps: the warm-up keeps its share of the preset's run.
+        # No PRESET: the defaults above; a run's folder: that run. --steps scales the warm-up.
         exit_process(train(cli.parse(TrainConfig, PRESETS)))

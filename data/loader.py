@@ -22,82 +22,17 @@ rollback changes it: the batches that did harm are skipped, and the steps take t
 """
 
 import functools
-import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import corpus
 from data.alignment import document_sequences
-from data.shard_file import Shard
-from data.shards import open_folder
-from data.stream import Align, Stream
+from data.chat import inputs_and_targets
+from data.dataset import Data
+from data.stream import Stream
+from kernels.constants import IGNORE
 from launch.errors import BadInput
-
-DEFAULT_DIR = "fineweb10B"
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the tokens come from: a folder of shards, a text, or the embedded corpus."""
-
-    dir: str | None = None
-    """Folder of shards (default fineweb10B); an empty string means the embedded corpus."""
-    text: str = ""
-    """A text file to train on instead; every 20th block of it is held out for validation."""
-    split_text: bool = True
-    """In a text, <|endoftext|> ends a document. False: it's text like any other."""
-    align: Align = "stream"
-    """Where training sequences begin: at every T-th token, or at the starts of documents."""
-
-    def resolve(self) -> "DataConfig":
-        """The same with its default filled in. Raises BadInput where two sources are given."""
-        if self.text and self.dir:
-            raise BadInput(f"--data.dir {self.dir} and --data.text {self.text} are both given: "
-                           "leave one of them out (over a config.json that holds both: "
-                           "--data.dir '' or --data.text '')")
-        if self.dir is None:
-            return replace(self, dir="" if self.text else DEFAULT_DIR)
-        return self
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads: the training stream, the validation stream, and what to call them."""
-
-    train: Stream
-    val: Stream
-    name: str
-
-
-def fingerprint(stream: Stream) -> str:
-    """Names a stream's tokens by their number and a hash of each shard's length and first and last
-    1,024 tokens. How sequences are cut belongs to it: a run can't go on with other sequences."""
-    digest = hashlib.sha256()
-    for shard in stream.shards:
-        digest.update(str(len(shard.tokens)).encode())
-        digest.update(shard.tokens[:1024].tobytes() + shard.tokens[-1024:].tobytes())
-    aligned = ", cut at documents" if stream.align == "documents" else ""
-    return f"{len(stream):,} tokens ({digest.hexdigest()[:16]}){aligned}"
-
-
-def open_data(config: DataConfig) -> Data:
-    """Opens what the configuration names. Raises BadInput where it can't be used."""
-    config = config.resolve()
-    if config.dir:
-        train_shards, val_shards, name = open_folder(Path(config.dir))
-        return Data(Stream(train_shards, config.align), Stream(val_shards), name)
-    if config.text:
-        path = Path(config.text)
-        train, val = corpus.text_file(path, config.split_text)
-        name = path.name
-    else:
-        train, val = corpus.embedded()
-        path, name = Path("World English Bible"), "World English Bible"
-    return Data(Stream([Shard(path, train)], config.align), Stream([Shard(path, val)]), name)
 
 
 def fit_micro_batch(batch_tokens: int, ranks: int, T: int, at_most: int) -> int:
@@ -182,7 +117,21 @@ class Loader:
         """The positions in the stream where the sequences with these numbers begin."""
         if self.stream.align == "documents":
             return self.aligned_starts[sequences]
-        return sequences * self.T
+        return self.stream.start_of(sequences, self.T)
+
+    def inputs_and_targets(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T + 1) of a batch -> (B, T) tokens to read, (B, T) to predict: of conversations only
+        what the assistant says, IGNORE elsewhere."""
+        if self.stream.align == "rows":
+            return inputs_and_targets(tokens)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def count_targets(self, step: int) -> int:
+        """Tokens to predict in a step, over all ranks: batch_tokens, or fewer in conversations."""
+        if self.stream.align != "rows":
+            return self.batch_sequences * self.T
+        starts = self.sequence_starts(self.sequences_of_step(step))  # (batch_tokens / T,)
+        return count_targets(self.stream.rows(starts, self.T + 1))
 
     def epoch(self, step: int) -> float:
         """How many epochs lie before this step: 1.5 after the training data once and a half."""
@@ -224,8 +173,8 @@ class Loader:
                       f"{100 * self.sequences * T / len(stream):.1f} % of the training tokens, the "
                       "others are ends of documents")
             return
-        self.sequences = (len(stream) - 1) // T  # the last target is a token too
-        first_sequence = -(-stream.shard_starts // T)  # rounded up
+        self.sequences = stream.count_sequences(T)
+        first_sequence = -(-stream.shard_starts // T)  # rounded up; rows are all in one shard
         self.first_sequence = np.minimum(first_sequence, self.sequences)
         self.first_sequence[-1] = self.sequences
 
@@ -277,18 +226,33 @@ def validation_sequences(stream: Stream, T: int, val_tokens: int) -> int:
 
     They are checked, and stay in memory. Raises BadInput where there isn't even one.
     """
-    sequences = min(val_tokens, len(stream) - 1) // T
+    sequences = min(val_tokens // T, stream.count_sequences(T))
     if sequences < 1:
         raise BadInput(
             f"the validation set is shorter than one sequence: {len(stream):,} tokens there, "
             f"--val_tokens {val_tokens:,}, and {T + 1:,} needed"
         )
-    for shard in stream.shards_of(0, sequences * T + 1):
+    end = int(stream.start_of(np.array(sequences - 1), T)) + T + 1
+    for shard in stream.shards_of(0, end):
         stream.check(shard)
-    stream.keep_beginning(sequences * T + 1)
+    stream.keep_beginning(end)
     return sequences
+
+
+def describe_validation(data: Data, T: int, sequences: int) -> str:
+    """The data set and the number of tokens that a validation loss is the loss of."""
+    if not data.chat:
+        return f"{data.name}, {sequences * T:,} tokens"
+    targets = count_targets(validation_batch(data.val, T, [*range(sequences)]))
+    return f"{data.name}, {targets:,} tokens of the answers in {sequences:,} conversations"
+
+
+def count_targets(rows: torch.Tensor) -> int:
+    """Tokens to predict in rows of T + 1 tokens."""
+    _inputs, targets = inputs_and_targets(rows)
+    return int((targets != IGNORE).sum())
 
 
 def validation_batch(stream: Stream, T: int, sequences: list[int]) -> torch.Tensor:
     """(len(sequences), T + 1) int64 tokens of the validation set's sequences with these numbers."""
-    return stream.rows(np.array(sequences) * T, T + 1)
+    return stream.rows(stream.start_of(np.array(sequences), T), T + 1)

@@ -12,7 +12,7 @@ from data.shard_file import blocks, open_shard
 from data.shards import read_manifest
 from data.tokenizer import EOT, RANKS_SHA256
 from launch.errors import BadInput, Failed
-from launch.files import atomic_write, download, free_bytes, hashed
+from launch.files import atomic_write, download, free_bytes, hashed, human_size
 from launch.progress import track
 
 # The data sets that modded-nanogpt (data/cached_*.py) and llm.c (dev/data/edu_fineweb.sh) fetch.
@@ -42,11 +42,11 @@ def fetch(dataset: str, sample: str, revision: str, out: Path) -> None:
                        "another --out")
     missing = sum(size for name, size, _ in files if not _whole(out / name, size))
     free = free_bytes(out)
-    print(f"{len(files)} shards of {repo}: {missing / 1e9:,.2f} GB of disk needed, "
-          f"{free / 1e9:,.2f} GB free in {out}")
+    print(f"{len(files)} shards of {repo}: {human_size(missing)} of disk needed, "
+          f"{human_size(free)} free in {out}")
     if missing > free:
-        raise BadInput(f"not enough disk: {missing / 1e9:,.2f} GB are needed and "
-                       f"{free / 1e9:,.2f} GB free in {out}")
+        raise BadInput(f"not enough disk: {human_size(missing)} are needed and "
+                       f"{human_size(free)} free in {out}")
     from huggingface_hub import hf_hub_url
 
     entries = []

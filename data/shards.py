@@ -25,10 +25,10 @@ import tyro
 
 from data.shard_file import Shard, blocks, open_shard, shard_bytes
 from data.tokenizer import EOT, RANKS_SHA256, decode
-from launch import cli
+from launch import cli, flags
 from launch.console import print0
 from launch.errors import BadInput, Failed, one_line_errors
-from launch.files import atomic_write, free_bytes, fsync
+from launch.files import atomic_write, free_bytes, fsync, human_size
 from launch.progress import Bar, track
 
 # train.bin, NAME_train.bin, NAME_train_000001.bin; where both words occur, the last one counts.
@@ -62,10 +62,13 @@ def write_folder(
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def open_folder(folder: Path) -> tuple[list[Shard], list[Shard], str]:
+def open_folder(
+    folder: Path, kinds: Sequence[str] = ("train", "val")
+) -> tuple[list[Shard], list[Shard], str]:
     """(train shards, validation shards, the data set's name), in the order of their names.
 
-    Raises BadInput where the folder is missing or incomplete, or holds what can't be told apart.
+    kinds: of which there must be some. Raises BadInput where the folder is missing or incomplete,
+    or holds what can't be told apart.
     """
     where = find_shards(folder)
     manifest = read_manifest(where)
@@ -75,8 +78,8 @@ def open_folder(folder: Path) -> tuple[list[Shard], list[Shard], str]:
     shards: dict[str, list[Shard]] = {"train": [], "val": []}
     for path in shard_paths(where):
         shards[kind_of(path)].append(open_entry(path, entries.get(path.name)))
-    for kind, found in shards.items():
-        if not found:
+    for kind in kinds:
+        if not shards[kind]:
             raise BadInput(f"{where} holds no {'validation' if kind == 'val' else kind} shard: "
                            f"expected NAME_{kind}_000001.bin or .npy, NAME_{kind}.bin or "
                            f"{kind}.bin")
@@ -275,7 +278,7 @@ def convert(folder: Folder, to: Literal["npy", "nanogpt"]) -> None:
     target = folder.resolve().with_name(f"{folder.resolve().name}-{to}")
     needed = sum(2 * len(shard.tokens) for shard in val + train)
     if needed > free_bytes(target):
-        raise BadInput(f"not enough disk: {needed / 1e9:,.2f} GB are needed for {target}")
+        raise BadInput(f"not enough disk: {human_size(needed)} are needed for {target}")
     if to == "npy":
         parts = [(f"{shard.path.stem}.npy", [shard]) for shard in val + train]
     else:
@@ -309,10 +312,7 @@ def convert(folder: Folder, to: Literal["npy", "nanogpt"]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    tyro.extras.subcommand_cli_from_dict(
-        {"verify": verify, "info": info, "convert": convert},
-        args=arguments, prog="python -m data.shards",
-    )
+    flags.parse_subcommand({"verify": verify, "info": info, "convert": convert}, arguments)
 
 
 if __name__ == "__main__":

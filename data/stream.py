@@ -31,13 +31,16 @@ from data.shard_file import Shard, TokenFile
 IN_MEMORY = 1 << 28  # tokens
 
 Align = Literal["stream", "documents"]
+# A third way, of data and not of taste: each row of T + 1 tokens is a sequence (data/chat.py).
+Cut = Literal["stream", "documents", "rows"]
 
 
 class Stream:
     """Reads tokens by their position in the stream. Raises BadInput where a file fails."""
 
-    def __init__(self, shards: list[Shard], align: Align = "stream") -> None:
-        """align: where the training sequences begin, at every T-th token or at documents."""
+    def __init__(self, shards: list[Shard], align: Cut = "stream") -> None:
+        """align: where the training sequences begin, at every T-th token, at documents, or at
+        every T + 1."""
         self.shards, self.align = shards, align
         lengths = [len(shard.tokens) for shard in shards]
         self.shard_starts = np.cumsum([0, *lengths])  # (shards + 1,)
@@ -49,6 +52,16 @@ class Stream:
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
+
+    def count_sequences(self, T: int) -> int:
+        """How many sequences follow each other from the beginning on."""
+        if self.align == "rows":
+            return len(self) // (T + 1)
+        return (len(self) - 1) // T  # the last target is a token too
+
+    def start_of(self, sequences: np.ndarray, T: int) -> np.ndarray:
+        """The positions where the sequences with these numbers begin."""
+        return sequences * (T + 1 if self.align == "rows" else T)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """(count,) uint16: the tokens from position `start` on, across shards if need be."""

@@ -8,10 +8,12 @@
 vocab.bpe.xz holds the 50,000 merges as OpenAI publishes them (MIT, see NOTICE), compressed.
 """
 
+import codecs
 import functools
 import hashlib
 import lzma
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +94,32 @@ def encode_documents(texts: Sequence[str]) -> np.ndarray:
     """uint16 tokens of all documents one after the other, each begun by EOT."""
     encoded = encoding().encode_ordinary_batch(list(texts))
     return np.concatenate([np.array([EOT, *ids], dtype=np.uint16) for ids in encoded])
+
+
+def token_bytes(token: int) -> bytes:
+    """The bytes of one token; they need not be whole characters."""
+    return encoding().decode_single_token_bytes(token)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a model's tokens stand for: GPT-2's, or the characters of a text (data/chars.py)."""
+
+    n_vocab: int
+    eot: int | None  # ends a text; None: nothing does
+    first: int  # what a text begins with that has no token of its own yet
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    token_bytes: Callable[[int], bytes]
+    characters: str = ""  # of which the vocabulary consists, in the order of their ids
+
+
+GPT2 = Tokenizer(VOCAB, EOT, EOT, encode, decode, token_bytes)
+
+
+def stream_text(tokens: Iterable[int], tokenizer: Tokenizer = GPT2) -> Iterator[str]:
+    """Text as its tokens come; bytes wait until their character is whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        yield decoder.decode(tokenizer.token_bytes(token))
+    yield decoder.decode(b"", final=True)

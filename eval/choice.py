@@ -27,7 +27,7 @@ from eval.loss import require_numbers
 from launch.errors import BadInput
 from launch.files import atomic_write
 from launch.world import DTYPES, Dtype, World, autocast, choose_dtype
-from model.checkpoint import load_resolved, resolve
+from model.checkpoint import characters_of, load_resolved, resolve
 from model.generate import store_in
 from model.gpt2 import GPT
 
@@ -185,10 +185,15 @@ def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
     """The model of a checkpoint, ready for evaluation inside this context.
 
     bf16 and fp16 are what training computes with: matrices in that format, the rest in fp32.
+    Raises BadInput for one that reads characters: every question is asked in GPT-2's tokens.
     """
     chosen = choose_dtype(dtype, world.device)
     source = world.broadcast_from_rank0(resolve, checkpoint)
     with world.fail_together():
+        if characters_of(source):
+            raise BadInput(f"{source} reads characters (--data.vocab char), and this evaluation "
+                           "asks in GPT-2's tokens: its run's validation loss and eval.sample "
+                           "judge it")
         model = load_resolved(source)
     model.to(torch.float64 if chosen == "fp64" else torch.float32)
     if chosen in ("bf16", "fp16"):

@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from data.tokenizer import EOT, encode
+from data.tokenizer import GPT2, Tokenizer
 from eval.sample import crop_note
 from launch.errors import BadInput
 from model.generate import SampleConfig
@@ -49,9 +49,12 @@ class CompletionRequest:
     stream: bool
     include_usage: bool  # the last event of a stream says how many tokens it took
     note: str  # what was done that wasn't asked in so many words
+    tokenizer: Tokenizer = GPT2  # what the model's tokens stand for
 
 
-def parse_request(body: Any, config: GPTConfig) -> CompletionRequest:
+def parse_request(
+    body: Any, config: GPTConfig, tokenizer: Tokenizer = GPT2
+) -> CompletionRequest:
     """The request in a JSON object. Raises BadInput, naming the field, for what can't be done."""
     if not isinstance(body, dict):
         raise BadInput("expected a JSON object with a prompt")
@@ -74,18 +77,18 @@ def parse_request(body: Any, config: GPTConfig) -> CompletionRequest:
     echo = _flag(given, "echo")
     prompts, echoed, note = [], [], ""
     for prompt in _prompts(given.get("prompt", "")):
-        tokens = _prompt_tokens(prompt, config.n_vocab)
+        tokens = _prompt_tokens(prompt, tokenizer)
         if len(tokens) > keep:
             note = crop_note(len(tokens), keep)
             if "truncate_prompt_tokens" not in given:
                 raise BadInput(f"prompt: {len(tokens):,} tokens, and the model's context is "
                                f"{config.n_ctx:,}: shorten it, or send truncate_prompt_tokens")
         tokens = tokens[-keep:]
-        prompts.append(tokens or [EOT])  # an empty one begins a document
+        prompts.append(tokens or [tokenizer.first])  # an empty one begins a document
         echoed.append(tokens if echo else [])
     return CompletionRequest(
         prompts, echoed, _integer(given, "n", 1, 1, MOST_SAMPLES), sampling, _stops(given),
-        logprobs, _flag(given, "stream"), _include_usage(given), note,
+        logprobs, _flag(given, "stream"), _include_usage(given), note, tokenizer,
     )
 
 
@@ -156,14 +159,15 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return prompts
 
 
-def _prompt_tokens(prompt: Any, n_vocab: int) -> list[int]:
+def _prompt_tokens(prompt: Any, tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
-        return encode(prompt)
+        return tokenizer.encode(prompt)
     if not isinstance(prompt, list) or not prompt or not _all_integers(prompt):
         raise BadInput(f"prompt {_short(prompt)}: expected a text or a list of tokens")
     for token in prompt:
-        if not 0 <= token < n_vocab:
-            raise BadInput(f"prompt: token {_short(token)} is none of 0 to {n_vocab - 1:,}")
+        if not 0 <= token < tokenizer.n_vocab:
+            raise BadInput(f"prompt: token {_short(token)} is none of 0 to "
+                           f"{tokenizer.n_vocab - 1:,}")
     return prompt
 
 

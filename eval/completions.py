@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.tokenizer import EOT, encoding
+from data.tokenizer import GPT2, Tokenizer
 from eval.completion_request import CompletionRequest
 from eval.loss import require_numbers
 from kernels.constants import CHUNK_ELEMENTS
@@ -50,15 +50,18 @@ def complete(model: GPT, request: CompletionRequest) -> Iterator[list[Piece]]:
     Prompts come one after the other, the n samples of one side by side. Raises CannotSample.
     """
     for number, prompt in enumerate(request.prompts):
-        choices = [Choice(number * request.n + i, request.stop) for i in range(request.n)]
+        choices = [Choice(number * request.n + i, request.stop, request.tokenizer)
+                   for i in range(request.n)]
         echoed = _prompt_as_tokens(model, request, number)
         if echoed:
             yield [Piece(choice.index, echoed, None, 0) for choice in choices]
         idx = torch.tensor([prompt] * request.n, device=model.wte.weight.device)  # (n, T)
-        for tokens, logits in generate_with_logits(model, idx, request.sampling, eot=EOT):
+        steps = generate_with_logits(model, idx, request.sampling, request.tokenizer.eot)
+        for tokens, logits in steps:
             likelihoods: list[Likelihood] = [(None, None)] * request.n
             if request.logprobs is not None:
-                likelihoods = token_logprobs(logits, tokens, request.logprobs)
+                likelihoods = token_logprobs(
+                    logits, tokens, request.logprobs, request.tokenizer)
             pieces = []
             rows = zip(choices, tokens.tolist(), likelihoods, strict=True)
             for choice, token, likelihood in rows:
@@ -73,18 +76,18 @@ def complete(model: GPT, request: CompletionRequest) -> Iterator[list[Piece]]:
 class Choice:
     """A continuation that grows: whole characters only, and nothing past a stop text."""
 
-    def __init__(self, index: int, stops: list[str]) -> None:
-        self.index, self.stops = index, stops
+    def __init__(self, index: int, stops: list[str], tokenizer: Tokenizer = GPT2) -> None:
+        self.index, self.stops, self.tokenizer = index, stops, tokenizer
         self.finish_reason: str | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held: list[Token] = []  # may be part of a character, or of a stop text
 
     def add(self, token: int, likelihood: Likelihood) -> Piece:
         """What can be shown now that this token has been drawn."""
-        if token == EOT:
+        if token == self.tokenizer.eot:
             self.finish_reason = "stop"
             return Piece(self.index, self._rest(), "stop", 0)
-        text = self._decoder.decode(encoding().decode_single_token_bytes(token))
+        text = self._decoder.decode(self.tokenizer.token_bytes(token))
         self._held.append(Token(text, *likelihood))
         waiting = "".join(held.text for held in self._held)
         found = [waiting.find(stop) for stop in self.stops if stop in waiting]
@@ -147,7 +150,7 @@ def _beginning_of_a_stop(text: str, stops: list[str]) -> int:
 
 
 def token_logprobs(
-    logits: Tensor, tokens: Tensor, likeliest: int
+    logits: Tensor, tokens: Tensor, likeliest: int, tokenizer: Tokenizer = GPT2
 ) -> list[Likelihood]:
     """Log-probability of each token, and of the likeliest in its place. (B, V), (B,) -> B pairs.
 
@@ -160,7 +163,7 @@ def token_logprobs(
     require_numbers(own.tolist())
     pairs: list[Likelihood] = []
     for row, token in enumerate(tokens.tolist()):
-        names = [token_name(i) for i in [*ids[row].tolist(), token]]
+        names = [token_name(i, tokenizer) for i in [*ids[row].tolist(), token]]
         values = [*top[row].tolist(), own[row].item()]
         pairs.append((values[-1], dict(zip(names, values, strict=True))))
     return pairs
@@ -179,20 +182,20 @@ def _prompt_as_tokens(model: GPT, request: CompletionRequest, number: int) -> li
         for start in range(0, len(targets), rows):
             here = slice(start, start + rows)
             likelihoods[here.start + 1 : here.stop + 1] = token_logprobs(
-                model.logits(x[here]), targets[here], request.logprobs
+                model.logits(x[here]), targets[here], request.logprobs, request.tokenizer
             )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     tokens = []
     for place, token in enumerate(echoed):
         final = place == len(echoed) - 1
-        text = decoder.decode(encoding().decode_single_token_bytes(token), final)
+        text = decoder.decode(request.tokenizer.token_bytes(token), final)
         tokens.append(Token(text, *likelihoods[place]))
     return tokens
 
 
-def token_name(token: int) -> str:
+def token_name(token: int, tokenizer: Tokenizer = GPT2) -> str:
     r"""A token alone as OpenAI spells it: its text, or bytes:\xe2\x98 where that is none."""
-    raw = encoding().decode_single_token_bytes(token)
+    raw = tokenizer.token_bytes(token)
     try:
         return raw.decode()
     except UnicodeDecodeError:

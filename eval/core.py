@@ -32,6 +32,7 @@ from eval.core_bundle import Row, Task, fetch, read_rows, read_tasks
 from eval.likelihood import Request, negative_loglikelihoods
 from eval.loss import require_numbers
 from eval.published import SIZES
+from launch import flags
 from launch.errors import BadInput, one_line_errors
 from launch.files import atomic_write
 from launch.world import Dtype, World, init_distributed
@@ -238,4 +239,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main)
+        flags.parse(main)

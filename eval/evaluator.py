@@ -9,15 +9,17 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from data.loader import Data, validation_sequences
-from data.tokenizer import EOT, decode, encode
+from data.chat import question_text
+from data.dataset import Data
+from data.loader import describe_validation, validation_sequences
+from data.tokenizer import GPT2, Tokenizer
 from eval import hellaswag
 from eval.likelihood import Stopped
 from eval.loss import validation_loss
 from eval.sample import crop_note, prompt_tokens
 from eval.wrap import indented
 from launch import cli, flags
-from launch.errors import Failed
+from launch.errors import BadInput, Failed
 from launch.progress import track
 from launch.tracker import Tracker
 from launch.world import World
@@ -65,14 +67,17 @@ class Evaluator:
         """
         self.stop = stop
         self.world, self.micro_batch, self.prompt = world, micro_batch, config.prompt
+        if data.chat:
+            self.prompt = question_text(config.prompt)
         self.early_stop = config.early_stop
-        self.val_stream = data.val
+        self.val_stream, self.tokenizer = data.val, data.tokenizer
         with world.fail_together():
             self.val_sequences = validation_sequences(data.val, T, config.val_tokens)
-        self.val_set = f"{data.name}, {self.val_sequences * T:,} tokens"
-        self.questions = read_questions(config.hellaswag, world)
+            prompt = self.tokenizer.encode(self.prompt)
+        self.val_set = describe_validation(data, T, self.val_sequences)
+        self.questions = read_questions(config.hellaswag, world, self.tokenizer)
         self.problem = ""  # why the latest evaluation gave no numbers
-        note = crop_note(len(encode(config.prompt)), T)
+        note = crop_note(len(prompt), T)
         if note:
             world.print0(f"note: {note}")
 
@@ -133,7 +138,7 @@ class Evaluator:
                 row["hellaswag_acc_norm"] = score.acc_norm
                 self.world.print0(f"HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f}, "
                                   f"{score.n} questions")
-            text = sample_text(model, self.prompt, self.world, self.stop)
+            text = sample_text(model, self.tokenizer, self.prompt, self.world, self.stop)
         if text is None:
             return None
         row["sample"] = self.prompt + text
@@ -141,9 +146,17 @@ class Evaluator:
         return row
 
 
-def read_questions(source: str, world: World) -> list[hellaswag.Question]:
-    """HellaSwag's questions; or none, and unless that was asked for a line that says why."""
+def read_questions(
+    source: str, world: World, tokenizer: Tokenizer = GPT2
+) -> list[hellaswag.Question]:
+    """HellaSwag's questions; or none, and unless that was asked for a line that says why. Raises
+    BadInput where they are asked of a model that reads characters."""
     if source == "off":
+        return []
+    if tokenizer.characters:
+        if source != "auto":
+            raise BadInput(f"--hellaswag {source}: its questions are asked in GPT-2's tokens, and "
+                           "--data.vocab char trains a model that reads characters")
         return []
     if source == "auto" and world.device.type != "cuda":
         world.print0("no HellaSwag in this run: minutes on a CPU; --hellaswag FILE asks for it")
@@ -158,21 +171,24 @@ def read_questions(source: str, world: World) -> list[hellaswag.Question]:
         return []
 
 
-def sample_text(model: GPT, prompt: str, world: World, stop: Callable[[], bool]) -> str | None:
+def sample_text(
+    model: GPT, tokenizer: Tokenizer, prompt: str, world: World, stop: Callable[[], bool]
+) -> str | None:
     """A continuation of the prompt; None where `stop` said so.
 
     Every rank calls `stop` equally often, even where rounding let one draw an early end of text.
     """
-    idx = torch.tensor([prompt_tokens(prompt, model.config.n_ctx)], device=world.device)  # (1, T)
+    tokens_before = prompt_tokens(prompt, model.config.n_ctx, tokenizer)
+    idx = torch.tensor([tokens_before], device=world.device)  # (1, T)
     config = SampleConfig()
     drawn: list[int] = []
-    stream = generate(model, idx, config, eot=EOT)
+    stream = generate(model, idx, config, tokenizer.eot)
     for _ in track(range(config.max_tokens), "sample", "token"):
         tokens = next(stream, None)  # (1,)
         if tokens is not None:
             drawn.append(int(tokens))
         if stop():
             return None
-    if EOT in drawn:
-        drawn = drawn[: drawn.index(EOT)]
-    return decode(drawn)
+    if tokenizer.eot in drawn:
+        drawn = drawn[: drawn.index(tokenizer.eot)]
+    return tokenizer.decode(drawn)

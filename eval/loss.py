@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from data.chat import inputs_and_targets
 from data.loader import Stream, validation_batch
 from kernels.constants import IGNORE
 from launch.errors import Failed
@@ -19,7 +20,8 @@ def validation_loss(
     model: GPT, stream: Stream, sequences: int, micro_batch: int, world: World,
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean loss in nats a token over the first `sequences` sequences of T = n_ctx tokens.
+    """Mean loss in nats a token over the first `sequences` sequences of T = n_ctx tokens; of
+    conversations, over what the assistant says.
 
     `stop` is asked between batches on all ranks; where it says so the answer is None. Raises Failed
     on all ranks where the loss is no number.
@@ -37,11 +39,12 @@ def validation_loss(
         rows = torch.zeros(0, T + 1).long()
         if numbers:
             rows = validation_batch(stream, T, numbers)  # (B or fewer, T + 1)
+        inputs, targets = inputs_and_targets(rows)  # each (B or fewer, T)
         fill = (0, 0, 0, micro_batch - len(numbers))
-        idx = F.pad(rows[:, :-1], fill).to(world.device)  # (B, T)
-        targets = F.pad(rows[:, 1:], fill, value=IGNORE).to(world.device)  # (B, T)
-        total += model(idx, targets, reduction="sum").item()
-        count += len(numbers) * T
+        idx = F.pad(inputs, fill).to(world.device)  # (B, T)
+        targets = F.pad(targets, fill, value=IGNORE)  # (B, T)
+        total += model(idx, targets.to(world.device), reduction="sum").item()
+        count += int((targets != IGNORE).sum())
         if stop():
             return None
     total, count = world.all_reduce_sum(total, count)

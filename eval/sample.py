@@ -5,18 +5,19 @@
     echo "In the beginning" | python -m eval.sample runs/demo
     python -m eval.sample hf:gpt2 --prompt "Hello, I'm a language model," --num 3
     python -m eval.sample hf:gpt2 --prompts prompts.txt --json True > samples.jsonl
+    python -m eval.sample runs/chat --chat              # of a run with --data.chat: talks with it
 
 Text goes to standard output, wrapped where that is a terminal and exact where it is a pipe or a
 file; tokens/s go to standard error.
 """
 
-import codecs
 import contextlib
 import itertools
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -24,12 +25,14 @@ from typing import Annotated, NamedTuple
 import torch
 import tyro
 
-from data.tokenizer import EOT, decode, encode, encoding
+from data.chars import tokenizer_of
+from data.tokenizer import GPT2, Tokenizer, stream_text
+from eval.dialogue import Dialogue
 from eval.wrap import console_width, wrap
 from launch import cli, flags
 from launch.errors import BadInput, one_line_errors
 from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
-from model.checkpoint import load_model
+from model.checkpoint import characters_of, load_resolved, resolve
 from model.generate import CannotSample, SampleConfig, generate, store_in
 from model.gpt2 import GPT
 
@@ -51,6 +54,8 @@ class Arguments(SampleConfig):
     """Samples of each prompt; only a single one is streamed."""
     json: bool = False
     """One JSON object a line: prompt, text, tokens."""
+    chat: bool = False
+    """Talk: each line of standard input is said to the model, which remembers what was said."""
     dtype: Dtype = "auto"
     """Number format of the matrices and their products."""
 
@@ -63,17 +68,22 @@ class Continuation(NamedTuple):
     tokens: int  # drawn, the end of the text not counted
 
 
-def load_for_sampling(checkpoint: str, dtype: str, device: torch.device) -> GPT:
-    """A checkpoint's model, its matrices in the number format that autocast will compute in."""
-    model = load_model(checkpoint).to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
+def load_for_sampling(
+    checkpoint: str, dtype: str, device: torch.device
+) -> tuple[GPT, Tokenizer]:
+    """A checkpoint's model, its matrices in the number format that autocast will compute in; and
+    what its tokens stand for."""
+    source = resolve(checkpoint)
+    tokenizer = tokenizer_of(characters_of(source))
+    model = load_resolved(source).to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
     if dtype in ("bf16", "fp16"):
         store_in(model, DTYPES[dtype])
-    return model.to(device).eval()
+    return model.to(device).eval(), tokenizer
 
 
-def prompt_tokens(prompt: str, n_ctx: int) -> list[int]:
+def prompt_tokens(prompt: str, n_ctx: int, tokenizer: Tokenizer = GPT2) -> list[int]:
     """The last n_ctx tokens of a prompt, as nanoGPT crops it; an empty one begins a document."""
-    return (encode(prompt) or [EOT])[-n_ctx:]
+    return (tokenizer.encode(prompt) or [tokenizer.first])[-n_ctx:]
 
 
 def crop_note(tokens: int, n_ctx: int) -> str:
@@ -106,35 +116,29 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def continue_prompts(
-    model: GPT, prompts: list[str], config: SampleConfig, device: torch.device
+    model: GPT, prompts: list[str], config: SampleConfig, device: torch.device,
+    tokenizer: Tokenizer = GPT2,
 ) -> list[Continuation]:
     """A continuation of each prompt, drawn side by side. Prompts may differ in length."""
-    rows = [prompt_tokens(prompt, model.config.n_ctx) for prompt in prompts]
+    eot = tokenizer.eot
+    rows = [prompt_tokens(prompt, model.config.n_ctx, tokenizer) for prompt in prompts]
     lengths = [len(row) for row in rows]
     shortest, longest = min(lengths), max(lengths)
-    filled = [row + [EOT] * (longest - len(row)) for row in rows]
+    filled = [row + [tokenizer.first] * (longest - len(row)) for row in rows]
     idx = torch.tensor(filled, device=device)  # (B, T)
     steps = []  # the token of each row, step by step
     for tokens in generate(
-        model, idx, config, eot=EOT, lengths=torch.tensor(lengths, device=device)
+        model, idx, config, eot, lengths=torch.tensor(lengths, device=device)
     ):
         steps.append(tokens.tolist())
     texts = []
     for i, prompt in enumerate(prompts):
         first = lengths[i] - shortest  # a longer prompt's own tokens come before it
         drawn = [step[i] for step in steps[first : first + config.max_tokens]]
-        if EOT in drawn:
-            drawn = drawn[: drawn.index(EOT)]
-        texts.append(Continuation(prompt, decode(drawn), len(drawn)))
+        if eot in drawn:
+            drawn = drawn[: drawn.index(eot)]
+        texts.append(Continuation(prompt, tokenizer.decode(drawn), len(drawn)))
     return texts
-
-
-def stream_text(tokens: Iterable[int]) -> Iterator[str]:
-    """Text as its tokens come; bytes wait until their character is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        yield decoder.decode(encoding().decode_single_token_bytes(token))
-    yield decoder.decode(b"", final=True)
 
 
 def print_text(pieces: Iterable[str]) -> None:
@@ -148,37 +152,44 @@ def print_text(pieces: Iterable[str]) -> None:
         print(flush=True)  # an error or the next prompt begins on a line of its own
 
 
-def stream(model: GPT, prompt: str, config: SampleConfig, device: torch.device) -> int:
+def stream(
+    model: GPT, prompt: str, config: SampleConfig, device: torch.device,
+    tokenizer: Tokenizer = GPT2,
+) -> int:
     """Prints a prompt and its continuation as it is drawn; returns the number of tokens."""
-    idx = torch.tensor([prompt_tokens(prompt, model.config.n_ctx)], device=device)
+    idx = torch.tensor([prompt_tokens(prompt, model.config.n_ctx, tokenizer)], device=device)
     drawn: list[int] = []
 
     def tokens() -> Iterator[int]:
-        for step in generate(model, idx, config, eot=EOT):
-            if int(step) != EOT:
+        for step in generate(model, idx, config, tokenizer.eot):
+            if int(step) != tokenizer.eot:
                 drawn.append(int(step))
                 yield drawn[-1]
 
-    print_text(itertools.chain([prompt], stream_text(tokens())))
+    print_text(itertools.chain([prompt], stream_text(tokens(), tokenizer)))
     return len(drawn)
 
 
-def answer(model: GPT, prompts: list[str], arguments: Arguments, device: torch.device) -> None:
+def answer(
+    model: GPT, prompts: list[str], arguments: Arguments, device: torch.device,
+    tokenizer: Tokenizer = GPT2,
+) -> None:
     """Prints what the arguments ask for, and on standard error how fast it came."""
     for prompt in prompts:
-        note = crop_note(len(encode(prompt)), model.config.n_ctx)
+        note = crop_note(len(tokenizer.encode(prompt)), model.config.n_ctx)
         if note:
             print(f"note: {note}", file=sys.stderr)
     start, count = time.perf_counter(), 0
     asked = [prompt for prompt in prompts for _ in range(arguments.num)]
     if len(asked) == 1 and not arguments.json:
-        count = stream(model, asked[0], arguments, device)
+        count = stream(model, asked[0], arguments, device, tokenizer)
     else:
         for first in range(0, len(asked), ROWS_AT_ONCE):
             # Another seed for each batch, or the same prompt would get the same text again.
             config = replace(arguments, seed=(arguments.seed + first) % 2**63)
             batch = asked[first : first + ROWS_AT_ONCE]
-            for i, made in enumerate(continue_prompts(model, batch, config, device), first):
+            texts = continue_prompts(model, batch, config, device, tokenizer)
+            for i, made in enumerate(texts, first):
                 if arguments.json:
                     print(json.dumps(made._asdict()), flush=True)
                 else:
@@ -190,7 +201,9 @@ def answer(model: GPT, prompts: list[str], arguments: Arguments, device: torch.d
     print(f"{count:,} tokens in {taken:.2f} s: {count / taken:,.1f} tokens/s", file=sys.stderr)
 
 
-def converse(model: GPT, arguments: Arguments, device: torch.device) -> None:
+def converse(
+    model: GPT, arguments: Arguments, device: torch.device, tokenizer: Tokenizer = GPT2
+) -> None:
     """Asks for prompts until the end of input. Ctrl-C stops the text that is being drawn."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() then has a history and can be edited
@@ -202,7 +215,7 @@ def converse(model: GPT, arguments: Arguments, device: torch.device) -> None:
             print()
             return
         try:
-            answer(model, [prompt], arguments, device)
+            answer(model, [prompt], arguments, device, tokenizer)
         except CannotSample:  # nor would the next prompt's
             raise
         except BadInput as error:
@@ -211,15 +224,46 @@ def converse(model: GPT, arguments: Arguments, device: torch.device) -> None:
             pass
 
 
+def read_lines(ask: bool) -> Iterator[str]:
+    """The lines of standard input that say something; `ask`: on a terminal, with a prompt."""
+    if ask:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() then has a history and can be edited
+        print("What is typed is said to the model; Ctrl-C stops its answer, Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("> " if ask else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise BadInput(f"can't read standard input: {error}") from None
+        if line.strip():
+            yield line
+
+
+def chat(
+    model: GPT, said: Iterable[str], arguments: Arguments, device: torch.device
+) -> None:
+    """Prints an answer to each of these. Ctrl-C stops the one that is being drawn."""
+    dialogue = Dialogue(model, arguments, device)
+    for text in said:
+        with contextlib.suppress(KeyboardInterrupt), closing(dialogue.answer(text)) as pieces:
+            print_text(pieces)
+
+
 def main(arguments: Arguments) -> None:
     if not arguments.checkpoint:
         raise BadInput("which checkpoint? python -m eval.sample CHECKPOINT --prompt TEXT")
     cli.within("num", arguments.num, 1, 1_000_000)
     if arguments.prompt and arguments.prompts:
         raise BadInput("--prompt and --prompts: give one of them")
+    if arguments.chat and (arguments.prompts or arguments.json or arguments.num > 1):
+        raise BadInput("--chat is one conversation: leave out --prompts, --json and --num")
     prompts, ask = [arguments.prompt], False
     if arguments.prompts:
         prompts = read_prompts(Path(arguments.prompts))
+    elif arguments.chat:
+        ask = sys.stdin.isatty() and sys.stdout.isatty()
     elif not arguments.prompt and not sys.stdin.isatty():
         prompts = [read_stdin()]
     elif not arguments.prompt and not arguments.json:
@@ -227,12 +271,17 @@ def main(arguments: Arguments) -> None:
     device = choose_device()
     keep_freed_memory()
     dtype = choose_dtype(arguments.dtype, device)
-    model = load_for_sampling(arguments.checkpoint, dtype, device)
+    model, tokenizer = load_for_sampling(arguments.checkpoint, dtype, device)
     with autocast(device, dtype):
-        if ask:
-            converse(model, arguments, device)
+        if arguments.chat and tokenizer.characters:
+            raise BadInput(f"--chat is in GPT-2's tokens: {arguments.checkpoint} reads characters")
+        if arguments.chat:
+            said = [arguments.prompt] if arguments.prompt else read_lines(ask)
+            chat(model, said, arguments, device)
+        elif ask:
+            converse(model, arguments, device, tokenizer)
         else:
-            answer(model, prompts, arguments, device)
+            answer(model, prompts, arguments, device, tokenizer)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from data.tokenizer import GPT2, Tokenizer
 from eval.completion_request import parse_request
 from eval.completions import Answer, Piece, complete
 from eval.sample import load_for_sampling
-from launch import cli
+from launch import cli, flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.world import Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.gpt2 import GPT
@@ -70,8 +71,12 @@ GOODBYE = 2  # seconds that Ctrl-C leaves to running requests
 class Service:
     """One model, asked by many."""
 
-    def __init__(self, model: GPT, name: str, dtype: str, own_hosts: re.Pattern | None) -> None:
+    def __init__(
+        self, model: GPT, name: str, dtype: str, own_hosts: re.Pattern | None,
+        tokenizer: Tokenizer = GPT2,
+    ) -> None:
         """own_hosts: what a request's Host header has to be; None: anything."""
+        self.tokenizer = tokenizer
         self.model, self.name, self.dtype, self.own_hosts = model, name, dtype, own_hosts
         self.device = model.wte.weight.device
         self.started = int(time.time())
@@ -111,7 +116,8 @@ class Service:
         if self.present >= AT_ONCE + MOST_WAITING:
             raise HTTPException(503, f"{self.present} requests are here already: ask again later")
         body = await read_json(request)
-        asked = await asyncio.to_thread(parse_request, body, self.model.config)
+        asked = await asyncio.to_thread(
+            parse_request, body, self.model.config, self.tokenizer)
         if body.get("model") not in (None, self.name):
             raise HTTPException(404, f"no model is called {str(body['model'])[:60]!r}: there is "
                                      f"{self.name}")
@@ -275,7 +281,7 @@ def main(
         device = choose_device()
         keep_freed_memory()
         dtype_name = choose_dtype(dtype, device)
-        model = load_for_sampling(checkpoint, dtype_name, device)
+        model, tokenizer = load_for_sampling(checkpoint, dtype_name, device)
         name, hosts = model_name(checkpoint), own_hosts(host, address)
         shown = f"[{host}]" if ":" in host else host
         if hosts is None:
@@ -283,7 +289,7 @@ def main(
                   "password")
         print(f"{name} on http://{shown}:{port}; for OpenAI's clients http://{shown}:{port}/v1; "
               "Ctrl-C ends it", flush=True)
-        app = Service(model, name, dtype_name, hosts).app()
+        app = Service(model, name, dtype_name, hosts, tokenizer).app()
         config = uvicorn.Config(app, log_level="warning", lifespan="off",
                                 timeout_graceful_shutdown=GOODBYE)
         uvicorn.Server(config).run(sockets=[sock])
@@ -291,4 +297,4 @@ def main(
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(main)
+        flags.parse(main)

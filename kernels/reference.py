@@ -183,6 +183,20 @@ def linear_cross_entropy(
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
+def rotary_angles(
+    T: int, D: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's rotations, each (T, D/2), fp32. arXiv 2104.09864.
+
+    Half of the pairs turn, from a radian a position down to 1 / base; the others stand still, and
+    carry content without position (modded-nanogpt).
+    """
+    frequency = base ** -torch.linspace(0, 1, math.ceil(D / 4), device=device)
+    frequency = F.pad(frequency, (0, D // 2 - len(frequency)))  # (D/2,)
+    angle = torch.arange(T, device=device)[:, None] * frequency  # (T, D/2)
+    return angle.cos(), angle.sin()
+
+
 def qk_norm_rotary(
     qkv: Tensor, n_head: int, cos: Tensor, sin: Tensor, gain: float = 1.0, eps: float = 1e-6
 ) -> Tensor:

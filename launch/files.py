@@ -330,3 +330,13 @@ def free_bytes(folder: Path) -> int:
             raise
         return sys.maxsize
     return usage.free if usage.total else sys.maxsize
+
+
+def human_size(size: float, base: int = 1000) -> str:
+    """1234567 -> 1.23 MB: in the largest unit of which there is one. base 1024: 1.18 MiB."""
+    letters, ending = ("kMG", "B") if base == 1000 else ("KMG", "iB")
+    for power, letter in reversed(list(enumerate(letters, start=1))):
+        number = size / base**power
+        if number >= 0.999995:  # which is written as 1.00
+            return f"{number:,.2f} {letter}{ending}"
+    return f"{size:,.0f} bytes"

@@ -2,6 +2,7 @@
 
     main(flags.parse(Arguments))    # a dataclass
     flags.parse(main)               # or a function, which is called with them
+    flags.parse_subcommand({"verify": verify, "info": info})    # one of several functions
 
 Underscores in help, as in README (dashes are understood too). A switch takes no value, --json, or
 the one that a configuration file writes, --json True.
@@ -10,7 +11,7 @@ the one that a configuration file writes, --json True.
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,17 +52,37 @@ def parse(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if switches is None:
-        parameters = inspect.signature(command).parameters.values()
-        switches = {one.name for one in parameters if isinstance(one.default, bool)}
-    return tyro.cli(
-        command,
-        args=spell_out(given, switches),
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),  # or --json True would be refused
-        registry=REGISTRY,
-        console_outputs=env_number("RANK", 0) == 0,
-        **{"prog": program(), **options},
+        switches = switches_of(command)
+    return tyro.cli(command, args=spell_out(given, switches), **(_as_all_commands() | options))
+
+
+def parse_subcommand(
+    commands: Mapping[str, Callable[..., Any]], arguments: Sequence[str] | None = None
+) -> None:
+    """Calls the function whose name comes first on the command line, with the flags behind it.
+    A wrong name or flag ends the program as in parse()."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    switches = set[str]().union(*map(switches_of, commands.values()))
+    tyro.extras.subcommand_cli_from_dict(
+        dict(commands), args=spell_out(given, switches), **_as_all_commands()
     )
+
+
+def _as_all_commands() -> dict[str, Any]:
+    """Options of tyro that every command here has."""
+    return {
+        "prog": program(),
+        "use_underscores": True,
+        "config": (tyro.conf.FlagConversionOff,),  # or --json True would be refused
+        "registry": REGISTRY,
+        "console_outputs": env_number("RANK", 0) == 0,
+    }
+
+
+def switches_of(command: Callable[..., Any]) -> set[str]:
+    """The names of a command's parameters that are True or False."""
+    parameters = inspect.signature(command).parameters.values()
+    return {one.name for one in parameters if isinstance(one.default, bool)}
 
 
 def spell_out(given: Sequence[str], switches: Collection[str]) -> list[str]:

@@ -28,26 +28,30 @@ ROOT = Path(__file__).parent.parent
 LONGEST_NAME = 255  # bytes, on most file systems
 
 
-# What may not change between a run and its continuation, beside the training data.
+# What may not change between a run and its continuation, beside the data.
 MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 # Settings that are younger than some runs, and what those runs did.
 BEFORE_IT_WAS_SET = {"model.gelu": "tanh", "model.arch": "gpt2", "optim.optimizer": "adamw",
-                     "optim.schedule": "cosine"}
-WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.")  # on a run that says nothing of them
+                     "optim.schedule": "cosine", "model.dropout": 0.0}
+WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.", "model.value_embeddings",
+                       "model.document_mask")  # on a run that says nothing of them
 
 
 def describe(
-    config: dict[str, Any], world: World, training_data: str, **resolved: Any
+    config: dict[str, Any], world: World, data: dict[str, str], characters: str, **resolved: Any
 ) -> dict[str, Any]:
-    """What config.json will hold: the configuration, what "auto" became, code, packages, hardware.
+    """What config.json will hold: the configuration, what "auto" became, code, packages, hardware;
+    and the characters that tokens stand for, if they aren't GPT-2's.
 
-    Writes nothing: prepare() does.
+    data: "training data" and "validation data", each a fingerprint. Writes nothing: prepare() does.
     """
     weights = "fp64" if resolved["dtype"] == "fp64" else "fp32"
     same = {key: config[key] for key in MUST_MATCH}
+    vocabulary = {"characters": characters} if characters else {}
     return {
         "config": config,
-        "must_match": same | {"training data": training_data, "weights": weights},
+        **vocabulary,
+        "must_match": same | data | {"weights": weights},
         "resolved": resolved,
         "code": code_version(),
         "command": sys.argv,
@@ -135,8 +139,12 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
-    """Raises BadInput that lists what differs between a checkpoint's config.json and this run's."""
+def require_same_run(checkpoint: Path, asked: dict[str, Any], in_decay: bool = False) -> None:
+    """Raises BadInput that lists what differs between a checkpoint's config.json and this run's.
+
+    Under wsd and constant more steps may be asked, of a checkpoint from before the decay; in_decay:
+    of a later one, too (model/longer.py).
+    """
     try:
         saved = json.loads((checkpoint / "config.json").read_bytes())
         before = saved["config"]["init"] or "none"
@@ -149,6 +157,12 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
     for key in new.keys() - old.keys():
         if key.startswith(WITHOUT_EFFECT_THEN):
             old[key] = new[key]
+    if not asked["config"].get("data", {}).get("val_text"):  # runs older than this flag don't say
+        old.setdefault("validation data", new.get("validation data"))
+    more_steps = new["steps"] > old.get("steps", 0)
+    if more_steps and asked["must_match"]["optim"]["schedule"] != "cosine":
+        _require_full_rate(checkpoint, saved, in_decay)
+        old["steps"] = new["steps"]
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
         for key in sorted(old.keys() | new.keys())
@@ -157,11 +171,29 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any]) -> None:
     init = asked["config"]["init"]
     if init and init != before:
         different.append(f"init {before} there, {init} asked")
+    if different == [f"steps {old.get('steps')} there, {new['steps']} asked"]:
+        raise BadInput(
+            f"{checkpoint} is of a run of {old.get('steps')} steps, and {new['steps']} are asked: "
+            + ("a cosine falls towards its last step, and can't be stretched afterwards (wsd and "
+               "constant can). " if more_steps else "fewer can't be gone on with. ")
+            + f"{_go_on(checkpoint)}--name OTHER --init {checkpoint} starts anew from its weights")
     if different:
         raise BadInput(
             f"{checkpoint} belongs to another run: {'; '.join(different)}. {_go_on(checkpoint)}"
             "Choose another --name for a new run (with --init to start from these weights)"
         )
+
+
+def _require_full_rate(checkpoint: Path, saved: dict[str, Any], in_decay: bool) -> None:
+    """Raises BadInput for a checkpoint out of a decay: a longer run has other steps from there."""
+    start = saved.get("resolved", {}).get("decay_start", -1)
+    try:
+        step = json.loads((checkpoint / "state.json").read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a damaged one, or one without training state: refused when it's loaded
+    if step > start and not in_decay:
+        raise BadInput(f"{checkpoint} is of a decay that began after step {start}: a run with more "
+                       "steps goes on from a checkpoint before it")
 
 
 def _go_on(checkpoint: Path) -> str:

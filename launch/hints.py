@@ -19,6 +19,7 @@ NANOGPT = {
     "n_embd": "--model.n_embd",
     "block_size": "--model.n_ctx",
     "bias": "always on, as in GPT-2",
+    "dropout": "--model.dropout",
     "batch_size": "--micro_batch",
     "gradient_accumulation_steps": "--batch_tokens, the tokens of a step over all ranks",
     "max_iters": "--steps",

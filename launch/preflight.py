@@ -27,7 +27,8 @@ from kernels import cards
 from launch import cli, flags, probes
 from launch.console import colour
 from launch.errors import exit_process, one_line_errors
-from launch.probes import GB, MIB, SLOW, Line, Status
+from launch.files import human_size
+from launch.probes import MIB, SLOW, Line, Status
 from launch.ranks import read_ranks
 from launch.world import choose_device
 
@@ -223,7 +224,7 @@ def neighbour_rate(rank: int, size: int, device: torch.device, shift: int) -> tu
 
 def bandwidth_line(rate: float, everyone: list[dict], device: torch.device) -> Line:
     """All-reduce against the slowest link on its way."""
-    found = f"{rate / GB:.2f} GB/s a rank, {len(everyone)} ranks"
+    found = f"{human_size(rate)}/s a rank, {len(everyone)} ranks"
     card = known_card(device)
     if card is None:
         return Line("all-reduce", "ok", found + ", no limit known to compare with")
@@ -231,7 +232,7 @@ def bandwidth_line(rate: float, everyone: list[dict], device: torch.device) -> L
     nodes = {one["node"] for one in everyone}
     if len(nodes) > 1:
         limit, link = card.network_bandwidth, "the network"  # a default: clusters differ
-    found += f", {rate / limit:.0%} of {limit / GB:.0f} GB/s ({link})"
+    found += f", {rate / limit:.0%} of {human_size(limit)}/s ({link})"
     if rate > limit / 2:  # a bound chosen, not measured
         return Line("all-reduce", "ok", found)
     return Line("all-reduce", "warn", found, "NCCL_DEBUG=INFO tells the transport: NET/Socket "
@@ -337,7 +338,7 @@ def table_row(status: Status, check: str, text: str) -> str:
 def of_run(settings: Mapping, parameters: int) -> int:
     """Checks all ranks against what a run with these settings will need. Returns the exit code."""
     data, model = settings["data"], settings["model"]
-    source = data["text"] or data["dir"]
+    source = data["chat"] or data["text"] or data["dir"]
     return run(Needs(
         data=Path(source) if source else None, out_dir=Path(settings["out_dir"]),
         checkpoint_bytes=12 * parameters,  # weights and two moments in fp32

@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 
 from kernels import cards, selfcheck
-from launch.files import free_bytes
+from launch.files import free_bytes, human_size
 
 Status = Literal["ok", "warn", "fail"]
-GIB, MIB, GB = 2**30, 2**20, 10**9
+GIB, MIB = 2**30, 2**20
 ROOT = Path(__file__).parent.parent
 
 READ_BYTES, WRITE_BYTES = 256 * MIB, 64 * MIB  # seconds on a disk, and past its first cache
@@ -57,11 +57,26 @@ def clock() -> float:
 def gpu(device: torch.device) -> list[Line]:
     """Model, memory, driver, other processes and clocks of this rank's GPU."""
     if device.type != "cuda":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        cores = len(os.sched_getaffinity(0))
-        return [Line("device", "ok", f"no GPU: {cores} CPU cores, {memory:.0f} GiB of memory")]
+        return [Line("device", "ok", f"no GPU: {cpu_cores()} CPU cores, {memory_in_words()}")]
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     return [card_line(device), memory_line(device), *driver(uuid, own=os.getpid())]
+
+
+def cpu_cores() -> int:
+    """Cores that this process may run on, where the system tells (macOS doesn't); or all of them.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_in_words() -> str:
+    """The machine's memory, if the system knows it by POSIX's names."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except ValueError:
+        return "memory unknown"
+    return f"{size / GIB:.0f} GiB of memory"
 
 
 def card_line(device: torch.device) -> Line:
@@ -136,8 +151,8 @@ def matmul_flops(device: torch.device) -> float:
     for _ in range(6):  # the first one warms up
         start = clock()
         a @ a
-        if cuda:
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":  # Apple's MPS too
+            torch.accelerator.synchronize(device)
         best = min(best, clock() - start)
     return 2 * n**3 / best
 
@@ -156,10 +171,10 @@ def data_folder(folder: Path | None) -> list[Line]:
         rate, size = read_rate(largest)
     except OSError as error:
         return [Line("data", "fail", f"{folder}: {error.strerror}", "name the folder of shards")]
-    found = f"{rate / MIB:,.0f} MiB/s from {largest}"
+    found = f"{human_size(rate)}/s from {largest}"
     if rate < READ_WANTED and size > MIB:  # less says nothing of the disk
         return [Line("data", "warn", found, "copy the shards to a local disk: training wants "
-                     f"{READ_WANTED / MIB:.0f} MiB/s a node")]
+                     f"{human_size(READ_WANTED)}/s a node")]
     return [Line("data", "ok", found)]
 
 
@@ -196,7 +211,7 @@ def run_folder(folder: Path, checkpoint_bytes: int, keep: int) -> list[Line]:
 def space_line(folder: Path, needed: int) -> Line:
     """Whether so many bytes find room."""
     free = free_bytes(folder)
-    found = f"{free / GB:,.1f} GB free in {folder}, {needed / GB:,.1f} GB will be written"
+    found = f"{human_size(free)} free in {folder}, {human_size(needed)} will be written"
     if free < needed:
         return Line("space", "fail", found, "free some, lower --keep, or choose another --out_dir")
     return Line("space", "ok", found)
@@ -206,7 +221,7 @@ def writing_line(folder: Path, checkpoint_bytes: int) -> Line:
     """How long a checkpoint takes to be written. Raises OSError where there is no room."""
     rate = write_rate(folder)
     seconds = checkpoint_bytes / rate
-    found = f"{rate / MIB:,.0f} MiB/s to {folder}"
+    found = f"{human_size(rate)}/s to {folder}"
     if seconds >= 1:
         found += f", {seconds:.0f} s a save"
     if seconds > SAVE_SECONDS:

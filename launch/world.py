@@ -19,6 +19,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -61,6 +62,12 @@ class World:
         """Prints on rank 0."""
         if self.is_rank0:
             print(*words, flush=True)
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Has PyTorch's random numbers of a step, which dropout draws, follow from the seed, the
+        step and the rank: the same after a restart or a rollback, whatever was drawn before."""
+        drawn = np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
 
     def all_reduce_sum(self, *values: float) -> list[float]:
         """Each value added up over all ranks, in fp64: the same numbers on every rank."""

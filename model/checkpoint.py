@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, hashed, and readable without running anybody's code.
 
-model/saving.py writes them, model/manifest.py checks them; this file finds and loads them.
+model/saving.py writes them, model/manifest.py checks them; this file finds them and loads models.
+What training goes on from, model/train_state.py puts back.
 
     runs/NAME/checkpoints/step_00000500/
         model.safetensors      OpenAI's parameter names, master dtype, 50,257 vocabulary rows
@@ -16,15 +17,14 @@ only for moments: .step_00000500.tmp (being written), .old (set aside while a ne
 step takes its place) and .deleted (on its way out).
 """
 
-import base64
 import contextlib
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,28 +33,17 @@ from kernels import Operators
 from launch import console
 from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
-from launch.progress import track
 from model.formats import foreign
 from model.formats.hf import from_hf
 from model.formats.tensors import check_fits, load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
-from model.manifest import MANIFEST, TRAINING, find_damage
-from model.network import VOCABULARY_ROWS, new_network, without_weights
-from model.optim import SCALAR_STATE, LossScaler, MuonAdamW, row_state
-from model.parallel import ParallelModel, ParamShard
+from model.manifest import MANIFEST, find_damage
+from model.network import new_network, without_weights
 from model.safetensors_layout import TensorFile
 
 NAME = re.compile(r"step_[0-9]{8}")
 HIDDEN = re.compile(rf"\.({NAME.pattern})\.(tmp|old|deleted)")
 DOUBTFUL = "DOUBTFUL"
-
-
-class TrainState(NamedTuple):
-    """What training changes, and a checkpoint therefore holds."""
-
-    model: ParallelModel
-    optimizer: torch.optim.Optimizer | MuonAdamW
-    scaler: LossScaler
 
 
 # ---- folders ----
@@ -107,9 +96,11 @@ def remove(folder: Path) -> None:
     _delete(doomed)
 
 
-def prune(checkpoints: Path, newest: Path, keep: int, best: Path | None = None) -> None:
+def prune(
+    checkpoints: Path, newest: Path, keep: int, best: Path | None = None, full_rate: int = -1
+) -> None:
     """Removes checkpoints older than the `keep` newest good ones, of which `newest` is the first.
-    `best` stays in any case.
+    `best` stays in any case, and so does the newest good one up to step `full_rate`.
 
     Newer folders are damaged or doubtful ones that the run went back from: they aren't counted, nor
     are doubtful ones in between, or they would push out the good ones.
@@ -117,8 +108,10 @@ def prune(checkpoints: Path, newest: Path, keep: int, best: Path | None = None) 
     ours = [folder for folder in list_checkpoints(checkpoints) if folder.name <= newest.name]
     good = [folder for folder in ours if not (folder / DOUBTFUL).exists()]
     oldest = good[:keep][-1]
+    before_decay = [folder for folder in good if folder.name <= folder_name(max(0, full_rate))]
+    stay = {best, *before_decay[:1]} if full_rate >= 0 else {best}
     for folder in ours:
-        if folder.name < oldest.name and folder != best:
+        if folder.name < oldest.name and folder not in stay:
             remove(folder)
 
 
@@ -296,14 +289,14 @@ def resolve(spec: str) -> str:
 def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
     """The model of a checkpoint folder, whose hashes were checked, or of hf:DIR."""
     if source.startswith("hf:"):
-        return without_padding(from_hf(source.removeprefix("hf:"), ops), source)
+        return without_padding(from_hf(source.removeprefix("hf:"), ops), source).eval()
     folder = Path(source)
     config = model_config(folder)
     with _open_weights(folder) as tensors:  # before a model of the size that config.json says
         check_fits(without_weights(config), _shapes(tensors), folder)
     model = new_network(config, ops)
     load_weights(model, folder)
-    return model
+    return model.eval()  # without dropout
 
 
 def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
@@ -312,6 +305,19 @@ def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
     Raises BadInput for another vocabulary than GPT-2's; padding rows of others are left out.
     """
     return load_resolved(resolve(spec), ops)
+
+
+def characters_of(source: str) -> str:
+    """What the tokens of a checkpoint's model stand for, in the order of their ids, if they are
+    characters (--data.vocab char); '' for GPT-2's tokens. source: as load_resolved() takes it."""
+    if source.startswith("hf:"):
+        return ""
+    folder = Path(source)
+    characters, n_vocab = read_config(folder).get("characters", ""), model_config(folder).n_vocab
+    if not isinstance(characters, str) or len(set(characters)) not in (0, n_vocab):
+        raise BadInput(f"{folder / 'config.json'}: \"characters\" are not the {n_vocab} different "
+                       "ones that its model reads")
+    return characters
 
 
 def model_config(folder: Path) -> GPTConfig:
@@ -334,12 +340,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def copy_weights(model: GPT, source: str) -> None:
-    """Copies weights (resolve() says which) into a model. Raises BadInput for another shape."""
+def copy_weights(model: GPT, source: str, characters: str = "") -> None:
+    """Copies weights (resolve() says which) into a model, whose tokens stand for `characters` or
+    are GPT-2's. Raises BadInput for another shape or other tokens."""
+    theirs = characters_of(source)
+    if theirs != characters:
+        names = [f"{len(of)} characters" if of else "GPT-2's tokens" for of in (theirs, characters)]
+        raise BadInput(f"{source} reads {names[0]}, and this run's data is of {names[1]}: weights "
+                       "go over only where every token stands for the same (--data.vocab)")
     given = load_resolved(source)
-    if given.config != model.config:
+    if replace(given.config, dropout=model.config.dropout) != model.config:
         flags = [f"--model.{name} {value}" for name, value in asdict(given.config).items()
-                 if value != getattr(model.config, name)]
+                 if value != getattr(model.config, name) and name != "dropout"]
         raise BadInput(f"{source} holds a model of another shape than this run's: add "
                        f"{' '.join(flags)}")
     model.load_state_dict(given.state_dict())
@@ -366,72 +378,3 @@ def _open_weights(folder: Path) -> Iterator[TensorFile]:
 
 def _shapes(tensors: TensorFile) -> dict[str, tuple[int, ...]]:
     return {name: tensors.shape(name) for name in tensors}
-
-
-@torch.no_grad()
-def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
-    """Puts back what a checkpoint of any number of ranks, in any mode, holds; returns its state.
-
-    Each rank reads the rows that it holds. Raises BadInput for a converted checkpoint, which has
-    weights only.
-    """
-    if not all((folder / name).exists() for name in TRAINING):
-        raise BadInput(f"{folder} has weights and no optimizer state: --init {folder} starts anew "
-                       "from them")
-    try:
-        with (
-            TensorFile(folder / "model.safetensors") as weights,
-            TensorFile(folder / "optimizer.safetensors") as moments,
-        ):
-            for shard in track(state.model.shards, f"loading {folder}", "tensor"):
-                shape = stored_shape(state, shard)
-                _read_rows(weights, shard.name, shape, shard.local, shard.local_start)
-                if len(shard.optim_param) == 0:
-                    continue
-                kept = state.optimizer.state[shard.optim_param]
-                for key in row_state(state.optimizer, shard):
-                    name = f"{shard.name}.{key}"
-                    _read_rows(moments, name, shape, kept[key], shard.optim_start)
-                for key in SCALAR_STATE:
-                    kept[key].copy_(moments[f"{shard.name}.{key}"])
-        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state.scaler.load_state_dict(saved["loss_scale"])
-        _set_random_states(saved)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"can't read {folder}: {error}") from None
-    except KeyError as error:
-        raise BadInput(f"can't read {folder}: there is no {error}") from None
-    return saved
-
-
-def stored_shape(state: TrainState, shard: ParamShard) -> tuple[int, ...]:
-    """The shape in which a parameter is stored: without the vocabulary's padding rows."""
-    rows = len(shard.param)
-    if shard.name in VOCABULARY_ROWS:
-        rows = min(rows, state.model.module.config.n_vocab)
-    return (rows, *shard.param.shape[1:])
-
-
-def _read_rows(
-    file: TensorFile, name: str, shape: tuple[int, ...], into: torch.Tensor, first: int
-) -> None:
-    """Copies the stored rows from `first` on; what isn't stored, the padding, becomes zero."""
-    if file.shape(name) != shape:
-        raise ValueError(f"{name} has shape {file.shape(name)}, expected {shape}")
-    end = min(first + len(into), shape[0])
-    into.zero_()
-    if first < end:
-        into[: end - first] = file.rows(name, first, end).to(into.device)
-
-
-def _set_random_states(saved: dict[str, Any]) -> None:
-    try:
-        torch.set_rng_state(_tensor_of(saved["rng_cpu"]))
-        if torch.cuda.is_available() and saved["rng_cuda"]:
-            torch.cuda.set_rng_state(_tensor_of(saved["rng_cuda"]))
-    except RuntimeError as error:  # a state of another size
-        raise ValueError(str(error)) from None
-
-
-def _tensor_of(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

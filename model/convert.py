@@ -28,7 +28,7 @@ from launch import flags
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.files import fsync, refuse_lfs_pointer
 from launch.world import DTYPES
-from model.checkpoint import load_model
+from model.checkpoint import characters_of, load_resolved, resolve
 from model.formats.hf import from_hf, to_hf
 from model.formats.hub import locate
 from model.formats.llmc import Precision, from_llmc, to_llmc
@@ -48,12 +48,13 @@ EOT_TEXT = "<|endoftext|>"
 
 
 def read_source(spec: str, allow_pickle: bool = False) -> GPT:
-    """The model that `spec` names, with GPT-2's 50,257 tokens. Raises BadInput for any other."""
+    """The model that `spec` names, with GPT-2's 50,257 tokens or, out of a checkpoint of ours, as
+    many characters as it reads. Raises BadInput for any other."""
     path = Path(spec)
     if spec.startswith("hf:"):
         model = from_hf(spec.removeprefix("hf:"), allow_pickle=allow_pickle)
     elif path.is_dir():
-        model = load_model(spec)
+        return read_ours(spec)[0]
     elif not path.is_file():
         raise BadInput(f"{spec} is neither a file nor a folder here: SRC is a checkpoint folder, a "
                        "run folder, hf:DIR, llm.c's .bin, or a .pt of nanoGPT or build-nanogpt")
@@ -64,6 +65,13 @@ def read_source(spec: str, allow_pickle: bool = False) -> GPT:
         refuse_lfs_pointer(path)
         model = from_nanogpt(path) if is_pickle(path) else from_llmc(path)
     return without_padding(model, spec)
+
+
+def read_ours(spec: str) -> tuple[GPT, str]:
+    """The model of a checkpoint or a run, and the characters that it reads; '': GPT-2's tokens."""
+    source = resolve(spec)
+    model, characters = load_resolved(source), characters_of(source)
+    return model if characters else without_padding(model, spec), characters
 
 
 def write_hf(
@@ -77,10 +85,11 @@ def write_hf(
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def write_ours(model: GPT, folder: Path, source: str = "") -> None:
+def write_ours(model: GPT, folder: Path, source: str = "", characters: str = "") -> None:
     """A checkpoint folder of weights alone, for eval.* and --init.
 
-    source: where the weights came from. Raises BadInput for a model that is no GPT-2.
+    source: where the weights came from. characters: what the model reads, if not GPT-2's tokens.
+    Raises BadInput for a model that is no GPT-2.
     """
     if model.config.arch == "gpt2":
         require_gpt2(model, "a converted checkpoint")
@@ -90,6 +99,8 @@ def write_ours(model: GPT, folder: Path, source: str = "") -> None:
     content: dict[str, Any] = {"config": {"model": asdict(model.config)}}
     if source:
         content["source"] = source
+    if characters:
+        content["characters"] = characters
     _write_json(folder / "config.json", content)
     write_manifest(folder)
 
@@ -193,11 +204,18 @@ def main(
         if commit:
             name = src.partition("@")[0]
             src, source = f"hf:{folder}", f"{name}@{commit}"
-    model = read_source(src, allow_pickle)
+    characters = ""
+    if Path(src).is_dir():
+        model, characters = read_ours(src)
+    else:
+        model = read_source(src, allow_pickle)
+    if characters and to != "ours":
+        raise BadInput(f"{src} reads {len(characters)} characters, and --to {to} is read with "
+                       "GPT-2's tokenizer: --to ours keeps its characters")
     write: dict[str, Callable[[Path], None]] = {
         "hf": lambda work: write_hf(model, work, source, DTYPES[dtype]),
         "llmc": lambda work: to_llmc(model, work, dtype),
-        "ours": lambda work: write_ours(model, work, source),
+        "ours": lambda work: write_ours(model, work, source, characters),
     }
     write_whole(path, write[to])
     config = model.config

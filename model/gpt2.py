@@ -53,6 +53,12 @@ class GPTConfig:
     """GPT-2's is the tanh approximation; exact is what nanoGPT trains with."""
     arch: Literal["gpt2", "speedrun"] = "gpt2"
     """GPT-2's network (model/gpt2.py), or the speedrun's of the same shape (model/speedrun.py)."""
+    value_embeddings: bool = False
+    """speedrun only: every other layer adds an embedding of the token to its values; V x C each."""
+    document_mask: bool = False
+    """speedrun only: attention ends at document borders while the loss is computed."""
+    dropout: float = 0.0
+    """While training: the share of embeddings, attention and branches left out (nanoGPT: 0.2)."""
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -63,10 +69,15 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.gelu not in ("tanh", "exact"):
             raise ValueError(f"gelu is tanh or exact, not {self.gelu!r}")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout!r}: expected 0 to less than 1")
         if self.arch not in ("gpt2", "speedrun"):
             raise ValueError(f"arch is gpt2 or speedrun, not {self.arch!r}")
         if self.arch == "speedrun":
             self._check_speedrun()
+        for name in ("value_embeddings", "document_mask"):
+            if getattr(self, name) and self.arch == "gpt2":
+                raise ValueError(f"{name}: only --model.arch speedrun has it")
 
     def _check_speedrun(self) -> None:
         """What the speedrun's network has not, or can't do."""
@@ -75,6 +86,11 @@ class GPTConfig:
         if self.n_embd // self.n_head % 2:
             raise ValueError(f"heads {self.n_embd // self.n_head} wide: rotary positions turn "
                              "pairs, so the width of a head (n_embd / n_head) must be even")
+        if self.dropout:
+            raise ValueError("dropout: the speedrun's network has none")
+        if self.document_mask and self.n_vocab != GPTConfig.n_vocab:
+            raise ValueError("document_mask needs GPT-2's vocabulary, whose last token begins a "
+                             "document")
 
     @property
     def padded_vocab(self) -> int:
@@ -90,15 +106,18 @@ class Attention(nn.Module):
         self.n_head, self.ops, self.layer = config.n_head, ops, layer
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C): queries, keys and values side by side
         # In each head: y = softmax(q k^T / sqrt(D)) v, a position seeing itself and those before.
-        if attend is None:
-            y = self.ops.attention(qkv, self.n_head)  # (B, T, C)
-        else:
+        if attend is not None:
             y = attend(self.layer, qkv, self.n_head)  # (B, T, C)
-        return self.c_proj(y)
+        elif self.training and self.dropout:  # of the softmax; the kernels have none
+            y = kernels.TORCH.attention(qkv, self.n_head, self.dropout)  # (B, T, C)
+        else:
+            y = self.ops.attention(qkv, self.n_head)  # (B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -109,11 +128,13 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.approximate = "tanh" if config.gelu == "tanh" else "none"  # torch's words
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, C) -> (B, T, 4C)
         x = F.gelu(x, approximate=self.approximate)
-        return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
+        x = self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
+        return F.dropout(x, self.dropout, self.training)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -204,6 +225,7 @@ class GPT(nn.Module):
         else:
             position_embedding = self.wpe.weight[positions]  # (T, C) or (B, T, C)
         x = token_embedding + position_embedding  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
         branch = None
         for block in self.h:
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -18,9 +18,6 @@ from kernels import Operators
 from model.gpt2 import GPT, Attend, GPTConfig
 from model.speedrun import SpeedrunGPT
 
-# Tensors with a row for each token: (Vp, C) in memory, stored without the padding rows.
-VOCABULARY_ROWS = {"wte.weight", "lm_head.weight"}
-
 
 class Network(Protocol):
     """What the rest of the house uses of a network, an nn.Module. Shapes: model/gpt2.py."""
@@ -46,6 +43,11 @@ class Network(Protocol):
     ) -> Tensor:
         """(B, T) tokens -> logits (B, T, V), or with targets (B, T) the loss, a scalar in nats."""
         ...
+
+
+def has_vocabulary_rows(name: str) -> bool:
+    """Whether a parameter has a row for each token: (Vp, C) in memory, stored without padding."""
+    return name in ("wte.weight", "lm_head.weight") or name.startswith("value_embeddings.")
 
 
 ARCHITECTURES: dict[str, Any] = {"gpt2": GPT, "speedrun": SpeedrunGPT}
@@ -79,7 +81,7 @@ def get_num_params(model: Any) -> int:
     count = 0
     for name, parameter in model.named_parameters():
         count += parameter.numel()
-        if name in VOCABULARY_ROWS:
+        if has_vocabulary_rows(name):
             count -= padding_rows * parameter.shape[1]
     return count
 

@@ -109,13 +109,13 @@ def get_lr(step: int, steps: int, config: OptimConfig) -> float:
 def decay_start(steps: int, config: OptimConfig) -> int:
     """The last step with the full rate: a run that is given more steps goes on from there.
 
-    wsd: where its decay begins. constant: the last step. cosine: 0, for it falls all the time.
+    wsd: where its decay begins. constant: the last step. cosine: -1, for it falls all the time.
     """
     if config.schedule == "constant":
         return steps
     if config.schedule == "wsd":
         return max(min(config.warmup_steps, steps), steps - round(config.decay_ratio * steps))
-    return 0
+    return -1
 
 
 def configure_optimizers(

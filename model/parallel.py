@@ -72,10 +72,10 @@ class ParallelModel:
             )
         self.shards = [self._shard_of(name, p) for name, p in module.named_parameters()]
 
-    def __call__(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The loss. (B, T) tokens and targets -> this rank's mean, in nats a token."""
+    def __call__(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """The loss. (B, T) tokens and targets -> this rank's mean or sum, in nats."""
         with self.autocast():
-            return self.forward(idx, targets)
+            return self.forward(idx, targets, reduction)
 
     def autocast(self) -> AbstractContextManager:
         """Matrix products run in the compute dtype inside this context."""
@@ -143,11 +143,12 @@ class ParallelModel:
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:
-        """For evaluating the model: under fsdp every rank has all weights meanwhile.
+        """For evaluating the model: without dropout, and under fsdp every rank has all weights.
 
         Nothing is gathered inside, so ranks may call the model as often as they like, and any
         method of it. Takes the memory of the whole model in the compute dtype.
         """
+        self.module.eval()
         modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
@@ -158,6 +159,7 @@ class ParallelModel:
             for module in modules:
                 module.reshard()
                 module.set_reshard_after_forward(module is not self.module, recurse=False)
+            self.module.train()
 
     def _local_gradients(self) -> list[Tensor]:
         """Each parameter's gradient, of the rows that are in `local`."""
@@ -184,9 +186,9 @@ class ParallelModel:
         sent = rows[0].new_zeros(sum(each))
         for part, own in zip(sent.split(each), rows, strict=True):
             part[: own.numel()] = own.flatten()
-        gathered = sent.new_empty(ranks, len(sent))
+        gathered = sent.new_empty(ranks * len(sent))
         dist.all_gather_into_tensor(gathered, sent, group=group)
-        parts = gathered.split(each, dim=1)  # each (ranks, rows a rank * columns)
+        parts = gathered.view(ranks, -1).split(each, dim=1)  # each (ranks, rows a rank * columns)
         return [part.reshape(-1, *shard.param.shape[1:])[: len(shard.param)]
                 for part, shard in zip(parts, shards, strict=True)]
 

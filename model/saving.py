@@ -14,7 +14,6 @@ A checkpoint has failed until it's proved good: newest_step changes, on all rank
 every rank's thread has come to its end without an error.
 """
 
-import base64
 import contextlib
 import json
 import os
@@ -22,7 +21,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +30,29 @@ from torch import Tensor
 
 from launch import cli, console
 from launch.errors import Failed
-from launch.files import flush, free_bytes, set_size
+from launch.files import flush, free_bytes, human_size, set_size
 from launch.progress import Bar
 from launch.tracker import Tracker
 from model.best import mark_best
 from model.checkpoint import (
-    TrainState,
     find_rollback_checkpoint,
     folder_name,
     hidden,
-    load_train_state,
     mark_doubtful,
     prune,
     put_in_place,
     step_of,
-    stored_shape,
 )
 from model.manifest import write_manifest
-from model.optim import SCALAR_STATE, row_state
-from model.safetensors_layout import Layout
+from model.train_state import (
+    Piece,
+    TrainState,
+    find_not_finite,
+    layouts,
+    load_train_state,
+    pieces_to_save,
+    small_state,
+)
 
 PATIENCE = 300.0  # seconds without a byte from any rank after which a save has failed
 LAST_PATIENCE = 10.0  # that rank 0 gives the others where it's leaving, perhaps for a dead rank
@@ -74,36 +77,27 @@ class SavingConfig:
         cli.within("keep", self.keep, 1, cli.MOST_STEPS)
 
 
-@dataclass
-class Piece:
-    """Rows to write: their values here, and where they belong."""
-
-    file: str
-    name: str  # of the tensor
-    offset: int
-    values: Tensor
-
-
 class Saver:
     """One rank's share in writing a run's checkpoints. At most one is being written at a time.
 
     newest_step: of the newest checkpoint that is proved to be on the disk; the same on all ranks.
     resumed_from: the checkpoint that the run began with, perhaps another run's.
     heartbeat: called while a wait makes progress, so that a long one isn't taken for a hang.
-    keep_best: beside the `keep` newest, the one of the lowest validation loss.
+    keep_best, full_rate: beside the `keep` newest, the one of the lowest validation loss, and the
+    newest up to this step, the last before the rate falls.
     """
 
     def __init__(
         self, run: Path, state: TrainState, tracker: Tracker, keep: int, newest_step: int = -1,
         resumed_from: Path | None = None, heartbeat: Callable[[], object] = lambda: None,
-        keep_best: bool = False,
+        keep_best: bool = False, full_rate: int = -1,
     ) -> None:
         self.run, self.state, self.tracker, self.keep = run, state, tracker, keep
         self.newest_step, self.resumed_from, self.heartbeat = newest_step, resumed_from, heartbeat
-        self.keep_best = keep_best
+        self.keep_best, self.full_rate = keep_best, full_rate
         self.world = tracker.world
         self.checkpoints = run / "checkpoints"
-        self.layouts = _layouts(state)
+        self.layouts = layouts(state)
         self._copies: dict[tuple[str, int], Tensor] = {}  # in memory; used again at every save
         self._losses: dict[int, float] = {}  # validation losses, when the last save began
         self._saved: list[Path] = []  # since report_finished
@@ -143,8 +137,12 @@ class Saver:
                 raise self._failed.pop()
             self.report_finished(step)
 
+    def must_keep(self, step: int) -> bool:
+        """Whether this step is saved in any case: the best so far, or the last of full rate."""
+        return self.is_best(step) or step == self.full_rate
+
     def is_best(self, step: int) -> bool:
-        """Whether this step is to be saved as the best so far. The same on all ranks."""
+        """Whether this step is to be saved as the best so far: the same on all ranks."""
         return self.keep_best and step == self.tracker.best_step()
 
     def wait(self) -> None:
@@ -236,8 +234,7 @@ class Saver:
 
     def _begin(self, step: int, progress: dict[str, Any]) -> None:
         """Makes the files, copies this rank's rows, and starts the thread."""
-        scaler = self.state.scaler.state_dict()
-        content = {**progress, "loss_scale": scaler, **_random_states()}  # of state.json
+        content = {**progress, **small_state(self.state)}  # of state.json
         work = self.world.broadcast_from_rank0(self._make_files, step, content)
         files: dict[str, int] = {}
         try:
@@ -272,8 +269,8 @@ class Saver:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             needed, free = sum(x.size for x in self.layouts.values()), free_bytes(self.checkpoints)
             if needed > free:
-                raise Failed(f"could not save {final}: it takes {needed / 1e9:,.2f} GB, and "
-                             f"{free / 1e9:,.2f} GB are free: no space left on the disk")
+                raise Failed(f"could not save {final}: it takes {human_size(needed)}, and "
+                             f"{human_size(free)} are free: no space left on the disk")
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             for name, layout in self.layouts.items():
@@ -302,40 +299,20 @@ class Saver:
 
     def _copy(self) -> list[Piece]:
         """Copies what this rank writes into memory of its own."""
-        pieces = []
+        copies = []
         try:
-            for file, name, row, values in self._rows():
-                offset = self.layouts[file].offsets[name] + row * values[:1].nbytes
-                key = (file, offset)
+            for piece in pieces_to_save(self.state, self.layouts, self.world.is_rank0):
+                key, values = (piece.file, piece.offset), piece.values
                 if key not in self._copies:
                     pinned = values.device.type == "cuda"
                     self._copies[key] = torch.empty_like(values, device="cpu", pin_memory=pinned)
                 self._copies[key].copy_(values, non_blocking=True)
-                pieces.append(Piece(file, name, offset, self._copies[key]))
+                copies.append(replace(piece, values=self._copies[key]))
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
         except (MemoryError, RuntimeError) as error:  # torch's words for a full memory
             raise Failed(f"no copy in memory could be made: {error}") from None
-        return pieces
-
-    def _rows(self) -> list[tuple[str, str, int, Tensor]]:
-        """(file, tensor's name, first row, values) of everything that this rank writes."""
-        rows = []
-        for shard in self.state.model.shards:
-            first = shard.save_rows.start
-            end = min(shard.save_rows.stop, stored_shape(self.state, shard)[0])
-            kept = self.state.optimizer.state.get(shard.optim_param, {})
-            if first < end:
-                weights = shard.local[first - shard.local_start : end - shard.local_start]
-                rows.append(("model.safetensors", shard.name, first, weights))
-                for key in row_state(self.state.optimizer, shard):
-                    values = kept[key][first - shard.optim_start : end - shard.optim_start]
-                    rows.append(("optimizer.safetensors", f"{shard.name}.{key}", first, values))
-            if self.world.is_rank0:  # which always has rows, of every parameter
-                for key in SCALAR_STATE:
-                    value = kept[key].reshape(1)
-                    rows.append(("optimizer.safetensors", f"{shard.name}.{key}", 0, value))
-        return rows
+        return copies
 
     # ---- in the thread ----
 
@@ -345,7 +322,7 @@ class Saver:
         final = self.checkpoints / folder_name(step)
         work = hidden(final, "tmp")
         try:
-            problem = _not_finite(pieces)
+            problem = find_not_finite(pieces)
             if not problem:
                 self._write_rows(work, files, pieces)
                 if self.world.is_rank0:
@@ -413,36 +390,10 @@ class Saver:
             return
         with contextlib.suppress(OSError):  # what can't be pruned now will be after the next save
             best = mark_best(self.checkpoints, final, self._losses)
-            prune(self.checkpoints, final, self.keep, best)
+            prune(self.checkpoints, final, self.keep, best, self.full_rate)
 
     def _count(self, done: int) -> None:
         self._bytes += done
-
-
-def _layouts(state: TrainState) -> dict[str, Layout]:
-    """Both files' layouts, the same on every rank."""
-    weights: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    optimizer: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for shard in state.model.shards:
-        p = shard.param
-        shape = stored_shape(state, shard)
-        weights[shard.name] = (p.dtype, shape)
-        for key in row_state(state.optimizer, shard):
-            optimizer[f"{shard.name}.{key}"] = (p.dtype, shape)
-        for key in SCALAR_STATE:
-            optimizer[f"{shard.name}.{key}"] = (torch.float32, ())
-    return {"model.safetensors": Layout.of(weights), "optimizer.safetensors": Layout.of(optimizer)}
-
-
-def _not_finite(pieces: list[Piece]) -> str:
-    """Names a weight with an infinity or a NaN: such a checkpoint is worth less than none, for it
-    would push out a good one. Moments may overflow and recover."""
-    for piece in pieces:
-        if piece.file == "model.safetensors":
-            smallest, largest = torch.aminmax(piece.values)  # each NaN where there is one
-            if not (smallest.isfinite() and largest.isfinite()):
-                return f"{piece.name} holds values that are no numbers (infinite or NaN)"
-    return ""
 
 
 def _close(files: dict[str, int]) -> None:
@@ -450,12 +401,3 @@ def _close(files: dict[str, int]) -> None:
     while files:
         with contextlib.suppress(OSError):
             os.close(files.popitem()[1])
-
-
-def _random_states() -> dict[str, str | None]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"rng_cpu": _text_of(torch.get_rng_state()), "rng_cuda": _text_of(cuda)}
-
-
-def _text_of(state: Tensor | None) -> str | None:
-    return None if state is None else base64.b64encode(state.numpy().tobytes()).decode()

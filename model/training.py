@@ -11,11 +11,11 @@ from kernels import Choice, selfcheck
 from launch.errors import BadInput
 from launch.world import Dtype, World
 from model import checkpoint
-from model.checkpoint import TrainState
 from model.gpt2 import GPT, GPTConfig
 from model.network import compile_blocks, new_network
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import Mode, ParallelModel
+from model.train_state import TrainState, load_train_state
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ class ComputeConfig:
 
 def build_train_state(
     shape: GPTConfig, optim: OptimConfig, compute: ComputeConfig, dtype: str, seed: int,
-    init: str, source: Path | None, world: World,
+    init: str, source: Path | None, world: World, characters: str = "",
 ) -> tuple[TrainState, dict[str, Any]]:
     """A new model from the seed, the weights of `init`, or everything that the checkpoint `source`
     holds; with the checkpoint's state.json, empty for a new run.
 
-    dtype: of the matrix products. Raises BadInput on all ranks where one of these can't be used.
+    dtype: of the matrix products. characters: what the run's tokens stand for, if they aren't
+    GPT-2's. Raises BadInput on all ranks where one of these can't be used.
     """
     weights = torch.float64 if dtype == "fp64" else torch.float32
     ops = choose_operators(shape, compute.kernels, weights, world)
@@ -55,7 +56,7 @@ def build_train_state(
     with world.fail_together():
         module = new_model(shape, compute, ops, weights, seed, world)
         if given:
-            checkpoint.copy_weights(module, given)
+            checkpoint.copy_weights(module, given, characters)
     if given:
         world.print0(f"starts from the weights of {given} (--init {init})")
     if compute.compiled(world.device):
@@ -66,7 +67,7 @@ def build_train_state(
     if not source:
         return state, {}
     with world.fail_together():
-        saved = checkpoint.load_train_state(state, source)
+        saved = load_train_state(state, source)
     return state, saved
 
 
@@ -89,6 +90,8 @@ def choose_operators(
         # A rank that has fallen back computes something else, by a rounding, than its peers.
         rank = torch_ranks[0]
         ops, line = kernels.TORCH, f"{lines[rank]} on rank {rank}, and so on all"
+    if shape.dropout and ops is not kernels.TORCH:
+        line += "; attention by torch while training, for --model.dropout: the kernel has none"
     world.print0(line)
     return ops
 

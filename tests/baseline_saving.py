@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from launch.world import keep_freed_memory
-from model.checkpoint import TrainState
 from model.gpt2 import GPT, GPTConfig
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import ParallelModel
 from model.saving import Saver
+from model.train_state import TrainState
 from tests.running import ALONE, Silent
 
 

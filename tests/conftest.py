@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data import sources
-from data.loader import DataConfig
+from data.dataset import DataConfig
 from eval.evaluator import EvalConfig
 from launch.spikes import SpikeConfig
 from launch.tracker import TrackerConfig

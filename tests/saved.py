@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import TrainState
 from model.gpt2 import GPT, GPTConfig
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import ParallelModel
 from model.saving import Saver
+from model.train_state import TrainState
 from tests.running import ALONE, Silent
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_ctx=16)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import train_gpt2
 from data import fineweb
 from data.corpus import read_text
+from data.dataset import DataConfig
 from data.fineweb import FineWebConfig
-from data.loader import DataConfig
 from data.shards import read_manifest, write_folder
 from data.tokenizer import encode_documents
 from eval import sample, tasks

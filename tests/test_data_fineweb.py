@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -11,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
-from data import fineweb, job, shard_file
+from data import fineweb, job, shard_file, shards
 from data.counts import count_duplicates
 from data.fineweb import FineWebConfig, make
 from data.shards import open_folder
 from data.tokenizer import EOT, decode, encode_documents
 from launch.errors import Failed, FolderInUse
-from launch.files import folder_lock
+from launch.files import folder_lock, human_size
 from tests import baseline
 from tests.documents import failing, read_independently, refused, run
 from tests.running import ROOT, environment
@@ -68,10 +70,54 @@ def test_the_manifest_describes_shards_and_data(corpus, tmp_path, capsys):
     assert manifest["files"] == [[f"{i}.parquet", os.path.getsize(source.replace("*", str(i)))]
                                  for i in range(3)]
     printed = capsys.readouterr().out
-    assert "GB of disk needed" in printed
+    bytes_of_text = human_size(sum(sizes))  # of which the tokens take about half
+    assert f"{bytes_of_text} of text in" in printed
+    assert re.search(r"about [\d.]+ kB of text: [\d.]+ kB of disk needed, ", printed)
+    assert " 0.00 " not in printed
+    assert "0 MB/s" not in printed
     assert f"300 documents: {documents.count('')} empty" in printed
     make(FineWebConfig(out, source=source, shard_tokens=1000))
     assert "is complete" in capsys.readouterr().out
+
+
+def test_documents_of_one_s_own_have_a_name(corpus, tmp_path, capsys):
+    """In shards' names, in the manifest, in what the tools print, and beside every loss."""
+    source, documents = corpus
+    out = tmp_path / "out"
+    make(FineWebConfig(out, source=source, name="my.docs_1", val_tokens=1000, shard_tokens=100_000))
+    assert sorted(contents(out)) == [
+        "manifest.json", "my.docs_1_train_000001.bin", "my.docs_1_val_000000.bin"]
+    assert json.loads((out / "manifest.json").read_text())["dataset"] == "my.docs_1"
+    train, val, name = open_folder(out)
+    assert name == "my.docs_1"
+    stream = np.concatenate([shard.tokens for shard in val + train])
+    assert np.array_equal(stream, encode_documents(documents))
+    shards.info(out)
+    shards.verify(out)
+    make(FineWebConfig(out, source=source, name="my.docs_1"))
+    printed = capsys.readouterr().out
+    assert "my.docs_1: " in printed
+    assert "is complete" in printed
+    assert "local files" not in printed
+    refused("dataset was 'my.docs_1' and is 'others'", out=out, source=source, name="others",
+            shard_tokens=None)
+
+
+def test_without_a_name_it_is_said_what_documents_are_called(corpus, tmp_path, capsys):
+    make(FineWebConfig(tmp_path / "out", source=corpus[0], shard_tokens=1000))
+    assert "called 'fineweb from local files': --name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a b", "../a", ".a", "-a", "_a", "a/b", "a, b", "a" * 51, "a\n"])
+def test_a_name_that_no_shard_can_have_is_refused(corpus, tmp_path, name):
+    refused("expected letters, digits, '_', '-' and '.'", out=tmp_path / "out", source=corpus[0],
+            name=name)
+
+
+def test_the_hub_s_data_sets_keep_their_names(tmp_path):
+    refused("--name mine is for documents of your own", out=tmp_path / "out", name="mine")
+    refused("--name mine is for documents of your own", out=tmp_path / "out", name="mine",
+            source="x.txt", pretokenised=True)
 
 
 def test_without_fastokens_tiktoken_writes_the_same_bytes(corpus, tmp_path, monkeypatch, capsys):

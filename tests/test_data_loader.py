@@ -15,16 +15,8 @@ from hypothesis import strategies as st
 import data.alignment
 import data.stream
 from data.alignment import document_sequences
-from data.loader import (
-    DataConfig,
-    Loader,
-    Stream,
-    fingerprint,
-    fit_micro_batch,
-    open_data,
-    validation_batch,
-    validation_sequences,
-)
+from data.dataset import DataConfig, fingerprint, open_data
+from data.loader import Loader, Stream, fit_micro_batch, validation_batch, validation_sequences
 from data.shard_file import Shard
 from data.shards import convert, open_folder, write_folder
 from data.tokenizer import EOT, encode_documents

@@ -272,9 +272,11 @@ def test_documents_become_a_model_as_the_page_says(workplace):
     text = Path("input.txt").read_text()
     for i in range(0, len(text), 500):
         Path(f"my_documents/{i:06d}.txt").write_text(text[i : i + 500])
+    Path("held_out.txt").write_text("what nobody was trained on\n" * 100)
     for command in section("docs/data.md", "Documents of your own"):
         do(command)
-    assert Path("runs/my-model/checkpoints/step_00000002").is_dir()
+    for run in ("my-model", "judged", "both"):
+        assert Path(f"runs/{run}/checkpoints/step_00000002").is_dir()
 
 
 def test_weights_move_and_a_report_is_made_as_the_pages_say(workplace):

@@ -9,8 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from eval.report import plot_losses, write_report
+from eval.report.charts import Entry, draw_gradient_norm, draw_losses, mark_events
+from eval.report.pictures import HEIGHT, WIDTH, matplotlib_style, put_legend
+from eval.report.record import read_records
+from eval.report.verdict import judge
 from tests.running import ROOT, environment
 
 ROWS = [{"step": step, "tokens": 10 * step, "train_loss": 5.0 - step} for step in range(3)]
@@ -119,3 +126,100 @@ def test_names_of_any_bytes_make_a_page(tmp_path):
     run = make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
     page, _ = write_report([run])
     assert "<h1>caf\ufffd</h1>" in page.read_text(encoding="utf-8")
+
+
+def axes_of(draw, runs: list[Path]):
+    """(figure, axes, legend's labels) of a chart of some runs, as pictures.py makes it."""
+    entries = [Entry(record, judge(record)) for record in read_records(runs)]
+    with matplotlib_style():
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        draw(axes, entries)
+        mark_events(axes, entries)
+        put_legend(figure, axes)
+        canvas.draw()
+    labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return figure, axes, labels
+
+
+def falling_run(folder: Path, steps: int) -> Path:
+    """A loss of 10.8 that has fallen to 5 by step 20 and goes on to 4 at the last, with the
+    gradient norm 20 at step 1, 0.5 later, and 90 once; skipped and stopped."""
+    folder.mkdir(parents=True)
+    rows = []
+    for step in range(1, steps + 1):
+        loss = max(10.8 - 5.8 * step / 20, 5 - step / steps)
+        norm = {1: 20.0, 25: 90.0}.get(step, 0.5)
+        rows.append({"step": step, "tokens": 10 * step, "train_loss": loss, "grad_norm": norm})
+    rows.append({"step": steps, "tokens": 10 * steps, "val_loss": 4.0, "val_set": "x, 9 tokens"})
+    rows.append({"step": 25, "tokens": 250, "event": "skipped step 25: gradient norm 90"})
+    rows.append({"step": steps, "tokens": 10 * steps, "event": "stopped by SIGTERM"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_losses_are_drawn_as_they_are_after_the_first_steps(tmp_path):
+    """4 % of 40 steps is the second, at 10.2; three quarters of the fall are done by step 18."""
+    _, axes, _ = axes_of(draw_losses, [falling_run(tmp_path / "short", 40)])
+    low, high = axes.get_ylim()
+    assert low < 4.0 and 5.0 < high < 6.0
+    _, axes, _ = axes_of(draw_losses, [falling_run(tmp_path / "long", 2_000)])
+    assert 4.96 < axes.get_ylim()[1] < 5.1
+
+
+def test_a_loss_that_rises_again_stays_in_the_picture(tmp_path):
+    run = falling_run(tmp_path / "run", 40)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 41, "tokens": 410, "train_loss": 12.0}) + "\n")
+    _, axes, _ = axes_of(draw_losses, [run])
+    assert axes.get_ylim()[1] > 12.0
+
+
+def test_a_run_from_weights_is_drawn_from_its_beginning(tmp_path):
+    """It falls by 0.5 in all: the first steps are what one wants to see."""
+    rows = [{"step": step, "tokens": 10 * step, "train_loss": 3.5 - 0.05 * min(step, 10)}
+            for step in range(1, 21)]
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, axes, _ = axes_of(draw_losses, [run])
+    assert axes.get_ylim()[1] > 3.45
+
+
+def test_early_and_outlying_gradient_norms_are_inside(tmp_path):
+    _, axes, _ = axes_of(draw_gradient_norm, [falling_run(tmp_path / "run", 2_000)])
+    low, high = axes.get_ylim()
+    assert 0 < low < 0.5 and high > 90
+    assert axes.get_yscale() == "log"
+
+
+def test_norms_of_zero_are_no_obstacle(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [{"step": step, "tokens": step, "grad_norm": 0.0} for step in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, axes, _ = axes_of(draw_gradient_norm, [run])
+    assert axes.get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("draw", [draw_losses, draw_gradient_norm])
+def test_the_key_names_the_lines_of_events(tmp_path, draw):
+    runs = [falling_run(tmp_path / name, 40) for name in "ab"]
+    _, axes, labels = axes_of(draw, runs)
+    assert labels.count("spike") == labels.count("stop") == 1
+    assert "restart" not in labels
+    lines = axes.collections[-4:]
+    colours = [to_hex(line.get_color()[0]) for line in lines]
+    assert colours == ["#e5484d", "#e5484d", "#b58900", "#b58900"]
+
+
+def test_a_key_of_long_names_covers_nothing_and_is_all_there(tmp_path):
+    names = [f"{'gpt2-with-a-long-name-' * 5}{i}" for i in range(4)]
+    runs = [falling_run(tmp_path / name, 40) for name in names]
+    figure, axes, labels = axes_of(draw_losses, runs)
+    box = figure.legends[0].get_window_extent()
+    # Within 2 pixels, of the border that a legend has.
+    assert box.x0 >= -2 and box.x1 <= figure.bbox.x1 + 2
+    assert box.y0 >= -2 and box.y1 <= axes.get_tightbbox().y0
+    assert axes.bbox.height > 0.55 * HEIGHT * figure.dpi
+    words = "".join("".join(labels).split())
+    assert all(f"{name}:val4.0000" in words for name in names)

@@ -15,7 +15,16 @@ import pytest
 
 from launch import files
 from launch.errors import BadInput, Failed, FolderInUse
-from launch.files import atomic_write, download, folder_lock, free_bytes, fsync, set_size, sha256
+from launch.files import (
+    atomic_write,
+    download,
+    folder_lock,
+    free_bytes,
+    fsync,
+    human_size,
+    set_size,
+    sha256,
+)
 from tests.running import ROOT
 
 CONTENT = bytes(range(256)) * 5000  # 1,280,000 bytes: more than one chunk
@@ -184,6 +193,17 @@ def test_a_file_that_may_not_be_so_large_is_an_error(tmp_path):
     file.truncate = refuse(errno.EFBIG)
     with file.file, pytest.raises(OSError, match="too large"):
         set_size(file, 100)
+
+
+@pytest.mark.parametrize(("size", "base", "written"), [
+    (0, 1000, "0 bytes"), (999, 1000, "999 bytes"), (1_000, 1000, "1.00 kB"),
+    (999_994, 1000, "999.99 kB"), (999_995, 1000, "1.00 MB"), (17_500_000, 1000, "17.50 MB"),
+    (1_234_567_890, 1000, "1.23 GB"), (45 * 10**12, 1000, "45,000.00 GB"),
+    (1_023, 1024, "1,023 bytes"), (1_024, 1024, "1.00 KiB"), (5 * 2**19, 1024, "2.50 MiB"),
+    (80 * 2**30, 1024, "80.00 GiB"),
+])
+def test_a_size_is_written_in_a_unit_of_which_there_is_one(size, base, written):
+    assert human_size(size, base) == written
 
 
 def test_a_file_system_that_tells_no_free_space_has_enough(tmp_path, monkeypatch):

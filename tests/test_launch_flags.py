@@ -26,7 +26,7 @@ def parse(*arguments):
 @pytest.mark.parametrize("command", [
     ["train_gpt2.py", "gpt2-124m"], ["-m", "eval.sample"], ["-m", "eval.hellaswag"],
     ["-m", "eval.tasks"], ["-m", "eval.report"], ["-m", "data.fineweb"], ["-m", "model.convert"],
-    ["-m", "launch.preflight"],
+    ["-m", "launch.preflight"], ["-m", "eval.core"], ["-m", "eval.serve"], ["-m", "data.shards"],
 ], ids=" ".join)
 def test_help_writes_flags_as_readme_does_and_names_the_command(command):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True,
@@ -43,6 +43,35 @@ def test_help_shows_a_default_with_an_apostrophe_as_people_write_it(capsys):
         parse("gpt2-124m", "--help")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert '(default: "Hello, I\'m a language model,")' in shown
+
+
+def test_every_command_reads_its_flags_alike():
+    """tyro called in another file would write dashes in help, and speak on every rank."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True,
+                            check=True).stdout.split()
+    ours = [name for name in listed if not name.startswith("tests/")]
+    parsers = re.compile(r"tyro\.cli\(|tyro\.extras\.\w*cli\w*\(")
+    callers = [name for name in ours if parsers.search((ROOT / name).read_text(encoding="utf-8"))]
+    assert callers == ["launch/flags.py"]
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
+def test_a_wrong_word_is_answered_by_rank_0_alone(rank, said):
+    done = subprocess.run([sys.executable, "-m", "data.shards", "verfy", "fineweb10B"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, env=environment(RANK=rank))
+    assert done.returncode == 2
+    assert ("Available subcommands: verify, info, convert" in done.stderr) is said
+
+
+def test_subcommands_take_their_own_flags():
+    def count(folder: str, all_of_them: bool = False) -> None:
+        seen.append((folder, all_of_them))
+
+    seen: list[tuple[str, bool]] = []
+    flags.parse_subcommand({"count": count, "other": print}, ["count", "--folder", "x"])
+    flags.parse_subcommand({"count": count, "other": print},
+                           ["count", "--all_of_them", "--folder", "y"])
+    assert seen == [("x", False), ("y", True)]
 
 
 # ---- switches ----

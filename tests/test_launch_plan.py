@@ -380,6 +380,14 @@ def test_a_card_before_sm_80_computes_in_fp16_and_without_our_kernels():
     assert ", fp16, ddp" in report.report(preset("gpt2-124m"), "1xt4")
 
 
+def test_a_small_run_s_plan_has_no_number_that_rounds_to_nothing():
+    plan = report.report(preset("demo"), "8xh100")
+    assert re.search(r"weights \(fp32\) +27\.65 MiB", plan)
+    assert "921,600 tokens" in plan
+    assert re.search(r"time +\d\.\d\d to \d\.\d\d seconds", plan)
+    assert not re.search(r"\b0\.0+ (?!ms)", plan)  # what a part of a step takes may be nothing
+
+
 def test_a_card_of_ones_own_has_the_plan_of_a_listed_one_with_its_rates(tmp_path):
     """An RTX 3090 described by hand: every line but those with its name is that of the 3090."""
     path = tmp_path / "mine.json"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -46,10 +47,22 @@ def test_this_machine_is_looked_at(tmp_path, capsys):
     assert not [*(tmp_path / "runs").iterdir()]  # the probe's own file is gone
 
 
+def test_a_system_that_tells_less_than_linux_is_looked_at_too(monkeypatch):
+    """macOS has no sched_getaffinity."""
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    monkeypatch.setattr(os, "sysconf", unknown)
+    (line,) = probes.gpu(torch.device("cpu"))
+    assert (line.status, line.found) == ("ok", "no GPU: 10 CPU cores, memory unknown")
+
+
 def test_too_little_room_for_the_run_fails(tmp_path):
     lines = probes.run_folder(tmp_path, checkpoint_bytes=2**60, keep=3)
     assert statuses(lines)["space"] == "fail"
-    assert "4,611,686,018.4 GB will be written" in lines[0].found  # 4 x 2^60
+    assert "4,611,686,018.43 GB will be written" in lines[0].found  # 4 x 2^60
 
 
 @pytest.fixture
@@ -89,7 +102,7 @@ def slow(monkeypatch):
 def test_a_slow_data_folder_is_warned_of(tmp_path, slow):
     (tmp_path / "shard.bin").write_bytes(bytes(2**22))
     (line,) = probes.data_folder(tmp_path)
-    assert (line.status, line.found[:9]) == ("warn", "0 MiB/s f")  # 4 MiB in 10 s
+    assert (line.status, line.found[:9]) == ("warn", "419.43 kB")  # 4 MiB in 10 s
     assert "local disk" in line.advice
 
 
@@ -233,5 +246,5 @@ def test_three_ranks_under_torchrun(tmp_path):
     result = last_json(done.stdout)
     assert (result["fit"], result["ranks"]) == (True, 3)
     found = {row["check"]: row["found"] for row in result["checks"]}
-    assert "GB/s a rank, 3 ranks" in found["all-reduce"]
+    assert re.fullmatch(r"[\d.]+ [kMG]B/s a rank, 3 ranks, .*", found["all-reduce"])
     assert found["same torch"] == torch.__version__

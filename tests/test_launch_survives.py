@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 import train_gpt2
-from data.loader import DataConfig, Loader, open_data
+from data.dataset import DataConfig, open_data
+from data.loader import Loader
 from data.shards import write_folder
 from launch import orphan
 from launch.errors import Failed, FolderInUse

@@ -17,6 +17,7 @@ from model import checkpoint
 from model.gpt2 import GPT
 from model.manifest import write_manifest
 from model.safetensors_layout import TensorFile
+from model.train_state import load_train_state
 from tests.saved import CONFIG, names, save, trained, truncate
 
 
@@ -24,7 +25,7 @@ def test_everything_comes_back(tmp_path, run):
     saved, fresh = trained(2), trained(5)
     torch.manual_seed(2)
     fresh.scaler.scale = 1.0
-    state = checkpoint.load_train_state(fresh, run / "checkpoints" / "step_00000002")
+    state = load_train_state(fresh, run / "checkpoints" / "step_00000002")
     assert (state["step"], state["tokens"], fresh.scaler.scale) == (2, 64, 65536.0)
     parameters = [state.model.module.parameters() for state in (saved, fresh)]
     for one, two in zip(*parameters, strict=True):
@@ -171,7 +172,7 @@ def test_weights_alone_can_not_be_resumed(run):
     folder = run / "checkpoints" / "step_00000002"
     (folder / "optimizer.safetensors").unlink()
     with pytest.raises(BadInput, match="--init"):
-        checkpoint.load_train_state(trained(), folder)
+        load_train_state(trained(), folder)
 
 
 def test_sizes_are_compared_before_anything_is_hashed(run):
@@ -196,7 +197,7 @@ def test_weights_of_another_shape_than_the_model_are_refused(run):
     tensors["wte.weight"] = tensors["wte.weight"][:50_000]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(BadInput, match=r"wte.weight has shape \(50000, 32\), expected \(50257"):
-        checkpoint.load_train_state(trained(), folder)
+        load_train_state(trained(), folder)
 
 
 def test_shapes_are_compared_before_a_model_is_made(run, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import signal
+import subprocess
 from dataclasses import asdict
 
 import pytest
@@ -17,7 +18,7 @@ from launch.tracker import read_rows
 from model.checkpoint import load_model
 from model.generate import SampleConfig
 from model.gpt2 import GPTConfig
-from tests.running import flags, losses, run_program, weights
+from tests.running import ROOT, flags, losses, run_program, weights
 from train_gpt2 import train
 
 
@@ -207,3 +208,12 @@ def test_story_stays_short():
     """train_gpt2.py is read aloud: under 300 lines (ARCHITECTURE's budget)."""
     source = train_gpt2.Path(train_gpt2.__file__).read_text()
     assert source.count("\n") < 300
+
+
+def test_a_file_is_read_in_one_sitting():
+    """400 lines at most, but for tests: what grows beyond answers two questions."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True,
+                            check=True).stdout.split()
+    lengths = {name: (ROOT / name).read_text(encoding="utf-8").count("\n") for name in listed
+               if not name.startswith("tests/")}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}

@@ -1,4 +1,8 @@
-"""python -m eval.report RUN [RUN2 ...]: the verdict in a line, and where the page lies."""
+"""python -m eval.report RUN [RUN2 ...]: the verdicts in a line each, and where the page lies.
+
+Of several runs the first lines say which is better, by how much, and whether that is more than
+noise.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,48 +10,64 @@ from typing import Annotated
 
 import tyro
 
+from eval.report.better import rank
 from eval.report.charts import Entry
 from eval.report.page import write_report
+from eval.report.verdict import quiet_lines
 from launch import console, flags
 from launch.errors import BadInput, one_line_errors
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Writes RUN/report/index.html and its pictures; the first RUN's where there are several."""
+    """Writes a page, index.html, and its pictures: into RUN/report/ unless --out says otherwise."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Run folders; all validated on the same data."""
     against: str = ""
     """Published curve to compare with; by default the one of the model's shape."""
+    out: Path | None = None
+    """Folder for the page and its pictures; by default the first RUN's report/."""
 
 
 def summary(entry: Entry) -> str:
-    """The verdict in one line, for a terminal."""
+    """The verdict in one line, for a terminal; "" where a run is compared with no curve."""
     verdict = entry.verdict
-    if verdict is None:
+    if verdict is None or not verdict.comparisons:
         return ""
-    line = f"{entry.record.name}: {verdict.headline}"
-    if verdict.comparisons:
-        newest = verdict.comparisons[0]
-        line += (f" ({newest.what} {newest.loss:.4f} at step {newest.step:,}; "
-                 f"published {newest.published:.4f}, expected noise {newest.noise:.4f})")
-    return line
+    newest = verdict.comparisons[0]
+    return (f"{entry.record.name}: {verdict.headline} "
+            f"({newest.what} {newest.loss:.4f} at step {newest.step:,}; "
+            f"published {newest.published:.4f}, expected noise {newest.noise:.4f})")
+
+
+def lines(entries: list[Entry]) -> list[str]:
+    """All that is said on a terminal, in colours where it has them."""
+    said = []
+    ranking = rank(entries)
+    if ranking:
+        said = [console.colour(ranking.headline, "green") if ranking.better else ranking.headline]
+        said += ranking.notes
+    for entry in entries:
+        if line := summary(entry):
+            said.append(in_colour(line, entry))
+    return said + quiet_lines(entries)
 
 
 def in_colour(line: str, entry: Entry) -> str:
     """The verdict's line, green on track and red off it, where a terminal has colours."""
-    colours = {"on track": "green", "off": "red", "too early": "yellow"}
+    colours = {"on track": "green", "off": "red"}
     status = entry.verdict.status if entry.verdict else "not compared"
     return console.colour(line, colours[status]) if status in colours else line
 
 
 def main(arguments: Arguments) -> None:
     if not arguments.runs:
-        raise BadInput("which run? python -m eval.report RUN [RUN2 ...] [--against llmc-124m]")
-    path, entries = write_report(list(arguments.runs), arguments.against)
-    for entry in entries:
-        print(in_colour(summary(entry), entry))
+        raise BadInput("which run? python -m eval.report RUN [RUN2 ...] [--against llmc-124m] "
+                       "[--out DIR]")
+    path, entries = write_report(list(arguments.runs), arguments.against, arguments.out)
+    for line in lines(entries):
+        print(line)
     print(path)
 
 

@@ -22,6 +22,7 @@ RUN_COLOURS = ("#2f80ed", "#e0620d", "#1f9d55", "#a855f7", "#d6336c", "#0e9aa7")
 PUBLISHED = "#8a8f98"
 EVENT_STYLES = {"spike": ("#e5484d", ":"), "restart": ("#b58900", "--"), "stop": ("#b58900", "-."),
                 "other": ("#b58900", ":")}
+FALL = 1.0  # nats: what a loss falls by at first, or it hasn't begun at random weights
 POINTS = 600  # of a line, at most: more than a screen has columns
 MARKS = 100  # of one kind of event in a picture, at most
 
@@ -37,22 +38,26 @@ Draw = Callable[["Axes", list[Entry]], None]
 
 
 def draw_losses(axes: "Axes", entries: list[Entry]) -> None:
-    """Training and validation losses, and the published run's where they are of the same data."""
+    """Training and validation losses, and the published run's where they are of the same data.
+
+    The picture is as high as the curves after their first steps: the fall from ln(50257) leaves it
+    at the top.
+    """
     highest, lowest = [], []
     for entry, colour in _coloured(entries):
         train, val = entry.record.series("train_loss"), entry.record.series("val_loss")
         name = f"{plain(entry.record.name)}: " if len(entries) > 1 else ""
-        _line(axes, train, colour, f"{name}train", faint=True)
+        _line(axes, train, colour, "" if name else "train", faint=True)
         if len(val.values):
             _dots(axes, val, colour, f"{name}val {val.values[-1]:.4f}")
         for series in (train, val):
             if len(series.values):
-                # The first 4 % fall by so much that nothing else would be seen.
-                settled = series.tokens >= 0.04 * series.tokens[-1]
-                highest.append(series.values[settled].max())
+                highest.append(series.values[_settled(series) :].max())
                 lowest.append(series.values.min())
     if not highest:
         return
+    if len(entries) > 1:
+        axes.plot([], [], color=PUBLISHED, linewidth=1, alpha=0.6, label="train: the fainter lines")
     verdicts = [entry.verdict for entry in entries if entry.verdict]
     curves = [verdict.val_curve for verdict in verdicts if verdict.val_curve]
     if curves:
@@ -64,6 +69,21 @@ def draw_losses(axes: "Axes", entries: list[Entry]) -> None:
     room = 0.05 * (max(highest) - min(lowest)) + 0.02
     axes.set_ylim(min(lowest) - room, max(highest) + room)
     axes.set_ylabel("nats a token")
+
+
+def _settled(series: Series) -> int:
+    """Where a loss's first fall is over: the place from which on it is drawn whole.
+
+    That is past the first 4 % of the tokens, which is enough for a long run, and past three
+    quarters of the way from the first value to the lowest, which a short one spends its first
+    steps on. A fall by less than FALL is none: a run that starts from weights, or one that rises.
+    """
+    values = series.values
+    late = int(np.argmax(series.tokens >= 0.04 * series.tokens[-1]))
+    fall = values[0] - values.min()
+    if fall < FALL:
+        return late
+    return max(late, int(np.argmax(values <= values[0] - 0.75 * fall)))
 
 
 def draw_differences(axes: "Axes", entries: list[Entry]) -> None:
@@ -100,9 +120,6 @@ def draw_hellaswag(axes: "Axes", entries: list[Entry]) -> None:
     _level(axes, size.hellaswag, ":", f"OpenAI GPT-2 {size.name} {size.hellaswag:.3f}")
     _level(axes, size.gpt3_hellaswag, "--", f"GPT-3 {size.name} {size.gpt3_hellaswag:.3f}")
     axes.axhline(0.25, color=PUBLISHED, linewidth=0.5)
-    low, high = axes.get_ylim()
-    legend = (0.3 + 0.15 * len(entries)) * (high - low)
-    axes.set_ylim(low, high + legend)
     axes.set_ylabel("acc_norm (chance: 0.25)")
 
 
@@ -111,13 +128,16 @@ def draw_learning_rate(axes: "Axes", entries: list[Entry]) -> None:
 
 
 def draw_gradient_norm(axes: "Axes", entries: list[Entry]) -> None:
-    """The gradient's norm before clipping, and the published run's where the data are the same."""
+    """The gradient's norm before clipping, and the published run's where the data are the same.
+
+    Over a logarithm: the first norms are many times the last, and a spike's more; all are seen.
+    """
     _column(axes, entries, "grad_norm")
     verdict = entries[0].verdict
     if axes.has_data() and verdict and verdict.train_curve:
         _published(axes, verdict.train_curve.grad_norm,
                    f"{verdict.train_curve.title}, mean of 50 steps", _last_tokens(entries))
-    _frame(axes, entries, "grad_norm")
+    _logarithmic(axes, [entry.record.series("grad_norm").values for entry in entries])
 
 
 def draw_speed(axes: "Axes", entries: list[Entry]) -> None:
@@ -142,13 +162,18 @@ CHARTS: dict[str, tuple[str, Draw]] = {
 }
 
 
-def mark_events(axes: "Axes", record: Record) -> None:
-    """A vertical line at each event, under the curves."""
-    events = record.events()
+def mark_events(axes: "Axes", entries: list[Entry]) -> None:
+    """A vertical line at each event, under the curves; the legend names each kind once."""
     for kind, (colour, style) in EVENT_STYLES.items():
-        places = [event.tokens for event in events if event.kind == kind][:MARKS]
-        axes.vlines(places, 0, 1, transform=axes.get_xaxis_transform(), color=colour,
-                    linestyle=style, linewidth=1, alpha=0.8, zorder=0)
+        label = kind if kind != "other" else "other event"
+        for entry in entries:
+            events = [event for event in entry.record.events() if event.kind == kind]
+            if not events:
+                continue
+            places = [event.tokens for event in events[:MARKS]]
+            axes.vlines(places, 0, 1, transform=axes.get_xaxis_transform(), color=colour,
+                        linestyle=style, linewidth=1, alpha=0.8, zorder=0, label=label)
+            label = "_none"  # no second line in the legend
 
 
 def token_count(number: float, _position: float) -> str:
@@ -194,6 +219,27 @@ def _frame(axes: "Axes", entries: list[Entry], key: str, scale: float = 1.0) -> 
     tops = [np.quantile(values, 0.995) for values in columns if len(values)]
     if tops and max(tops) > 0:
         axes.set_ylim(0, 1.15 * max(tops))
+
+
+def _logarithmic(axes: "Axes", columns: list[np.ndarray]) -> None:
+    """A logarithmic axis on which all of the columns is seen, and all lines that are there."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    lines = [np.asarray(line.get_ydata()) for line in axes.get_lines()]
+    values = np.concatenate([*columns, *lines])
+    values = values[values > 0]
+    if not len(values):
+        return
+    axes.set_yscale("log")
+    axes.set_ylim(values.min() / 1.2, values.max() * 1.2)
+    marks = (1.0, 2.0, 5.0) if values.max() < 100 * values.min() else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=marks))
+    axes.yaxis.set_major_formatter(_short)
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _short(number: float, _position: float) -> str:
+    return f"{number:g}"
 
 
 def _line(axes: "Axes", series: Series, colour: str, label: str, faint: bool = False) -> None:

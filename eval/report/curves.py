@@ -4,9 +4,9 @@ llmc/*.csv hold the curves; each file names its source. A loss is compared only 
 same text: these curves are FineWeb's (not FineWeb-Edu's), validated on the first 10,485,760 tokens
 of sample-10BT. That is the validation set of shards made from the Hub's sample-10BT
 ("fineweb sample-10BT"), of the ready-made ones ("fineweb 10BT"), and of a folder fineweb10B as
-llm.c and modded-nanogpt leave it, without a manifest. "fineweb from local files" may hold
-anything: it counts only where --against says so. All else is refused. The training loss may be
-FineWeb's of any sample.
+llm.c and modded-nanogpt leave it, without a manifest (or of documents that data.fineweb was told
+to call so). "fineweb from local files" may hold anything: it counts only where --against says so.
+All else is refused. The training loss may be FineWeb's of any sample.
 """
 
 from dataclasses import dataclass

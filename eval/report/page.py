@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.report.charts import Entry
+from eval.report.better import Ranking, rank
+from eval.report.charts import RUN_COLOURS, Entry
+from eval.report.floor import counted_floor
 from eval.report.pictures import Picture, make_pictures, write_picture
 from eval.report.record import Record, Series, read_records
-from eval.report.verdict import judge
-from launch.errors import Failed
+from eval.report.verdict import judge, quiet_lines
+from launch.errors import BadInput, Failed
 from launch.files import atomic_write
 from launch.tracker import clock
 
@@ -19,18 +21,25 @@ EVENTS = 50  # on a page, of each run
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
-def write_report(runs: list[Path], against: str = "") -> tuple[Path, list[Entry]]:
-    """Writes the page and its pictures into the first run; returns its path and the verdicts.
+def write_report(
+    runs: list[Path], against: str = "", out: Path | None = None
+) -> tuple[Path, list[Entry]]:
+    """Writes the page and its pictures into `out`; returns the page's path and the verdicts.
 
-    Raises BadInput where a run is missing or empty, or would be compared with other data, Failed
-    where the files can't be written.
+    out: a folder, made where it isn't there; by default the first run's report/. Raises BadInput
+    where a run is missing or empty, or would be compared with other data, and where `out` can be no
+    folder, Failed where the files can't be written.
     """
+    folder = out or runs[0] / "report"
+    if out and (out.suffix == ".html" or (out.exists() and not out.is_dir())):
+        raise BadInput(f"--out {out} is no folder: the page will be index.html in the folder that "
+                       "it names, and the pictures beside it")
     records = read_records(runs)
     entries = [Entry(record, judge(record, against)) for record in records]
-    path = runs[0] / "report" / "index.html"
+    path = folder / "index.html"
     pictures = make_pictures(entries)
     for picture in pictures:
-        write_picture(picture, path.parent)
+        write_picture(picture, folder)
     try:
         atomic_write(path, page(entries, pictures).encode())
     except OSError as error:
@@ -40,7 +49,9 @@ def write_report(runs: list[Path], against: str = "") -> tuple[Path, list[Entry]
 
 def page(entries: list[Entry], pictures: list[Picture]) -> str:
     """The whole page. Names, events and samples are anybody's text, and escaped."""
-    title = escaped(" and ".join(entry.record.name for entry in entries))
+    title = escaped(entries[0].record.name)
+    if len(entries) > 1:
+        title = f"{len(entries)} runs"
     figures = "".join(f"<figure>{picture.svg}</figure>" for picture in pictures)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -49,21 +60,47 @@ def page(entries: list[Entry], pictures: list[Picture]) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
+{ranking_card(rank(entries))}
 {"".join(verdict_card(entry, len(entries) > 1) for entry in entries)}
+{"".join(f'<p class="hint">{escaped(line)}</p>' for line in quiet_lines(entries))}
 <section class="charts">{figures}</section>
-<p class="hint">Vertical lines: spikes red and dotted, restarts and stops amber and dashed.
-Pale bands reach from the smallest to the largest value of neighbouring steps.</p>
-<h2>Figures</h2>{figures_table([entry.record for entry in entries])}
+<p class="hint">Pale bands reach from the smallest to the largest value of neighbouring steps.</p>
+<h2>Figures</h2>
+<section class="figures">{figures_table([entry.record for entry in entries])}</section>
 <h2>Events</h2>{"".join(events_table(e.record, len(entries) > 1) for e in entries)}
 <h2>Samples</h2>{"".join(samples(entry.record, len(entries)) for entry in entries)}
 </body></html>
 """
 
 
+def ranking_card(ranking: Ranking | None) -> str:
+    """Which of the runs is better, by how much, and what a difference is worth."""
+    if ranking is None:
+        return ""
+    parts = [f"<h2>{escaped(ranking.headline)}</h2>"]
+    head = ("runs", "what differs", "validation loss", "above the best", "noise")
+    rows = []
+    for setting, noise in zip(ranking.settings, ranking.noise, strict=True):
+        names = []
+        for place, name, loss in zip(setting.places, setting.names, setting.losses, strict=True):
+            colour = RUN_COLOURS[place % len(RUN_COLOURS)]
+            alone = "" if len(setting.names) == 1 else f" {loss:.4f}"
+            names.append(f'<span style="color:{colour}">■</span> {escaped(name)}{alone}')
+        gap = setting.loss - ranking.settings[0].loss
+        rows.append(("<br>".join(names), escaped(setting.differs), f"{setting.loss:.4f}",
+                     f"{gap:+.4f}" if setting is not ranking.settings[0] else "",
+                     f"± {noise:.4f}" if noise is not None else ""))
+    if rows:
+        parts.append(html_table(head, rows))
+    parts += [f"<p>{escaped(note)}</p>" for note in ranking.notes]
+    kind = "on-track" if ranking.better else "even"
+    return f'<section class="verdict ranking {kind}">{"".join(parts)}</section>'
+
+
 def verdict_card(entry: Entry, with_name: bool) -> str:
     """The answer at the top, the figures that it rests on, and where to look if it's bad."""
     verdict, record = entry.verdict, entry.record
-    if verdict is None:
+    if verdict is None or not verdict.comparisons:
         return ""
     name = f"{escaped(record.name)}: " if with_name else ""
     parts = [f"<h2>{name}{escaped(verdict.headline)}</h2>"]
@@ -127,9 +164,14 @@ def samples(record: Record, runs: int) -> str:
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """An HTML table that scrolls by itself where a screen is narrow. All cells are escaped."""
-    top = "".join(f"<th>{escaped(cell)}</th>" for cell in head)
+    return html_table(map(escaped, head), [map(escaped, row) for row in rows])
+
+
+def html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """The same of cells that are HTML."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows
     )
     return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
 
@@ -168,7 +210,7 @@ def _facts(record: Record) -> dict[str, str]:
     memory = record.series("memory_mib").values
     if len(memory):
         facts["memory, largest"] = f"{memory.max():,.0f} MiB"
-    return facts | _description(record)
+    return facts | counted_floor(record) | _description(record)
 
 
 def _description(record: Record) -> dict[str, str]:

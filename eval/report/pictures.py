@@ -7,9 +7,11 @@ and with it a choice of window system or notebook, has no part in it.
 import contextlib
 import html
 import io
+import math
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#020304"  # of text and axes; the SVG takes the page's instead
+WIDTH, HEIGHT, LINE_HEIGHT = 4.3, 2.8, 0.16  # inches; the last is added for a line of the key
+LINE_LETTERS, COLUMN_LETTERS = 58, 25  # that the width holds, of the key's 8 points
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color",
          "grid.color")
 STYLE: dict[Any, Any] = {
@@ -103,11 +107,11 @@ def make_pictures(entries: list[Entry]) -> list[Picture]:
 
 def make_picture(name: str, title: str, draw: Draw, entries: list[Entry]) -> Picture | None:
     """One picture; None where `draw` found nothing to put into it."""
-    with _matplotlib_style():
+    with matplotlib_style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(4.3, 2.8), layout="constrained")  # inches
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         draw(axes, entries)
@@ -118,17 +122,30 @@ def make_picture(name: str, title: str, draw: Draw, entries: list[Entry]) -> Pic
         if name == "tokens_per_second":
             axes.yaxis.set_major_formatter(token_count)
         axes.grid(alpha=0.15)
-        for entry in entries:
-            mark_events(axes, entry.record)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best")
+        mark_events(axes, entries)
+        put_legend(figure, axes)
         png = io.BytesIO()
         canvas.print_figure(png, format="png", dpi=160, facecolor="white")
         return Picture(name, title, _svg(figure, name, title), png.getvalue())
 
 
+def put_legend(figure: "Figure", axes: "Axes") -> None:
+    """The key under the picture, which grows by its lines: it covers no curve.
+
+    Long names are broken into lines rather than cut: what tells two runs apart may be anywhere.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    columns = 2 if max(map(len, labels)) <= COLUMN_LETTERS and len(labels) > 1 else 1
+    broken = [textwrap.fill(label, LINE_LETTERS) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in broken) / columns
+    figure.set_size_inches(WIDTH, HEIGHT + LINE_HEIGHT * math.ceil(lines))
+    figure.legend(handles, broken, loc="outside lower left", ncols=columns)
+
+
 @contextlib.contextmanager
-def _matplotlib_style() -> Iterator[None]:
+def matplotlib_style() -> Iterator[None]:
     """matplotlib with STYLE over its own defaults, whatever the environment asks for.
 
     Its import fails where MPLBACKEND names a notebook's backend that isn't installed here (Colab

@@ -5,6 +5,7 @@ to its end. It is off where it differs by more than the expected noise: that of 
 (curves.py) and what the interpolation between published points may be wrong by.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -73,7 +74,8 @@ def judge(record: Record, against: str = "") -> Verdict:
     """
     curve = named_curve(against) if against else curve_of_shape(record.settings("model"))
     if curve is None:
-        headline = f"not compared: no published curve is of its shape (there are {_names()})"
+        headline = (f"not compared with a published curve: none is of its shape (there are "
+                    f"{_names()})")
         return Verdict("not compared", headline, None, None, [], [], [])
     reason = other_data(record, curve, bool(against))
     if reason and against:
@@ -87,9 +89,24 @@ def judge(record: Record, against: str = "") -> Verdict:
     if data_name(record.val_set) == LOCAL_FILES and not reason:
         notes.insert(0, "The data set is taken at its word: nothing tells which files they were.")
     if reason:
-        headline = f"not compared: {reason}"
+        headline = f"not compared with a published curve: {reason}"
         return Verdict("not compared", headline, None, train_curve, comparisons, notes, [])
     return _judge_validation(record, curve, train_curve, comparisons, notes)
+
+
+def quiet_lines(entries: Sequence[tuple[Record, Verdict | None]]) -> list[str]:
+    """Why runs were not judged by a published curve: a line a reason, with names if not all's."""
+    names: dict[str, list[str]] = {}
+    for record, verdict in entries:
+        if verdict and not verdict.comparisons:
+            names.setdefault(verdict.headline, []).append(record.name)
+    lines = []
+    for headline, of in names.items():
+        if len(of) == len(entries):
+            lines.append(headline[0].upper() + headline[1:])
+        else:
+            lines.append(f"{', '.join(of)}: {headline}")
+    return lines
 
 
 def other_data(record: Record, curve: Curve, named: bool) -> str:

@@ -43,6 +43,10 @@ class Job:
         dtype = compute["dtype"]
         if dtype == "auto":
             dtype = "bf16"
+        arch = model["arch"]
+        if arch != "gpt2":
+            raise BadInput(f"--plan counts GPT-2's network, and not --model.arch {arch}'s: measure "
+                           "a few steps with --steps 20")
         return cls(
             n_layer=model["n_layer"],
             n_head=model["n_head"],

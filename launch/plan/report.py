@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kernels.cards import CARDS, Card
 from launch.errors import BadInput
+from launch.files import human_size
 from launch.plan import step_time
 from launch.plan.job import NODE, Job, parse_cluster, sequences_per_gpu
 from launch.plan.memory import largest_micro_batch, memory
@@ -83,7 +84,7 @@ def does_not_fit(job: Job, gpus: int, card: Card, text: str) -> str:
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+    return human_size(size, base=1024)
 
 
 # ---- the report, a section each ----
@@ -98,7 +99,7 @@ def describe_run(job: Job) -> list[str]:
     tokens = job.steps * job.batch_tokens
     return [
         f"model      {job.parameters:,} parameters, {job.flops_per_token / 1e6:,.0f} MFLOP a token",
-        f"run        {job.steps:,} steps x {job.batch_tokens:,} tokens = {tokens / 1e9:,.2f} B "
+        f"run        {job.steps:,} steps x {job.batch_tokens:,} tokens = {tokens:,} "
         f"tokens, {job.dtype}, {job.parallel}",
     ]
 
@@ -118,8 +119,8 @@ def describe_memory(job: Job, gpus: int, card: Card, B: int, largest: int) -> li
 def describe_traffic(job: Job, gpus: int, card: Card, B: int) -> str:
     micro_steps = sequences_per_gpu(job, gpus) // B
     link, network = step_time.traffic(job, gpus, micro_steps)
-    return (f"traffic    a GPU sends {link / 1e9:,.2f} GB over {card.link} and "
-            f"{network / 1e9:,.2f} GB over the network a step")
+    return (f"traffic    a GPU sends {human_size(link)} over {card.link} and "
+            f"{human_size(network)} over the network a step")
 
 
 def describe_step(parts: dict[str, float], low: float, high: float) -> list[str]:
@@ -142,17 +143,27 @@ def describe_speed(job: Job, gpus: int, card: Card, low: float, high: float) -> 
 
 
 def describe_cost(job: Job, gpus: int, low: float, high: float, price: float) -> list[str]:
-    hours = [job.steps / 3600 * seconds for seconds in (low, high)]
-    gpu_hours = [gpus * h for h in hours]
-    cost = (f"{gpu_hours[0]:,.1f} to {gpu_hours[1]:,.1f} GPU-hours "
+    gpu_hours = [gpus * job.steps / 3600 * seconds for seconds in (low, high)]
+    digits = ".1f" if gpu_hours[0] >= 0.1 else ".1g"
+    cost = (f"{gpu_hours[0]:,{digits}} to {gpu_hours[1]:,{digits}} GPU-hours "
             "(--plan_price 2.5 makes dollars of them)")
     if price:
         cost = (f"${gpu_hours[0] * price:,.2f} to ${gpu_hours[1] * price:,.2f} "
                 f"at ${price:g} per GPU-hour")
     return [
-        f"time       {hours[0]:,.2f} to {hours[1]:,.2f} hours, evaluations not included",
+        f"time       {duration(job.steps * low, job.steps * high)}, evaluations not included",
         f"cost       {cost}",
     ]
+
+
+def duration(low: float, high: float) -> str:
+    """A range of seconds, in the largest unit of which there is one."""
+    unit, seconds = "seconds", 1
+    if high >= 3600:
+        unit, seconds = "hours", 3600
+    elif high >= 60:
+        unit, seconds = "minutes", 60
+    return f"{low / seconds:,.2f} to {high / seconds:,.2f} {unit}"
 
 
 def describe_assumptions(gpus: int, card: Card) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from launch.errors import BadInput
 from launch.progress import track
 from model.gpt2 import GPT, GPTConfig
-from model.network import VOCABULARY_ROWS
+from model.network import has_vocabulary_rows
 
 VOCAB = GPTConfig.n_vocab  # the tokenizer's
 # 50,257 rounded up for the hardware, as the field does; a vocabulary of any other size has tokens
@@ -62,9 +62,8 @@ def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 def named_weights(model: GPT) -> dict[str, Tensor]:
     """OpenAI's names -> weights, without the padding rows of the vocabulary."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    for name in VOCABULARY_ROWS & weights.keys():
-        weights[name] = weights[name][: model.config.n_vocab]
-    return weights
+    rows = model.config.n_vocab
+    return {name: w[:rows] if has_vocabulary_rows(name) else w for name, w in weights.items()}
 
 
 def require_gpt2(model: GPT, kind: str) -> None:
