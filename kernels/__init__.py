@@ -1,13 +1,15 @@
-"""GPT-2's three expensive operators, each behind one signature, whatever computes it.
+"""The expensive operators of our networks, each behind one signature, whatever computes it.
 
     ops = kernels.operators("auto", torch.device("cuda"))
     y = ops.attention(qkv, n_head)                            # (B, T, 3C) -> (B, T, C)
     x, y = ops.layer_norm(x, weight, bias, branch)            # x + branch, LayerNorm(x + branch)
     loss = ops.linear_cross_entropy(h, wte, targets, vocab)   # (N, C) -> scalar
 
-kernels/reference.py defines what each computes, in plain PyTorch. attention.py, layernorm.py and
-cross_entropy.py compute the same in Triton; they are imported only where they are chosen, so that
-this folder works where Triton isn't installed.
+and two more that GPT-2 itself has no use for, qk_norm_rotary and relu_squared.
+
+kernels/reference.py defines what each computes, in plain PyTorch. attention.py, layernorm.py,
+cross_entropy.py, qk_norm_rotary.py and relu_squared.py compute the same in Triton; they are
+imported only where they are chosen, so that this folder works where Triton isn't installed.
 
     python -m kernels.audit      what each kernel takes of each GPU, compiled on any machine
     python -m kernels.selfcheck  on a GPU: kernels against reference, in seconds
@@ -27,7 +29,7 @@ Choice = Literal["auto", "triton", "torch"]
 
 
 class Operators(NamedTuple):
-    """The three operators of one implementation; signatures as in kernels/reference.py."""
+    """The operators of one implementation; signatures as in kernels/reference.py."""
 
     attention: Callable
     layer_norm: Callable

@@ -46,6 +46,7 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
     kernel, _, size, tile, _ = case
     bf16, fp32, i32, i64 = "*bf16", "*fp32", "i32", "i64"
+    constants: dict[str, Any]
     if kernel.startswith("attention"):
         kind = "fp32" if kernel.endswith("_fp32") else "bf16"
 

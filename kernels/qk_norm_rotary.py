@@ -19,9 +19,9 @@ PyTorch saves x once more, 6 C in bf16. QK-norm: arXiv 2010.04245; rotary positi
 
 Bytes a token in bf16: forward 12 C (all of qkv read and written; the values' part is a copy, since
 an operator's output must not alias its input), backward 16 C (dy and the turned q and k read, dx
-written). torch.compile can do the forward pass in as many, and the backward pass in as many from
-the x it keeps: there this saves memory, C / 768 x 4.6 KB a token and layer, and no time. Without
-torch.compile it saves both: the reference makes some twenty passes.
+written). torch.compile can fuse the forward pass in as many; backward it has to keep x beside y
+(6 C more of memory), or to make y anew for attention (6 C more of traffic). That much this pays
+there; without torch.compile the reference is some twenty passes.
 
 All arithmetic is fp32, whatever is stored. Shapes: N = B * T tokens, H heads, D head width (64 or
 128), C = H * D, P rows of angles.
