@@ -189,8 +189,8 @@ short = sum(0 < len(name) < 12 for name in sampled)
 course.figure("samples of 1 to 11 letters, of 20", short, 10, 20, "", (10, 20))
 
 # %% The door: train_gpt2.py
-# The same search on the demo's GPT-2: 60 steps of AdamW, from 1e-4 to 1, ten seconds. PRESETS["demo"]
-# has 6e-3, the best of many runs of four minutes, and the curve turns where it stands.
+# The same search on the demo's GPT-2: 60 steps of AdamW, from 1e-4 to 1, in some seconds. The
+# demo's own 6e-3 is the best of many runs of four minutes, and the curve turns where it stands.
 config = PRESETS["demo"]
 torch.manual_seed(1337)
 model = GPT(config.model)

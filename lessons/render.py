@@ -15,6 +15,7 @@ import io
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def text_html(prose: str) -> str:
     """Paragraphs; indented lines stay as they are, and `names` are code."""
     parts = []
     for kind, lines in groupby(prose.split("\n"), lambda line: (line[:2] == "  ", not line)):
-        text = html.escape("\n".join(lines), quote=False)
+        text = html.escape(textwrap.dedent("\n".join(lines)), quote=False)
         text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
         parts.append(f"<pre>{text}</pre>" if kind[0] else f"<p>{text}</p>" if text else "")
     return "".join(parts)
@@ -83,13 +84,15 @@ def text_html(prose: str) -> str:
 def cell_html(heading: str, prose: str, code: str, said: str, pictures: list[Path]) -> str:
     """A row: text left, code and what came out right (above each other on a narrow screen)."""
     right = highlight(code, PythonLexer(), HtmlFormatter(cssclass="code")) if code.strip() else ""
+    said = re.sub(r"^picture: .*\n", "", said, flags=re.MULTILINE)  # it stands below
     if said:
         right += f'<pre class="said">{html.escape(said)}</pre>'
     for path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
         right += f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
     title = f"<h2>{html.escape(heading)}</h2>" if heading else ""
-    return f"<section><div>{title}{text_html(prose)}</div><div>{right}</div></section>\n"
+    kind = "" if right else ' class="alone"'
+    return f"<section{kind}><div>{title}{text_html(prose)}</div><div>{right}</div></section>\n"
 
 
 def run_and_render(path: Path) -> bool:
@@ -99,6 +102,7 @@ def run_and_render(path: Path) -> bool:
     program = sys.modules["__main__"] = ModuleType("__main__")
     program.__file__ = str(path)
     (title, intro, _), *rest = cells(path.read_text())
+    title = title.removesuffix(".")
     body = cell_html("", intro, "", "", [])
     for heading, prose, code in rest:
         said, drawn = io.StringIO(), len(course.pictures)
