@@ -167,8 +167,10 @@ course.figure("dev, four letters counted", counted, 2.09, 2.12, "", (1.0, 3.0))
 course.figure("the network loses by", loss(network, dev) - counted, 0.04, 0.09, "", (-1.0, 1.0))
 
 # %% What it has learned
-# The embedding's 10 numbers a letter, seen from where they differ most: vowels have found together.
-centred = network[0] - network[0].mean(0)
+# The embedding's 10 numbers a letter, their directions seen from where they differ most: vowels
+# have found together. (Lengths say little: rare letters have kept what they were drawn with.)
+directions = network[0] / np.linalg.norm(network[0], axis=1, keepdims=True)
+centred = directions - directions.mean(0)
 flat = centred @ np.linalg.svd(centred)[2][:2].T  # (27, 10) @ (10, 2)
 drawing, axes = plt.subplots(figsize=(5, 5))
 axes.scatter(*flat.T, s=260, color=["#f4c7b5" if c in "aeiouy" else "#b9cdf0" for c in LETTERS])

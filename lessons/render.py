@@ -68,7 +68,8 @@ def cells(source: str) -> Iterator[tuple[str, str, str]]:
             while count < len(lines) and lines[count].startswith("#"):
                 count += 1
             prose = "\n".join(line[1:].removeprefix(" ") for line in lines[1:count])
-        yield heading, prose, "\n" * (above + count) + "\n".join(lines[count:]).rstrip()
+        code = "\n" * (above + count) + "\n".join(lines[count:]).rstrip()
+        yield heading.removesuffix("."), prose, code
 
 
 def text_html(prose: str) -> str:
@@ -102,7 +103,6 @@ def run_and_render(path: Path) -> bool:
     program = sys.modules["__main__"] = ModuleType("__main__")
     program.__file__ = str(path)
     (title, intro, _), *rest = cells(path.read_text())
-    title = title.removesuffix(".")
     body = cell_html("", intro, "", "", [])
     for heading, prose, code in rest:
         said, drawn = io.StringIO(), len(course.pictures)
@@ -143,7 +143,7 @@ def write_index(paths: list[Path]) -> None:
             (state,) = re.findall(r'<p class="state">(.*)</p>', page.read_text())
             title = f'<a href="{page.name}">{html.escape(title)}</a>'
         items += f"<li>{title}<br><small>{state}</small></li>\n"
-    write_page("index.html", "Ten lessons", f"<ol>\n{items}</ol>\n")
+    write_page("index.html", "Ten lessons", f"<ul>\n{items}</ul>\n")
 
 
 def main(arguments: Arguments) -> int:
