@@ -1,0 +1,1 @@
+"""Stubs to fill in: `python -m lessons.grade` says which are right."""
