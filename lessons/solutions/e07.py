@@ -4,7 +4,6 @@ import math
 import random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.gpt2 import GPT, GPTConfig
