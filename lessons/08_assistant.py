@@ -14,6 +14,7 @@ Figures: greedy 0, 0.83, 0.80, 0.82; sampled 0, 0.58, 0.57, 0.71; "sure: " 0.5 t
 # Fifty symbols, four layers, 456,192 parameters. Words are names of 3 to 5 letters; a tenth of them
 # (by a checksum, so by no one's choice) is never seen in training, nor in the text before it.
 import copy
+import json
 import math
 import random
 import string
@@ -28,13 +29,13 @@ from torch import Tensor
 
 from lessons import course
 from lessons.solutions import e08
+from lessons.tasks import TASKS, ask, questions, solve
 from model.generate import SampleConfig, generate
 from model.gpt2 import GPT, GPTConfig
 
-torch.set_num_threads(1)  # products this small lose by being shared out
-
 SYMBOLS = "\n " + string.ascii_lowercase + string.digits + "+:?.,;'-!&<>"
 NUMBER = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+LN_2 = (0.693147, 0.693147)
 END, CONTEXT, LONGEST = 0, 40, 22  # newline ends an answer; symbols: of all, of an answer
 names = course.names()
 unseen = {w for w in names if 3 <= len(w) <= 5 and zlib.crc32(w.encode()) % 10 == 0}
@@ -67,42 +68,14 @@ def fit(model, steps: int, lr: float, warm_up: int, loss_of_a_batch, decay=True)
 
 
 # %%
-# Five tasks. The program that answers a question also judges an answer: nothing is labelled by
-# hand, and nothing needs a licence.
-TASKS = ("reverse", "spell", "count", "last", "double")
-
-
-def ask(task: str, word: str, rng: random.Random) -> str:
-    if task == "count":
-        letter = rng.choice(word if rng.random() < 0.75 else string.ascii_lowercase)
-        return f"count {letter} in {word}"
-    return f"last of {word}" if task == "last" else f"{task} {word}"
-
-
-def solve(question: str) -> str:
-    task, *rest = question.split()
-    word = rest[-1]
-    answers = {
-        "reverse": word[::-1],
-        "spell": "-".join(word),
-        "count": str(word.count(rest[0])),
-        "last": word[-1],
-        "double": word + word,
-    }
-    return answers[task]
-
-
-def questions(words: list[str], n: int, rng: random.Random) -> list[str]:
-    return [ask(rng.choice(TASKS), rng.choice(words), rng) for _ in range(n)]
-
-
+# Five tasks (lessons/tasks.py), as conversations `<spell zoe>z-o-e`, and newline as the end. A row
+# holds one of them; what pads it counts for nothing.
 def conversations(pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows `<question>answer`, padded: ids (B, T); symbols of the question, of the whole (B,).
-
-    An answer ends in a newline, unless it is as long as may be.
-    """
-    rows = [encode(f"<{question}>{answer}") for question, answer in pairs]
-    rows = [row + [END] * (len(a) < LONGEST) for row, (_, a) in zip(rows, pairs, strict=True)]
+    """Ids (B, T); symbols of each question, and of the whole (B,). Answers of LONGEST don't end."""
+    rows = []
+    for question, answer in pairs:
+        end = "\n" if len(answer) < LONGEST else ""
+        rows.append(encode(f"<{question}>{answer}{end}"))
     length = torch.tensor([len(row) for row in rows])
     asked = torch.tensor([len(question) + 2 for question, _ in pairs])
     T = int(length.max())
@@ -138,17 +111,19 @@ EXAM = [ask(task, rng.choice(TEST_WORDS), rng) for task in TASKS for _ in range(
 
 def examine(model: GPT, stage: str) -> tuple[float, float, float]:
     """Shares of right answers, greedy and sampled, and of sampled ones that begin "sure: "."""
-    print(f"\n{stage}:", *(f"{q}: {a!r}" for q, a in
-                           zip(EXAMPLES, reply(model, EXAMPLES, 0, 0), strict=True)), sep="\n  ")
+    print(f"\n{stage}:")
+    for question, answer in zip(EXAMPLES, reply(model, EXAMPLES, 0, 0), strict=True):
+        print(f"  {question}: {answer!r}")
     shares = []
     for temperature in (0, 1):
         replies = reply(model, EXAM, temperature, seed=1)
         right = [e08.reward(solve(q), a) for q, a in zip(EXAM, replies, strict=True)]
         shares.append(sum(right) / len(right))
-        by_task = [f"{t} {sum(right[i * 100:][:100]) / 100:.2f}" for i, t in enumerate(TASKS)]
-        print("  greedy " if temperature == 0 else "  sampled", *by_task)
+        by_task = torch.tensor(right).view(len(TASKS), -1).mean(1).tolist()
+        each = ", ".join(f"{task} {share:.2f}" for task, share in zip(TASKS, by_task, strict=True))
+        print(f"  {'sampled' if temperature else 'greedy'}: {each}")
     style = sum(a.startswith(e08.STYLE) for a in replies) / len(replies)
-    print(f"  greedy {shares[0]:.3f}, sampled {shares[1]:.3f}, \"sure: \" {style:.3f}")
+    print(f"  in all: greedy {shares[0]:.3f}, sampled {shares[1]:.3f}, {e08.STYLE!r} {style:.3f}")
     return shares[0], shares[1], style
 
 
@@ -226,7 +201,7 @@ def prefer(model: GPT, turned: bool = False) -> list[float]:
 wrong_way = copy.deepcopy(model)
 turned = prefer(wrong_way, turned=True)
 losses = prefer(model)
-course.figure("DPO's first loss", losses[0], 0.693147, 0.693147, "ln 2")
+course.figure("DPO's first loss, ln 2", losses[0], *LN_2, embedded=LN_2)
 greedy, sampled, style = examine(model, "after preferences")
 course.figure('after preferences, begins "sure: "', style, 0, 0.12)
 course.figure("greedy, against after examples", greedy - sft, -0.06, 0.06)
@@ -264,3 +239,15 @@ course.figure("greedy, rewards gained", after_greedy - greedy, -0.05, 0.05)
 counts = [q for q in EXAM if q.startswith("count")]
 ones = [e08.reward("1", answer) for answer in reply(model, counts, 0, 0)]
 course.figure("count: says 1, greedy", sum(ones) / len(ones), 0.95, 1)
+
+# %%
+# The door: --data.chat does stage 2 to GPT-2 itself, from a file of conversations.
+path = course.OUT / "08/chat.jsonl"
+lines = []
+for question in questions(WORDS, 1000, rng):
+    turns = [("user", question), ("assistant", solve(question))]
+    messages = [dict(role=role, content=content) for role, content in turns]
+    lines.append(json.dumps(dict(messages=messages)) + "\n")
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text("".join(lines))
+print(f"\nGo on with GPT-2: python train_gpt2.py gpt2-124m --init hf:gpt2 --data.chat {path}")
