@@ -224,7 +224,7 @@ def gelu_blocks() -> nn.Sequential:
     return blocks(nn.LayerNorm, nn.GELU("tanh"))
 
 
-last = rung("as GPT-2 has it", gelu_blocks, 2.0, 2.2, kind=Tied)
+last = rung("as GPT-2 has it", gelu_blocks, 2.03, 2.09, kind=Tied)
 print(sample(last))
 
 # %%
