@@ -23,7 +23,7 @@ def expect(what: str, seen: Any, right: float, tolerance: float,
         return
     line = f"{what}: {number:.7g} where {right:.7g} is right"
     for mistake, wrong in mistakes.items():
-        if abs(number - wrong) <= tolerance:
+        if number == wrong or abs(number - wrong) <= tolerance:  # infinity too
             raise Wrong(f"{line}: {mistake}")
     raise Wrong(line)
 
