@@ -11,22 +11,24 @@ Figures: 2.49, 2.41, 2.28, 2.24, 2.07, 2.06 nats on the whole validation split, 
 GPT-2's own choices at the end. About two minutes on one core.
 """
 
-# %%
+# %% Characters
 # The text as numbers: its characters in order are the vocabulary, the last tenth is held out.
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import matplotlib.pyplot as plt
+import matplotlib
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
+sys.path.insert(0, ".")  # for a program, which runs in the repository's root
 from lessons import course
 from lessons.solutions import e07
 from model.gpt2 import GPT, GPTConfig
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
 
 torch.set_num_threads(1)  # products this small lose by being shared out
 
@@ -40,7 +42,7 @@ V, C, T, H = len(symbols), 32, 8, 4  # vocabulary, width, context, heads
 print(f"{len(text):,} characters, {V} symbols")
 
 
-# %%
+# %% One loop
 # One loop for every rung. Batches, weights and evaluations share one stream of random numbers, as
 # in the lecture, so the draws come in its order. Its printed losses are means of 200 random batches
 # and scatter by 0.01; the judged figure is the mean over the whole held-out text, cut into rows.
@@ -92,8 +94,8 @@ def sample(model: nn.Module, length: int = 200) -> str:
     return "".join(symbols[i] for i in seen[0, 1:])
 
 
-# %%
-# Rung 1, the bigram: row c of a table holds the logits of what follows character c (lesson 2).
+# %% Rung 1: the bigram
+# Row c of a table holds the logits of what follows character c (lesson 2).
 torch.manual_seed(1337)
 model: nn.Module = nn.Embedding(V, V)
 loss = train("bigram", model, 3000, 1e-2)
@@ -101,8 +103,8 @@ course.figure("bigram", loss, 2.46, 2.52, "2.5")
 print(sample(model))
 
 
-# %%
-# Rung 2, one head. A position asks (q), every position offers (k) and says (v):
+# %% Rung 2: one head
+# A position asks (q), every position offers (k) and says (v):
 #     weight[t, s] = softmax over s <= t of q[t] . k[s] / sqrt(D)        y[t] = sum of weight v
 # sqrt(D), because a sum of D products of unit variance has variance D, and a softmax of large
 # numbers is a one-hot from the start. The lecture first divided by sqrt(C), four times D, and
@@ -147,8 +149,8 @@ def rung(name: str, make_body, low: float, high: float, lecture="", kind=Charact
 rung("one head", lambda: Head(C), 2.38, 2.44, "2.5")
 
 
-# %%
-# Rung 3, four heads of width 8 side by side: four questions at once for the price of one.
+# %% Rung 3: four heads of width 8
+# Side by side: four questions at once for the price of one.
 class Heads(nn.Module):
     def __init__(self):
         super().__init__()
@@ -161,8 +163,8 @@ class Heads(nn.Module):
 rung("four heads", Heads, 2.25, 2.31, "2.28")
 
 
-# %%
-# Rung 4, a layer in which each position thinks about what it has heard.
+# %% Rung 4: feed-forward
+# A layer in which each position thinks about what it has heard.
 def thinking() -> nn.Sequential:
     return nn.Sequential(Heads(), nn.Linear(C, C), nn.ReLU())
 
@@ -170,8 +172,8 @@ def thinking() -> nn.Sequential:
 rung("feed-forward", thinking, 2.21, 2.27, "2.24")
 
 
-# %%
-# Rungs 5 and 6, three blocks that add to a stream (an addition hands the gradient on whole, lesson
+# %% Rungs 5 and 6: blocks
+# Three blocks that add to a stream (an addition hands the gradient on whole, lesson
 # 1), then LayerNorm on what each branch reads. The heads become one tensor, as in the exercise:
 # same sums, twice as fast. They are drawn one by one, so that the random numbers stay in order.
 class Attention(nn.Module):
@@ -207,8 +209,8 @@ rung("three blocks", lambda: blocks(nn.Identity, nn.ReLU()), 2.05, 2.11)
 rung("with LayerNorm", lambda: blocks(nn.LayerNorm, nn.ReLU()), 2.03, 2.09, "2.06")
 
 
-# %%
-# Rung 7, GPT-2's own choices: GELU for ReLU, and the embedding is the output head too. That asks
+# %% Rung 7: GPT-2's own choices
+# GELU for ReLU, and the embedding is the output head too. That asks
 # for a small start (of unit variance, logits would be sums of 32 large products), and for positions
 # as small: left at 1 they drown the characters, and the loss stands at 2.17.
 class Tied(Characters):
@@ -227,7 +229,7 @@ def gelu_blocks() -> nn.Sequential:
 last = rung("as GPT-2 has it", gelu_blocks, 2.03, 2.09, kind=Tied)
 print(sample(last))
 
-# %%
+# %% The ladder
 fig, axes = plt.subplots(figsize=(7, 4))
 for name, curve in curves.items():
     axes.plot(*zip(*curve, strict=True), label=name)
@@ -235,7 +237,7 @@ axes.set(xlabel="steps", ylabel="validation loss, nats", ylim=(2, 2.9))
 axes.legend()
 course.picture(fig, "ladder")
 
-# %%
+# %% Addition
 # The exercise's adder: digits in the order in which a carry runs, scored by whole answers to 1,000
 # sums that it never saw. As written it is asked for the hundreds before it knows the carry.
 def as_written(a: int, b: int) -> str:
@@ -252,8 +254,8 @@ for order, write, low, high in (
     course.figure(f"sums never seen, digits {order}", score, low, high, embedded=(low, high))
 
 
-# %%
-# The door: model/gpt2.py is this network at any size. The lesson's weights go in under GPT-2's
+# %% The door
+# model/gpt2.py is this network at any size. The lesson's weights go in under GPT-2's
 # names, and out come the same logits, to rounding (fp64: some hundred sums of about 1e-16 each).
 gpt = GPT(GPTConfig(n_layer=3, n_head=H, n_embd=C, n_ctx=T, n_vocab=V)).double()
 last.double()
