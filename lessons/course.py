@@ -92,10 +92,8 @@ def figure(what: str, value: float, low: float, high: float, lecture: str = "",
     said = [f"lecture {lecture}"] if lecture else []
     if _stand_ins:
         said.append("on the embedded text")
-        if embedded is None:
-            print(f"{what:<56} {_digits(value, 4)}  ({', '.join(said)}: no band)", flush=True)
-            return
-        low, high = embedded
+        low, high = embedded or (low, high)
+    judged = bool(embedded) or not _stand_ins
     places = max(_places(low), _places(high))
     if low == high:
         shown, right = f"{value:.{places}f}", f"exactly {low:.{places}f}"
@@ -103,8 +101,9 @@ def figure(what: str, value: float, low: float, high: float, lecture: str = "",
     else:
         shown, right = _digits(value, max(places, 4)), f"band {low} .. {high}"
         inside = low <= value <= high
-    print(f"{what:<56} {shown}  ({'; '.join([*said, right])})", flush=True)
-    if not inside:
+    said.append(right if judged else "no band")
+    print(f"{what:<56} {shown:>12}  ({'; '.join(said)})", flush=True)
+    if judged and not inside:
         raise SystemExit(f"{what}: {shown} is outside, {right}")
 
 

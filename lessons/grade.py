@@ -1,31 +1,151 @@
-"""Grades what a student has filled into lessons/exercises.
+"""Grades what a student has filled into lessons/exercises, each function for itself.
 
-    python -m lessons.grade        # all ten
-    python -m lessons.grade 03     # one
+    python -m lessons.grade                      # all lessons
+    python -m lessons.grade 03                   # one
+    python -m lessons.grade --answers DIR        # eNN.py of another folder
+
+A line for each function: right, to do, or wrong and which mistake gives the number seen; then a map
+of what is done. A file that can't be imported and a function that never ends cost a line, and the
+next one is graded. Exit code 0, or 1 where an answer is wrong.
+
+Each function runs in a process of its own, and has TIMES as long as our solution has just taken,
+and FLOOR seconds beside it. What it prints is not shown.
 """
 
+import contextlib
 import importlib
+import importlib.util
+import multiprocessing
+import os
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated
 
+import tyro
+
+from launch import console, flags
+from launch.errors import BadInput, one_line_errors
 from lessons.course import Wrong
 
+HERE = Path(__file__).parent
+TIMES = 10  # autograd takes twice as long as gradients by hand, a loop longer than a product
+FLOOR = 4.0  # seconds: what is over at once takes longer on a machine that is busy
+RIGHT, TO_DO = "right", "to do"
 
-def grade(number: str, answers: str = "exercises") -> list[str]:
-    """One line for each exercise of a lesson: right, or which mistake gives the number seen."""
-    module = importlib.import_module(f"lessons.{answers}.e{number}")
-    checks = importlib.import_module(f"lessons.checks.c{number}").CHECKS
-    lines = []
-    for name, check in checks.items():
+
+@dataclass(frozen=True)
+class Arguments:
+    """Grades exercises, and says which mistake gives the number seen."""
+
+    lessons: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Numbers of lessons; all by default."""
+    answers: Path = HERE / "exercises"
+    """The folder of the files e01.py to e10.py."""
+
+
+def load(path: Path, name: str) -> Callable:
+    """One function out of a file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise Wrong(f"{path.name} has no function of this name")
+    return getattr(module, name)
+
+
+def answer(path: Path, name: str, check: Callable, verdict: Connection) -> None:
+    """In a process of its own: sends one line about a function."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            check(getattr(module, name))
-            lines.append(f"{number} {name}: right")
+            check(load(path, name))
+            line = RIGHT
         except NotImplementedError:
-            lines.append(f"{number} {name}: to do")
+            line = TO_DO
         except Wrong as wrong:
-            lines.append(f"{number} {name}: {wrong}")
-    return lines
+            line = f"wrong: {wrong}"
+        except (Exception, SystemExit) as error:
+            line = f"wrong: {blame(error, path)}"
+    verdict.send(" ".join(line.split()))
+
+
+def blame(error: BaseException, path: Path) -> str:
+    """A student's exception in one line, with the line of their file that it came from."""
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"{path.name} can't be imported: {error.msg} (line {error.lineno})"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(path)]
+    if lines:
+        return f"{what} (line {lines[-1]} of {path.name})"
+    return f"what it returned is not what its docstring asks for ({what})"
+
+
+def in_time(path: Path, name: str, check: Callable, limit: float | None) -> str:
+    """The verdict on one function, or a line that says that there is none after `limit` seconds."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    # A fork has torch imported already, which takes longer than most checks.
+    process = multiprocessing.get_context("fork").Process(
+        target=answer, args=(path, name, check, sending))
+    process.start()
+    sending.close()
+    try:
+        if not receiving.poll(limit):
+            return f"wrong: no answer after {limit:.0f} s ({TIMES} times what ours takes)"
+        return receiving.recv()
+    except EOFError:
+        process.join()
+        return f"wrong: its process ended without an answer (exit code {process.exitcode})"
+    finally:
+        process.kill()
+        process.join()
+
+
+def grade(number: str, answers: Path) -> dict[str, str]:
+    """{name of a function: the verdict}, printed as they come."""
+    verdicts = {}
+    path = answers / f"e{number}.py"
+    for name, check in importlib.import_module(f"lessons.checks.c{number}").CHECKS.items():
+        if not path.is_file():
+            verdicts[name] = TO_DO
+            continue
+        start = time.monotonic()
+        ours = in_time(HERE / "solutions" / path.name, name, check, None)
+        assert ours == RIGHT, f"our own {name} of lesson {number}: {ours}"
+        limit = FLOOR + TIMES * (time.monotonic() - start)
+        verdicts[name] = in_time(path, name, check, limit)
+        print(f"{number} {name:<24} {coloured(verdicts[name])}", flush=True)
+    return verdicts
+
+
+def coloured(verdict: str) -> str:
+    colours = {RIGHT: "green", TO_DO: "yellow"}
+    return console.colour(verdict, colours.get(verdict, "red"))
+
+
+def main(arguments: Arguments) -> int:
+    titles = {path.name[:2]: path.stem for path in sorted(HERE.glob("[0-9][0-9]_*.py"))}
+    numbers = [number.zfill(2) for number in arguments.lessons] or list(titles)
+    for number in numbers:
+        if number not in titles:
+            raise BadInput(f"there is no lesson {number}: {', '.join(titles)}")
+    if not arguments.answers.is_dir():
+        raise BadInput(f"there is no folder {arguments.answers}")
+    done = {number: list(grade(number, arguments.answers).values()) for number in numbers}
+    print()
+    for number, verdicts in done.items():
+        right = verdicts.count(RIGHT)
+        marks = "".join({RIGHT: "#", TO_DO: "."}.get(verdict, "x") for verdict in verdicts)
+        print(f"{titles[number]:<20} [{marks}] {right} of {len(verdicts)}")
+    wrong = any(verdict not in (RIGHT, TO_DO) for line in done.values() for verdict in line)
+    return int(wrong)
 
 
 if __name__ == "__main__":
-    for number in sys.argv[1:]:
-        print("\n".join(grade(number.zfill(2))))
+    with one_line_errors():
+        sys.exit(main(flags.parse(Arguments)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.report.charts import Entry
+from eval.report.floor import counted_floor
 from eval.report.pictures import Picture, make_pictures, write_picture
 from eval.report.record import Record, Series, read_records
 from eval.report.verdict import judge
@@ -168,7 +169,7 @@ def _facts(record: Record) -> dict[str, str]:
     memory = record.series("memory_mib").values
     if len(memory):
         facts["memory, largest"] = f"{memory.max():,.0f} MiB"
-    return facts | _description(record)
+    return facts | counted_floor(record) | _description(record)
 
 
 def _description(record: Record) -> dict[str, str]:

@@ -1,1 +1,45 @@
 """What an exercise has to pass, and which mistake gives which wrong number."""
+
+from typing import Any
+
+import torch
+
+from lessons.course import Wrong
+
+
+def expect(what: str, seen: Any, right: float, tolerance: float,
+           mistakes: dict[str, float]) -> None:
+    """Raises Wrong unless `seen` is the right number, and says which mistake gives what it is.
+
+    mistakes: what was done wrong -> the number which that gives.
+    """
+    if isinstance(seen, torch.Tensor) and seen.numel() == 1:
+        seen = seen.item()
+    try:
+        number = float(seen)
+    except (TypeError, ValueError):
+        raise Wrong(f"{what}: a number is asked for, not {describe(seen)}") from None
+    if abs(number - right) <= tolerance:
+        return
+    line = f"{what}: {number:.7g} where {right:.7g} is right"
+    for mistake, wrong in mistakes.items():
+        if number == wrong or abs(number - wrong) <= tolerance:  # infinity too
+            raise Wrong(f"{line}: {mistake}")
+    raise Wrong(line)
+
+
+def expect_shape(what: str, seen: Any, shape: tuple[int, ...]) -> None:
+    """Raises Wrong unless `seen` is a tensor of this shape."""
+    if not isinstance(seen, torch.Tensor) or seen.shape != shape:
+        raise Wrong(f"{what}: a tensor of shape {shape} is asked for, not {describe(seen)}")
+
+
+def describe(seen: Any) -> str:
+    """What somebody has returned, in a few words."""
+    if seen is None:
+        return "None: is there a return?"
+    if isinstance(seen, torch.Tensor):
+        return f"a tensor of shape {tuple(seen.shape)}"
+    if isinstance(seen, list | tuple):
+        return f"a {type(seen).__name__} of {len(seen)}"
+    return f"a {type(seen).__name__}"
