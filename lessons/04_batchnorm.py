@@ -19,9 +19,13 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
 sys.path.insert(0, ".")  # for a program, which runs in the repository's root
+from launch.world import World
 from lessons import course
+from model.checkpoint import TrainState
 from model.diagnostics import Diagnostics
 from model.gpt2 import GPT, GPTConfig
+from model.optim import LossScaler, OptimConfig, configure_optimizers
+from model.parallel import ParallelModel
 
 FULL = "--full" in sys.argv
 STEPS, SLOW_FROM = (200_000, 100_000) if FULL else (50_000, 40_000)
@@ -235,7 +239,7 @@ class Deep:
         return loss.item()
 
 
-for gain, stds in ((5 / 3, (0.75, 0.66)), (1, (0.62, 0.32)), (0.5, (0.41, 0.02)), (3, (0.85, 0.84))):
+for gain, *stds in ((5 / 3, 0.75, 0.66), (1, 0.62, 0.32), (0.5, 0.41, 0.02), (3, 0.85, 0.84)):
     deep = Deep(gain, batchnorm=False)
     deep.backward()
     for layer, std in zip((1, 5), stds, strict=True):
@@ -263,4 +267,52 @@ for layer, (x, (std, saturated, grad)) in enumerate(zip(deep.tanhs, FLOW, strict
     share = 100 * (x.abs() > 0.97).double().mean()
     course.figure("  % saturated", share, saturated, saturated, f"{saturated}")
     course.figure("  std of its gradient, in 1e-3", 1e3 * x.grad.std(), grad, grad, f"{grad}e-3")
-RATIO = [8.013e-3, 4.881e-2, 6.965e-2, 6.074e-2, 5.631e-2, 5.570e-2, 1.160e-1]
+RATIO = [8.013, 48.81, 69.65, 60.74, 56.31, 55.70, 116.0]
+for W, ratio in zip(deep.weights, RATIO, strict=True):
+    found = 1e3 * W.grad.std() / W.detach().std()
+    course.figure(f"{tuple(W.shape)}: gradient : data, in 1e-3", found, ratio, ratio, f"{ratio}e-3")
+with torch.no_grad():
+    for split, loss in ((train, 2.4003), (dev, 2.3982)):
+        found = F.cross_entropy(deep.forward(split[0], training=False), split[1])
+        course.figure("deep network after 1,001 steps", found, loss, loss, f"{loss}")
+
+
+def histograms(title, tensors, labels):
+    drawing = Figure(figsize=(7, 3))
+    axes = drawing.add_subplot(title=title)
+    for x, label in zip(tensors, labels, strict=True):
+        heights, edges = torch.histogram(x.detach().float().flatten(), bins=60, density=True)
+        axes.plot(edges[:-1], heights, label=label)
+    axes.legend(fontsize=7)
+    course.picture(drawing, title.replace(" ", "-"))
+
+
+layers = [f"layer {layer}" for layer in range(1, 6)]
+shapes = [f"{tuple(W.shape)}" for W in deep.weights]
+histograms("activations", deep.tanhs, layers)
+histograms("gradients", [x.grad for x in deep.tanhs], layers)
+histograms("weight gradients", [W.grad for W in deep.weights], shapes)
+drawing = Figure(figsize=(7, 3))
+axes = drawing.add_subplot(title="update to data", xlabel="step", ylabel="log10")
+axes.plot(ratios, label=shapes)
+axes.axhline(-3, color="black", linewidth=0.8)
+axes.legend(fontsize=7)
+course.picture(drawing, "update-to-data")
+
+# %% The door: the same four pictures of any GPT-2
+# `train_gpt2.py demo --diagnose_every 25` records them, `python -m eval.report runs/demo` draws
+# them; model/diagnostics.py is how. Here it watches Adam's first step on a small GPT-2. Adam moves
+# every weight by lr at first, and weights begin with a std of 0.02: log10(0.001 / 0.02) = -1.30.
+# With plain descent we looked for -3: Adam needs its warm-up of the learning rate for this reason.
+torch.manual_seed(SEED)
+shape = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=CONTEXT, n_vocab=VOCAB)
+model = ParallelModel(GPT(shape), "ddp", World(0, 1, torch.device("cpu")), "fp32")
+adamw = configure_optimizers(model.shards, OptimConfig(lr=1e-3, weight_decay=0.0))
+watch = Diagnostics(TrainState(model, adamw, LossScaler()), every=1)
+letters = train[0][:256]  # (B, 3)
+model(letters, torch.cat([letters[:, 1:], train[1][:256, None]], 1)).backward()
+model.optimizer_step(adamw)
+row = watch.take(1)
+course.figure("GPT-2: std of the stream behind block 2", row["activation_std"][1], 0.025, 0.04)
+course.figure("GPT-2: log10 of Adam's first update : data",
+              row["weights"]["h.1.mlp.c_fc.weight"]["log10_update_to_data"], -1.32, -1.28)
