@@ -109,7 +109,7 @@ class Run:
     path: Path  # the run's folder
     loader: Loader
     evaluator: Evaluator
-    state: checkpoint.TrainState  # model/parallel.py; optimizer and loss scaler: model/optim.py
+    state: checkpoint.TrainState  # ParallelModel, AdamW, fp16's LossScaler: model/parallel, optim
     saver: Saver
     tracker: Tracker
     signals: DistributedSignalHandler
@@ -134,7 +134,7 @@ def train(config: TrainConfig) -> int:
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
         world, step, save_due = run.world, run.first_step, False
-        model, optimizer, scaler = run.state  # ParallelModel, AdamW, LossScaler (for fp16)
+        model, optimizer, scaler = run.state  # under fsdp all ranks must call model together
         watch = diagnostics.Diagnostics(run.state, config.tracker.diagnose_every, step)
         while True:
             run.saver.report_finished(step)  # all ranks; a save that failed is only a warning
@@ -208,7 +208,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     # Signals print a line and raise a flag; a second Ctrl-C ends the process at once.
     signals = at_exit.enter_context(closing(DistributedSignalHandler(world, watchdog)))
     at_exit.push(world)  # leaves the process group
-    watchdog.heartbeat(setting_up=True)  # which starts its thread, with more patience
+    watchdog.heartbeat(setting_up=True)  # starts its thread; a rank that hangs prints its stacks
 
     # data
     dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, on new CPUs too
@@ -251,10 +251,11 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         world.print0(f"{path} is finished: {config.steps} steps. For another run: --name")
         sys.exit(0)
 
-    # what is written: config.json (and metrics past newest_step are cut), metrics, checkpoints
-    evaluated = world.broadcast_from_rank0(folder.prepare, path, description, newest_step)
+    # what is written: config.json, metrics.jsonl (rows past newest_step are cut; those left that
+    # hold an evaluation are returned: it is not done again), checkpoints
+    evaluated_rows = world.broadcast_from_rank0(folder.prepare, path, description, newest_step)
     with world.fail_together():
-        tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated)))
+        tracker = at_exit.enter_context(closing(Tracker(path, world, description, evaluated_rows)))
     saver = at_exit.enter_context(closing(Saver(  # source: for a rollback before the first save
         path, state, tracker, config.saving.keep, newest_step, source, watchdog.heartbeat,
         config.saving.keep_best)))
@@ -270,7 +271,7 @@ def get_batch(run: Run, step: int) -> torch.Tensor:
     batch, error = run.loader.try_get_batch(step)
     if run.world.all_reduce_max(error is not None):
         run.save(step, wait=True)
-        run.world.raise_on_all_ranks(error)
+        run.world.raise_on_all_ranks(error)  # of the first rank that has one; the others have None
     return batch.to(run.world.device, non_blocking=True)
 
 
@@ -288,7 +289,7 @@ def finish(run: Run, step: int, last_step: bool) -> int:
         world.print0("plot:", picture)
     if not completed:
         return run.signals.exit_code  # 130 after Ctrl-C, 0 after any other signal
-    prompt = cli.quoted_flag("prompt", run.config.evaluation.prompt)
+    prompt = cli.quoted_flag("prompt", run.config.evaluation.prompt)  # --prompt '...', for a shell
     world.print0(f"next: python -m eval.sample {cli.quoted(run.path)} {prompt}")
     return 0
 

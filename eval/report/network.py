@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#2f80ed", "#e0620d", "#1f9d55", "#a855f7", "#d6336c", "#0e9aa7")  # as in charts.py
 NAMED_LAYERS = 4  # in a key, at most
-HINT = ("Recorded by --diagnose_every. Healthy: activations and gradients of all blocks in one order "
-        "of magnitude; updates near a thousandth of the weights, log10 about -3.")
+HINT = ("Recorded by --diagnose_every. Healthy: activations and gradients of all blocks in one "
+        "order of magnitude; updates near a thousandth of the weights, log10 about -3.")
 
 
 def draw_activations(axes: "Axes", entries: "list[Entry]") -> None:
