@@ -194,7 +194,6 @@ def train(config: TrainConfig) -> int:
                 model.optimizer_step(optimizer)  # and under zero1 all ranks gather the new rows
             model.zero_grad()
             step += 1
-
             # ---- everything that follows is diagnostics: a line for each step ----
             run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(),
                                  seconds=time.perf_counter() - started, diagnosis=watch.take(step))
