@@ -12,6 +12,7 @@ Figures (dev, up the ladder, in full): 2.165, 2.1311, 2.1027, 2.1070, 2.1057; de
 # %% The start: a folder to import from
 import random
 import sys
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,23 +42,19 @@ torch.set_num_threads(1)  # these matrices are too small to be shared out
 
 def examples(names, context=CONTEXT):
     """(N, context) letters before, (N,) the letter after."""
-    before, after = [], []
+    rows = []
     for name in names:
-        window = [0] * context
-        for letter in name + ".":
-            index = ord(letter) - ord("a") + 1 if letter != "." else 0
-            before.append(window)
-            after.append(index)
-            window = [*window[1:], index]
-    return torch.tensor(before), torch.tensor(after)
+        row = [0] * context + [ord(letter) - ord("a") + 1 for letter in name] + [0]
+        rows += [row[i - context : i + 1] for i in range(context, len(row))]
+    table = torch.tensor(rows)  # (N, context + 1)
+    return table[:, :-1], table[:, -1]
 
 
 names = course.names()
 random.seed(42)
 random.shuffle(names)
 cuts = int(0.8 * len(names)), int(0.9 * len(names))
-train, dev, test = (examples(part) for part in
-                    (names[: cuts[0]], names[cuts[0] : cuts[1]], names[cuts[1] :]))
+train, dev = examples(names[: cuts[0]]), examples(names[cuts[0] : cuts[1]])
 course.figure("training examples", len(train[1]), 182625, 182625, "182,625")
 
 # %% The scale of a product
@@ -194,17 +191,19 @@ class Deep:
     """Embedding, five layers of 100 tanh, softmax; BatchNorm after every product, or none."""
 
     def __init__(self, gain, batchnorm):
-        self.draw, sizes = torch.Generator().manual_seed(SEED), [30, 100, 100, 100, 100, 100, 27]
-        self.C, self.batchnorm = torch.randn((27, 10), generator=self.draw), batchnorm
-        self.W, self.gains, self.biases, self.means, self.variances = [], [], [], [], []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        self.draw, self.batchnorm = torch.Generator().manual_seed(SEED), batchnorm
+        sizes = [EMB * CONTEXT, 100, 100, 100, 100, 100, VOCAB]
+        self.C, self.W = torch.randn((VOCAB, EMB), generator=self.draw), []
+        for fan_in, fan_out in pairwise(sizes):
             W = torch.randn((fan_in, fan_out), generator=self.draw) / fan_in**0.5
-            last = fan_out == VOCAB  # the last layer starts small: nothing is known yet
-            self.W.append(W * (gain if batchnorm or not last else 0.1))
-            self.gains.append(torch.full((fan_out,), 0.1 if last else 1.0))
-            self.biases.append(torch.zeros(fan_out))
-            self.means.append(torch.zeros(fan_out))
-            self.variances.append(torch.ones(fan_out))
+            self.W.append(gain * W)
+        self.gains = [torch.ones(size) for size in sizes[1:]]
+        self.biases = [torch.zeros(size) for size in sizes[1:]]
+        if batchnorm:  # the last layer starts small either way: nothing is known yet
+            self.gains[-1] *= 0.1
+        else:
+            self.W[-1] *= 0.1 / gain
+        self.running = [(torch.zeros(()), torch.ones(())) for _ in self.W]  # mean, variance
         self.weights = [self.C, *self.W]
         self.parameters = [*self.weights, *self.biases, *(self.gains if batchnorm else [])]
         for p in self.parameters:
@@ -215,11 +214,11 @@ class Deep:
         for i, W in enumerate(self.W):
             x = x @ W
             if self.batchnorm:
-                mean, variance = self.means[i], self.variances[i]
+                mean, variance = self.running[i]
                 if training:
                     mean, variance = x.mean(0), x.var(0)
-                    self.means[i] = 0.9 * self.means[i] + 0.1 * mean.detach()
-                    self.variances[i] = 0.9 * self.variances[i] + 0.1 * variance.detach()
+                    self.running[i] = (0.9 * self.running[i][0] + 0.1 * mean.detach(),
+                                       0.9 * self.running[i][1] + 0.1 * variance.detach())
                 x = self.gains[i] * (x - mean) / (variance + 1e-5).sqrt()
             x = x + self.biases[i]
             if i < 5:
@@ -271,13 +270,10 @@ RATIO = [8.013, 48.81, 69.65, 60.74, 56.31, 55.70, 116.0]
 for W, ratio in zip(deep.weights, RATIO, strict=True):
     found = 1e3 * W.grad.std() / W.detach().std()
     course.figure(f"{tuple(W.shape)}: gradient : data, in 1e-3", found, ratio, ratio, f"{ratio}e-3")
-with torch.no_grad():
-    for split, loss in ((train, 2.4003), (dev, 2.3982)):
-        found = F.cross_entropy(deep.forward(split[0], training=False), split[1])
-        course.figure("deep network after 1,001 steps", found, loss, loss, f"{loss}")
 
 
 def histograms(title, tensors, labels):
+    """Draws how the numbers of each tensor are spread."""
     drawing = Figure(figsize=(7, 3))
     axes = drawing.add_subplot(title=title)
     for x, label in zip(tensors, labels, strict=True):
@@ -298,6 +294,10 @@ axes.plot(ratios, label=shapes)
 axes.axhline(-3, color="black", linewidth=0.8)
 axes.legend(fontsize=7)
 course.picture(drawing, "update-to-data")
+with torch.no_grad():
+    for name, split, loss in (("train", train, 2.4003), ("dev", dev, 2.3982)):
+        found = F.cross_entropy(deep.forward(split[0], training=False), split[1])
+        course.figure(f"{name} after 1,001 steps", found, loss, loss, f"{loss}")
 
 # %% The door: the same four pictures of any GPT-2
 # `train_gpt2.py demo --diagnose_every 25` records them, `python -m eval.report runs/demo` draws

@@ -15,6 +15,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
 sys.path.insert(0, ".")  # for a program, which runs in the repository's root
@@ -26,6 +27,7 @@ FULL = "--full" in sys.argv
 STEPS, SLOW_FROM = (200_000, 150_000) if FULL else (60_000, 45_000)
 VOCAB, BATCH = 27, 32
 SAME = 1e-12  # fp64 rounds by 1e-16; sums of some hundred numbers below 10 stay far under this
+EXACT = dict(low=0, high=SAME, embedded=(0, SAME))  # whatever the text
 torch.set_num_threads(1)  # these matrices are too small to be shared out
 
 # %% The data
@@ -38,13 +40,12 @@ def letters(name):
 
 def examples(names, context):
     """(N, context) letters before, (N,) the letter after."""
-    before, after = [], []
+    rows = []
     for name in names:
         row = [0] * context + letters(name) + [0]
-        for i in range(context, len(row)):
-            before.append(row[i - context : i])
-            after.append(row[i])
-    return torch.tensor(before), torch.tensor(after)
+        rows += [row[i - context : i + 1] for i in range(context, len(row))]
+    table = torch.tensor(rows)  # (N, context + 1)
+    return table[:, :-1], table[:, -1]
 
 
 names = course.names()
@@ -152,7 +153,9 @@ for name, context, shape, count, first, train_loss, dev_loss in LADDER:
     tree, larger = Tree(**shape), shape["hidden"] == 128
     parameters = sum(p.numel() for p in tree.parameters)
     course.figure(f"{name}: parameters", parameters, count, count, f"{count:,}")
+    losses = []
     for step, loss in descend(tree, *train, STEPS if larger or FULL else 1):
+        losses.append(loss)
         if step == 0:
             course.figure("  first loss", loss, first, first)
         if larger and step in SEEN:
@@ -168,6 +171,11 @@ for name, context, shape, count, first, train_loss, dev_loss in LADDER:
                       "1.769 after 200,000")
         course.figure(f"  dev after {STEPS:,} steps", tree.loss(*dev), 1.985, 2.02,
                       "1.9937 after 200,000")
+# A batch's loss scatters by half a nat: only means of a thousand show where it goes.
+means = torch.tensor(losses[: len(losses) // 1000 * 1000]).view(-1, 1000).mean(1)
+drawing = Figure(figsize=(7, 3))
+drawing.add_subplot(title="loss of the larger tree", xlabel="thousand steps").plot(means)
+course.picture(drawing, "loss")
 
 # %% The tree is a convolution
 # Two windows that overlap share most of their tree, and it is computed anew for each. A layer's
@@ -189,7 +197,7 @@ with torch.no_grad():
         windows, _ = examples([name], 8)
         row = torch.tensor([0] * 8 + letters(name))
         error = (dilated(row) - tree.forward(windows)).abs().max()
-        course.figure(f"{name}: convolution against {len(windows)} windows", error, 0, SAME)
+        course.figure(f"{name}: convolution against {len(windows)} windows", error, **EXACT)
 
 # %% Letter by letter, with a memory
 # When a name is made, a new letter is one step of each filter, if what each layer has seen 1, 2 and
@@ -205,7 +213,7 @@ with torch.no_grad():
         if place >= 7:
             difference = x @ tree.out + tree.out_bias - dilated(row)[place - 7]
             error = max(error, difference.abs().max().item())
-    course.figure("letter by letter against the convolution", error, 0, SAME)
+    course.figure("letter by letter against the convolution", error, **EXACT)
 
 # %% The door: model/generate.py
 # GPT-2's memory is its KV cache: a new token looks back at keys and values that were computed when
@@ -219,4 +227,4 @@ with torch.no_grad():
     for place, letter in enumerate(row):
         last = cache.last_hidden(gpt, letter.view(1, 1))[0]  # (C,)
         error = max(error, (last - whole[place]).abs().max().item())
-    course.figure("GPT-2: its cache against the whole row", error, 0, SAME)
+    course.figure("GPT-2: its cache against the whole row", error, **EXACT)
