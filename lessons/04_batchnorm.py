@@ -277,7 +277,7 @@ def histograms(title, tensors, labels):
     drawing = Figure(figsize=(7, 3))
     axes = drawing.add_subplot(title=title)
     for x, label in zip(tensors, labels, strict=True):
-        heights, edges = torch.histogram(x.detach().float().flatten(), bins=60, density=True)
+        heights, edges = torch.histogram(x.detach().float().flatten(), bins=40, density=True)
         axes.plot(edges[:-1], heights, label=label)
     axes.legend(fontsize=7)
     course.picture(drawing, title.replace(" ", "-"))
