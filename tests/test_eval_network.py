@@ -82,7 +82,9 @@ DAMAGED = [
 
 
 def test_damaged_diagnoses_are_left_out(tmp_path):
-    rows = [{"step": 4 + i, "tokens": 40 + i, "diagnosis": wrong} for i, wrong in enumerate(DAMAGED)]
+    rows = []
+    for i, wrong in enumerate(DAMAGED):
+        rows.append({"step": 4 + i, "tokens": 40 + i, "diagnosis": wrong})
     page, _ = write_report([make_run(tmp_path / "run", *rows)])
     assert "Inside the network" in page.read_text()
     record = read_record(tmp_path / "run")
