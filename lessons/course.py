@@ -87,6 +87,7 @@ def figure(what: str, value: float, low: float, high: float, lecture: str = "",
     the lecture reached. embedded: the band where the embedded text stands in; None: no judgement.
     Raises SystemExit(1) with one line for a number outside, too good ones as well.
     """
+    whole = all(isinstance(number, int) for number in (value, low, high))
     value = float(value)
     figures.append((what, value))
     said = [f"lecture {lecture}"] if lecture else []
@@ -99,10 +100,11 @@ def figure(what: str, value: float, low: float, high: float, lecture: str = "",
         shown, right = f"{value:.{places}f}", f"exactly {low:.{places}f}"
         inside = math.isfinite(value) and round(value, places) == round(low, places)
     else:
-        shown, right = _digits(value, max(places, 4)), f"band {low} .. {high}"
+        shown = _digits(value, 0 if whole else max(places, 4))
+        right = f"band {low} .. {high}"
         inside = low <= value <= high
     said.append(right if judged else "no band")
-    print(f"{what:<56} {shown:>12}  ({'; '.join(said)})", flush=True)
+    print(f"{what:<48} {shown:>12}  ({'; '.join(said)})", flush=True)
     if judged and not inside:
         raise SystemExit(f"{what}: {shown} is outside, {right}")
 
@@ -115,7 +117,7 @@ def _places(number: float) -> int:
 
 
 def _digits(value: float, places: int) -> str:
-    if 0 < abs(value) < 0.1**places:
+    if 0 < abs(value) < 1e-3:
         return f"{value:.2g}"
     return f"{value:.{places}f}"
 

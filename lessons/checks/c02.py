@@ -101,7 +101,8 @@ def smoothed_loss(answer: Callable) -> None:
             "the sum, and not the mean": right * len(x),
             "the minus is missing": -right,
             "log2": right / math.log(2),
-            "a is added to the shares, and belongs to the counts": -(p + a)[x, y].log().mean(),
+            "a is added to the shares, and belongs to the counts":
+                -(p + a)[x, y].log().mean().item(),
             "a is in the counts, but not in the sums": -(added / counts.sum(1, keepdim=True))[
                 x, y].log().mean().item(),
             "a is not used": -p[x, y].log().mean().item()})
