@@ -30,7 +30,7 @@ from launch.spikes import SpikeConfig, SpikeDetector
 from launch.tracker import Tracker, TrackerConfig
 from launch.watchdog import Watchdog, WatchdogConfig
 from launch.world import World, choose_dtype, init_distributed
-from model import checkpoint
+from model import checkpoint, diagnostics
 from model.gpt2 import GPTConfig, flops_per_token, parameter_count
 from model.optim import OptimConfig, get_lr
 from model.saving import Saver, SavingConfig
@@ -135,6 +135,7 @@ def train(config: TrainConfig) -> int:
         run = set_up(config, at_exit)
         world, step, save_due = run.world, run.first_step, False
         model, optimizer, scaler = run.state  # under fsdp all ranks must call model together
+        watch = diagnostics.Diagnostics(run.state, config.tracker.diagnose_every, step)
         while True:
             run.saver.report_finished(step)  # all ranks; a save that failed is only a warning
             last_step = step == config.steps
@@ -193,10 +194,9 @@ def train(config: TrainConfig) -> int:
                 model.optimizer_step(optimizer)  # and under zero1 all ranks gather the new rows
             model.zero_grad()
             step += 1
-
             # ---- everything that follows is diagnostics: a line for each step ----
-            seconds = time.perf_counter() - started
-            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(), seconds=seconds)
+            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(),
+                                 seconds=time.perf_counter() - started, diagnosis=watch.take(step))
 
 
 def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.report import network
 from eval.report.charts import Entry
 from eval.report.floor import counted_floor
 from eval.report.pictures import Picture, make_pictures, write_picture
@@ -42,7 +43,12 @@ def write_report(runs: list[Path], against: str = "") -> tuple[Path, list[Entry]
 def page(entries: list[Entry], pictures: list[Picture]) -> str:
     """The whole page. Names, events and samples are anybody's text, and escaped."""
     title = escaped(" and ".join(entry.record.name for entry in entries))
-    figures = "".join(f"<figure>{picture.svg}</figure>" for picture in pictures)
+    figures, inside = "", ""
+    for picture in pictures:
+        if picture.name in network.CHARTS:
+            inside += f"<figure>{picture.svg}</figure>"
+        else:
+            figures += f"<figure>{picture.svg}</figure>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -54,6 +60,7 @@ def page(entries: list[Entry], pictures: list[Picture]) -> str:
 <section class="charts">{figures}</section>
 <p class="hint">Vertical lines: spikes red and dotted, restarts and stops amber and dashed.
 Pale bands reach from the smallest to the largest value of neighbouring steps.</p>
+{network.section(inside)}
 <h2>Figures</h2>{figures_table([entry.record for entry in entries])}
 <h2>Events</h2>{"".join(events_table(e.record, len(entries) > 1) for e in entries)}
 <h2>Samples</h2>{"".join(samples(entry.record, len(entries)) for entry in entries)}
