@@ -39,7 +39,7 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         cli.within("profile", self.profile, 0, 1000, "steps")  # a trace of them is held in memory
-        cli.within("diagnose_every", self.diagnose_every, 0, cli.MOST_STEPS, "steps")
+        cli.within("diagnose_every", self.diagnose_every, 0, cli.MOST_STEPS)
 
 
 class Tracker:

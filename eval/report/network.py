@@ -71,16 +71,20 @@ def section(figures: str) -> str:
 
 def layer_table(record: Record, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(tokens (R,), figures (R, blocks)) of R recorded steps; NaN where a figure was none."""
-    rows = [(tokens, diagnosis.get(key)) for tokens, diagnosis in _diagnoses(record)]
-    rows = [(tokens, values) for tokens, values in rows if isinstance(values, list) and values]
-    return _table([(tokens, values) for tokens, values in rows if len(values) == len(rows[0][1])])
+    rows: list[tuple[int, list[Any]]] = []
+    for tokens, diagnosis in _diagnoses(record):
+        values = diagnosis.get(key)
+        if isinstance(values, list) and values and (not rows or len(values) == len(rows[0][1])):
+            rows.append((tokens, values))
+    return _table(rows)
 
 
 def matrix_tables(record: Record, key: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each kind of matrix, such as attn.c_proj: tokens, and a column for each block's."""
     rows: dict[str, list[tuple[int, list[Any]]]] = {}
     for tokens, diagnosis in _diagnoses(record):
-        weights, kinds = diagnosis.get("weights"), {}
+        weights = diagnosis.get("weights")
+        kinds: dict[str, list[Any]] = {}
         for name, figures in weights.items() if isinstance(weights, dict) else ():
             if isinstance(figures, dict):
                 kinds.setdefault(kind_of(name), []).append(figures.get(key))

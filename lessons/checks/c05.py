@@ -113,6 +113,7 @@ def dkdv_errors(step: Callable) -> dict[str, float]:
         attention.attention(ours, H).backward(dout.float())
     finally:
         attention._dkdv_step, tiles.pick = theirs, pick
+    assert ours.grad is not None and exact.grad is not None
     errors = {}
     parts = zip(("dk", "dv"), ours.grad.split(H * D, 2)[1:], exact.grad.split(H * D, 2)[1:],
                 strict=True)
