@@ -31,7 +31,7 @@ from launch.spikes import SpikeConfig, SpikeDetector
 from launch.tracker import Tracker, TrackerConfig
 from launch.watchdog import Watchdog, WatchdogConfig
 from launch.world import World, choose_dtype, init_distributed
-from model import checkpoint
+from model import checkpoint, diagnostics
 from model.gpt2 import GPTConfig
 from model.longer import set_aside_decayed
 from model.network import flops_per_token, parameter_count
@@ -82,6 +82,7 @@ class TrainConfig:
             raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
         if self.data.chat and not self.init:
             raise BadInput("--data.chat fine-tunes a trained model: --init hf:gpt2, or a run")
+        diagnostics.check(self.tracker.diagnose_every, self.model, self.optim)
         folder.check_name(self.name)
 
     def with_vocabulary(self, data: Data) -> "TrainConfig":
@@ -129,6 +130,7 @@ def train(config: TrainConfig) -> int:
         run = set_up(config, at_exit)
         world, step, save_due = run.world, run.first_step, False
         model, optimizer, scaler = run.state  # under fsdp all ranks must call model together
+        watch = diagnostics.Diagnostics(run.state, config.tracker.diagnose_every, step)
         while True:
             run.saver.report_finished(step)  # all ranks; prints "saved" or a warning, no more
             last_step = step == config.steps
@@ -192,8 +194,8 @@ def train(config: TrainConfig) -> int:
             step += 1
 
             # ---- everything that follows is diagnostics: a line for each step ----
-            seconds = time.perf_counter() - started
-            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(), seconds=seconds)
+            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(),
+                                 seconds=time.perf_counter() - started, diagnosis=watch.take(step))
 
 
 def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
@@ -223,10 +225,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     # the run's folder, which no other process may use, and the checkpoint to go on from
     description = folder.describe(  # of config.json
         asdict(config), world, data.fingerprints(), characters, dtype=dtype,
-        val_set=evaluator.val_set, micro_batch=micro_batch,
+        val_set=evaluator.val_set, micro_batch=micro_batch, accumulation=loader.micro_steps,
+        epochs=loader.epoch(config.steps), decay_start=decay_start(config.steps, config.optim),
         compile=config.compute.compiled(world.device),
-        accumulation=loader.micro_steps, epochs=loader.epoch(config.steps),
-        decay_start=decay_start(config.steps, config.optim),
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))

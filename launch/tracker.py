@@ -3,7 +3,7 @@ and Weights & Biases.
 
 metrics.jsonl holds one JSON object a line, each with `step` (finished updates) and `tokens`
 (trained on until then), and any of train_loss lr grad_norm tokens_per_second mfu step_ms
-memory_mib val_loss val_set hellaswag_acc hellaswag_acc_norm sample event.
+memory_mib val_loss val_set hellaswag_acc hellaswag_acc_norm sample event diagnosis.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Mode = Literal["disabled", "offline", "online"]
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """What is recorded of a run beside metrics.jsonl."""
+    """What is recorded of a run beside the usual rows of metrics.jsonl."""
 
     wandb: Mode = "disabled"
     """Weights & Biases beside metrics.jsonl."""
@@ -34,9 +34,12 @@ class TrackerConfig:
     """TensorBoard beside metrics.jsonl: `tensorboard --logdir runs` compares runs."""
     profile: int = 0
     """Steps to record with torch.profiler."""
+    diagnose_every: int = 0
+    """Record activations, gradients and updates of every N-th step, layer by layer; 0: never."""
 
     def __post_init__(self) -> None:
         cli.within("profile", self.profile, 0, 1000, "steps")  # a trace of them is held in memory
+        cli.within("diagnose_every", self.diagnose_every, 0, cli.MOST_STEPS)
 
 
 class Tracker:
@@ -108,7 +111,7 @@ class Tracker:
             for key, value in row.items():
                 if isinstance(value, str):
                     self.tensorboard.add_text(key, value, row["step"])
-                elif key != "step":
+                elif key not in ("step", "diagnosis"):  # hundreds of figures: eval.report's
                     self.tensorboard.add_scalar(key, value, row["step"])
         except OSError as error:
             self.world.print0(f"warning: TensorBoard gets no more rows: {error.strerror}")
@@ -119,8 +122,14 @@ class Tracker:
         self.world.print0(text)
         self.log(step, event=text, **values)
 
-    def log_step(self, step: int, *, loss: float, lr: float, norm: float, seconds: float) -> None:
-        """Logs a training step and prints its line. seconds: of this step alone."""
+    def log_step(
+        self, step: int, *, loss: float, lr: float, norm: float, seconds: float,
+        diagnosis: dict[str, Any] | None = None,
+    ) -> None:
+        """Logs a training step and prints its line. seconds: of this step alone.
+
+        diagnosis: what model/diagnostics.py found in it, if it was recorded.
+        """
         if self.smooth_seconds:
             self.smooth_seconds = 0.8 * self.smooth_seconds + 0.2 * seconds
         else:
@@ -132,7 +141,7 @@ class Tracker:
         self.log(
             step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate, 1),
             mfu=mfu and round(mfu, 4), step_ms=round(seconds * 1e3, 2),
-            memory_mib=peak_memory_mib(self.world.device),
+            memory_mib=peak_memory_mib(self.world.device), diagnosis=diagnosis,
         )
         eta = clock(self.seconds_left(step))
         share = "n/a" if mfu is None else f"{mfu:.1%}"

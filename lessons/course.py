@@ -104,7 +104,7 @@ def figure(what: str, value: float, low: float, high: float, lecture: str = "",
         right = f"band {low} .. {high}"
         inside = low <= value <= high
     said.append(right if judged else "no band")
-    print(f"{what:<56} {shown:>12}  ({'; '.join(said)})", flush=True)
+    print(f"{what:<48} {shown:>12}  ({'; '.join(said)})", flush=True)
     if judged and not inside:
         raise SystemExit(f"{what}: {shown} is outside, {right}")
 
@@ -117,7 +117,7 @@ def _places(number: float) -> int:
 
 
 def _digits(value: float, places: int) -> str:
-    if 0 < abs(value) < 0.1**places:
+    if 0 < abs(value) < 1e-3:
         return f"{value:.2g}"
     return f"{value:.{places}f}"
 

@@ -15,6 +15,7 @@ import io
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
@@ -67,14 +68,15 @@ def cells(source: str) -> Iterator[tuple[str, str, str]]:
             while count < len(lines) and lines[count].startswith("#"):
                 count += 1
             prose = "\n".join(line[1:].removeprefix(" ") for line in lines[1:count])
-        yield heading, prose, "\n" * (above + count) + "\n".join(lines[count:]).rstrip()
+        code = "\n" * (above + count) + "\n".join(lines[count:]).rstrip()
+        yield heading.removesuffix("."), prose, code
 
 
 def text_html(prose: str) -> str:
     """Paragraphs; indented lines stay as they are, and `names` are code."""
     parts = []
     for kind, lines in groupby(prose.split("\n"), lambda line: (line[:2] == "  ", not line)):
-        text = html.escape("\n".join(lines), quote=False)
+        text = html.escape(textwrap.dedent("\n".join(lines)), quote=False)
         text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
         parts.append(f"<pre>{text}</pre>" if kind[0] else f"<p>{text}</p>" if text else "")
     return "".join(parts)
@@ -83,13 +85,15 @@ def text_html(prose: str) -> str:
 def cell_html(heading: str, prose: str, code: str, said: str, pictures: list[Path]) -> str:
     """A row: text left, code and what came out right (above each other on a narrow screen)."""
     right = highlight(code, PythonLexer(), HtmlFormatter(cssclass="code")) if code.strip() else ""
+    said = re.sub(r"^picture: .*\n", "", said, flags=re.MULTILINE)  # it stands below
     if said:
         right += f'<pre class="said">{html.escape(said)}</pre>'
     for path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
         right += f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
     title = f"<h2>{html.escape(heading)}</h2>" if heading else ""
-    return f"<section><div>{title}{text_html(prose)}</div><div>{right}</div></section>\n"
+    kind = "" if right else ' class="alone"'
+    return f"<section{kind}><div>{title}{text_html(prose)}</div><div>{right}</div></section>\n"
 
 
 def run_and_render(path: Path) -> bool:
@@ -139,7 +143,7 @@ def write_index(paths: list[Path]) -> None:
             (state,) = re.findall(r'<p class="state">(.*)</p>', page.read_text())
             title = f'<a href="{page.name}">{html.escape(title)}</a>'
         items += f"<li>{title}<br><small>{state}</small></li>\n"
-    write_page("index.html", "Ten lessons", f"<ol>\n{items}</ol>\n")
+    write_page("index.html", "Ten lessons", f"<ul>\n{items}</ul>\n")
 
 
 def main(arguments: Arguments) -> int:

@@ -32,6 +32,8 @@ LARGEST = dict(n_layer=1000, n_head=1000, n_embd=100_000, n_ctx=1_000_000, n_voc
 # within a row: a cache's (model/generate.py), or that of several requests in one row
 # (model/packed.py).
 Attend = Callable[[int, Tensor, int], Tensor]
+# watch(layer, x, branch): told behind each block what it returns (model/diagnostics.py).
+Watch = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.checkpoint_activations = False  # keep a block's input only, and compute it twice
+        self.watch: Watch | None = None
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd)  # also the output head
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
         self.h = nn.ModuleList(Block(config, ops, i) for i in range(config.n_layer))
@@ -227,11 +230,13 @@ class GPT(nn.Module):
         x = token_embedding + position_embedding  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         branch = None
-        for block in self.h:
+        for layer, block in enumerate(self.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, branch = checkpoint(block, x, branch, attend, use_reentrant=False)
             else:
                 x, branch = block(x, branch, attend)
+            if self.watch is not None:
+                self.watch(layer, x, branch)
         _, normed = self.ln_f.fused_add(x, branch)
         return normed  # (B, T, C)
 

@@ -71,6 +71,7 @@ class ParallelModel:
                 module, device_ids=ids, gradient_as_bucket_view=True
             )
         self.shards = [self._shard_of(name, p) for name, p in module.named_parameters()]
+        self.steps_begun = 0  # applied or not
 
     def __call__(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """The loss. (B, T) tokens and targets -> this rank's mean or sum, in nats."""
@@ -136,7 +137,8 @@ class ParallelModel:
             self._all_gather_rows()
 
     def zero_grad(self) -> None:
-        """Frees the gradients until the next backward pass."""
+        """Frees the gradients until the next backward pass, with which a step begins."""
+        self.steps_begun += 1
         for shard in self.shards:
             shard.param.grad = None
             shard.optim_param.grad = None

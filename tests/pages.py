@@ -34,6 +34,7 @@ from launch.errors import BadInput
 from tests.running import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md",
+         ROOT / "lessons" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 VARIABLE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
 # Modules that read sys.argv themselves, and how many arguments they take at most.
@@ -160,6 +161,9 @@ def check_python(arguments: list[str]) -> None:
     """python FILE ..., python -m MODULE ..."""
     if arguments[0] == "-m":
         check_module(arguments[1], arguments[2:])
+    elif arguments[0].startswith("lessons/"):
+        assert (ROOT / arguments[0]).is_file(), f"{arguments[0]} is not here"
+        assert set(arguments[1:]) <= {"--full"}, arguments
     else:
         assert arguments[0] == "train_gpt2.py", f"python {arguments[0]}: no program"
         check_training(arguments[1:])

@@ -92,6 +92,7 @@ OUT_OF_BOUNDS = {
     "val_tokens": (["0", "-1", str(10**400)], "1 to 1,000,000,000,000"),
     "early_stop": (["-1", str(10**30)], "0 to 99,999,999"),
     "profile": (["-1", "1000000"], "0 to 1,000 steps"),
+    "diagnose_every": (["-1", str(10**30)], "0 to 99,999,999"),
     "max_spikes": (["-1"], "at least 0"),
     "hang_timeout": (["0.0", "-1.0", "nan", "inf", "0.001", "9223372036.0"],
                      "1 to 2,592,000 seconds"),

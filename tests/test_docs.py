@@ -34,7 +34,7 @@ from tests.running import ROOT
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 MODULES = ["data.fineweb", "eval.core", "eval.hellaswag", "eval.sample", "eval.serve",
            "eval.tasks", "eval.report", "kernels.audit", "kernels.bench", "launch.preflight",
-           "model.convert"]
+           "lessons.grade", "lessons.render", "model.convert"]
 # Flags of torchrun, sbatch and others, that the pages name in their text.
 OTHERS_FLAGS = {"--signals_to_handle", "--standalone"}
 # What makes a preset's run tiny. After a page's own flags these win.
@@ -190,7 +190,8 @@ def test_the_tree_is_the_tree():
         named.add(path)
     for path in named:
         assert (ROOT / path).exists(), f"docs/files.md: {path} is not here"
-    whole = ("tests/", "docs/", "eval/report/llmc/")  # a line for all of them
+    whole = ("tests/", "docs/", "eval/report/llmc/", "lessons/exercises/", "lessons/solutions/",
+             "lessons/checks/")  # a line for all of them
     unnamed = ("__init__.py", "__main__.py", ".gitignore", "README.md")
     for path in tracked():
         if not path.startswith(whole) and Path(path).name not in unnamed:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.report import network
 from eval.report.better import Ranking, rank
 from eval.report.charts import RUN_COLOURS, Entry
 from eval.report.floor import counted_floor
@@ -52,7 +53,12 @@ def page(entries: list[Entry], pictures: list[Picture]) -> str:
     title = escaped(entries[0].record.name)
     if len(entries) > 1:
         title = f"{len(entries)} runs"
-    figures = "".join(f"<figure>{picture.svg}</figure>" for picture in pictures)
+    figures, inside = "", ""
+    for picture in pictures:
+        if picture.name in network.CHARTS:
+            inside += f"<figure>{picture.svg}</figure>"
+        else:
+            figures += f"<figure>{picture.svg}</figure>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -65,6 +71,7 @@ def page(entries: list[Entry], pictures: list[Picture]) -> str:
 {"".join(f'<p class="hint">{escaped(line)}</p>' for line in quiet_lines(entries))}
 <section class="charts">{figures}</section>
 <p class="hint">Pale bands reach from the smallest to the largest value of neighbouring steps.</p>
+{network.section(inside)}
 <h2>Figures</h2>
 <section class="figures">{figures_table([entry.record for entry in entries])}</section>
 <h2>Events</h2>{"".join(events_table(e.record, len(entries) > 1) for e in entries)}

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from eval.report import network
 from eval.report.charts import CHARTS, Draw, Entry, draw_losses, mark_events, plain, token_count
 from eval.report.record import read_record
 from launch.errors import BadInput, Failed
@@ -98,7 +99,7 @@ def write_picture(picture: Picture, folder: Path) -> Path:
 def make_pictures(entries: list[Entry]) -> list[Picture]:
     """Every picture that there are figures for."""
     pictures = []
-    for name, (title, draw) in CHARTS.items():
+    for name, (title, draw) in (CHARTS | network.CHARTS).items():
         picture = make_picture(name, title, draw, entries)
         if picture:
             pictures.append(picture)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 
 def parameters(n_layer: int, n_embd: int, n_ctx: int, n_vocab: int) -> int:
@@ -43,7 +44,7 @@ def decayed(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
     return [name for name, parameter in parameters if parameter.dim() == 2]
 
 
-def accumulate(model: nn.Module, micro_batches: Tensor) -> float:
+def accumulate(model: DDP, micro_batches: Tensor) -> float:
     """DDP looks at its switch in the forward pass, where it prepares the backward pass: the switch
     has to be set before. Set after it, as in the film, each value reaches the next micro-step: the
     first one's gradients are averaged alone, and the others never."""

@@ -1,0 +1,107 @@
+"""The grader: one line for each function whatever a student's file does, and a map at the end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lessons import course
+from tests.running import ROOT
+
+
+def graded(*arguments: str) -> subprocess.CompletedProcess:
+    """python -m lessons.grade as people run it: it forks, which this process had better not."""
+    return subprocess.run([sys.executable, "-m", "lessons.grade", *arguments], cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_the_exercises_as_they_come_are_to_do():
+    done = graded("1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" to do\n") == 5
+    assert "01_micrograd         [.....] 0 of 5" in done.stdout
+
+
+def test_every_way_to_fail_costs_a_line_and_no_more(tmp_path):
+    Path(tmp_path, "e01.py").write_text('''
+import os
+import sys
+def gradient(a, b, c): return None
+def one_sided(f, at, h):
+    while True: pass
+def symmetric(f, at, h): os._exit(3)
+def multiply_backward(a, b, out): out.gradient
+def softmax_loss(logits, label):
+    print("something")
+    sys.exit("enough")
+''')
+    done = graded("01", "--answers", str(tmp_path))
+    gradient, one_sided, symmetric, backward, softmax, _, map_line = done.stdout.splitlines()
+    assert "wrong: the slopes: a list of 3 is asked for, not None: is there a return?" in gradient
+    assert "wrong: no answer after " in one_sided
+    assert "wrong: its process ended without an answer (exit code 3)" in symmetric
+    assert "wrong: AttributeError: " in backward and "(line 8 of e01.py)" in backward
+    assert "wrong: SystemExit: enough (line 11 of e01.py)" in softmax
+    assert map_line == "01_micrograd         [xxxxx] 0 of 5"
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("source, told", [
+    ("def gradient(a:\n", "wrong: e01.py can't be imported: "),
+    ("import nothing_of_this_name\n", "wrong: ModuleNotFoundError: "),
+    ("x = 1\n", "wrong: e01.py has no function of this name"),
+])
+def test_a_file_that_gives_no_function_is_told_so(tmp_path, source, told):
+    Path(tmp_path, "e01.py").write_text(source)
+    done = graded("01", "--answers", str(tmp_path))
+    assert done.stdout.count(told) == 5, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (("11",), "there is no lesson 11: 01, 02"), (("--answers", "nowhere"), "no folder nowhere"),
+])
+def test_what_is_not_there_is_named(arguments, told):
+    done = graded(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+# ---- figures ----
+
+def test_a_figure_is_held_to_both_ends_of_its_band(capsys, monkeypatch):
+    monkeypatch.setattr(course, "_stand_ins", set())
+    course.figure("loss", 2.05, 2.0, 2.1, lecture="2.04")
+    assert capsys.readouterr().out.split() == ["loss", "2.0500", "(lecture", "2.04;", "band",
+                                               "2.0", "..", "2.1)"]
+    for value in (1.99, 2.11, float("nan")):
+        with pytest.raises(SystemExit, match="is outside, band 2.0 .. 2.1"):
+            course.figure("loss", value, 2.0, 2.1)
+
+
+def test_an_exact_figure_is_held_to_the_digits_it_is_written_with(monkeypatch):
+    monkeypatch.setattr(course, "_stand_ins", set())
+    course.figure("loss", 2.45404, 2.454, 2.454)
+    course.figure("count", 6763, 6763, 6763)
+    with pytest.raises(SystemExit, match="2.455 is outside, exactly 2.454"):
+        course.figure("loss", 2.45451, 2.454, 2.454)
+
+
+def test_without_a_network_the_embedded_text_has_bands_of_its_own(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(course, "_stand_ins", set())
+    monkeypatch.setattr(course, "OUT", tmp_path)
+    monkeypatch.delenv("GPT2_TEST_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = course.names()
+    assert course.embedded()
+    assert words[:3] == ["in", "the", "beginning"]
+    assert len(set(words)) == len(words) == 12_207
+    said = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE is set: the embedded text stands in" in said
+    assert str(tmp_path / "data" / "names.txt") in said and "GPT2_TEST_DATA" in said
+    course.figure("loss", 5.0, 2.0, 2.1, embedded=(4.0, 6.0))
+    course.figure("loss", 5.0, 2.0, 2.1)
+    assert "on the embedded text; no band" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        course.figure("loss", 2.05, 2.0, 2.1, embedded=(4.0, 6.0))
