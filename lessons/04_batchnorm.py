@@ -36,8 +36,8 @@ KAIMING = (5 / 3) / (EMB * CONTEXT) ** 0.5  # gain of a tanh / sqrt(fan_in) = 0.
 torch.set_num_threads(1)  # these matrices are too small to be shared out
 
 # %% The data
-# A name of n letters gives n + 1 examples: three letters before, one after, 0 being the
-# dot that stands before and behind every name. Names, not examples, are split 80 : 10 : 10.
+# A name of n letters gives n + 1 examples: three letters before, one after, 0 being the dot that
+# stands before and behind every name. Names, not examples, are split 80 : 10 : 10.
 
 
 def examples(names, context=CONTEXT):
@@ -58,9 +58,8 @@ train, dev = examples(names[: cuts[0]]), examples(names[cuts[0] : cuts[1]])
 course.figure("training examples", len(train[1]), 182625, 182625, "182,625")
 
 # %% The scale of a product
-# With a (1000,) and b (1000, 1000) of unit
-# variance, c = b a has a standard deviation of sqrt(1000), and so has the gradient that comes back
-# to a: hence the weights' factor of 1 / sqrt(fan_in).
+# With a (1000,) and b (1000, 1000) of unit variance, c = b a has a standard deviation of sqrt(1000)
+# and so has the gradient that comes back to a: hence the weights' factor of 1 / sqrt(fan_in).
 draw = torch.Generator().manual_seed(SEED)
 a = torch.randn((1000, 1), generator=draw).requires_grad_()
 b = torch.randn((1000, 1000), generator=draw).requires_grad_()
@@ -71,9 +70,9 @@ course.figure("std of c = b a", c.detach().std(), 31.012417, 31.012417, "31.0124
 course.figure("std of the gradient at a", a.grad.std(), 30.88183, 30.88183, "30.881830")
 
 # %% The ladder
-# One network, five ways to start it. The first four differ in the scale of four
-# tensors only and draw the same numbers, so they are trained side by side, on an axis R of rungs.
-# BatchNorm takes the place of the first layer's bias. For a batch of n rows, std with n - 1:
+# One network, five ways to start it. The first four differ in the scale of four tensors only and
+# draw the same numbers, so they are trained side by side, on an axis R of rungs. BatchNorm takes
+# the place of the first layer's bias. For a batch of n rows, std with n - 1:
 #
 #     xhat = (x - mean) / std,   y = gain xhat + bias
 #
@@ -116,9 +115,8 @@ class Net:
         h = torch.tanh(hidden + self.b1)
         return h, h @ self.W2 + self.b2
 
-    def step(self, before, after, lr):
-        """One step of gradient descent on a batch."""
-        h, logits = self.forward(before)
+    def step(self, before, after, h, logits, lr):
+        """One step of gradient descent; h and logits are what forward() has just given."""
         dlogits = logits.softmax(-1)
         dlogits[:, torch.arange(BATCH), after] -= 1
         dlogits /= BATCH
@@ -141,25 +139,26 @@ class Net:
         return [F.cross_entropy(rung, split[1]).item() for rung in logits]
 
     def train(self):
-        """Yields the step and its examples before they are learned from."""
+        """Yields, ahead of each step: its number, the letters after, hidden units and logits."""
         for step in range(STEPS):
             if step % 1000 == 0:  # a block of draws is the same as a thousand draws
                 rows = torch.randint(0, len(train[1]), (1000, BATCH), generator=self.draw)
-            batch = train[0][rows[step % 1000]], train[1][rows[step % 1000]]
-            yield step, batch
-            self.step(*batch, lr=0.1 if step < SLOW_FROM else 0.01)
+            batch = rows[step % 1000]
+            before, after = train[0][batch], train[1][batch]
+            h, logits = self.forward(before)
+            yield step, after, h, logits
+            self.step(before, after, h, logits, lr=0.1 if step < SLOW_FROM else 0.01)
 
 
 # %% Before and after training
-# Uniform guessing costs ln 27 = 3.30. A first loss of 27.9 is a network that
-# is sure of what it can't know; and where |h| > 0.99 tanh passes less than 2 % of the gradient.
+# Uniform guessing costs ln 27 = 3.30. A first loss of 27.9 is a network that is sure of what it
+# can't know; and where |h| > 0.99 tanh passes less than 2 % of the gradient.
 FIRST = [(27.8817, 60.95), (3.3221, 60.95), (3.3135, 0.98), (3.3179, 8.14)]
 DEV = [(2.163, 2.1685), (2.1311,) * 2, (2.1027,) * 2, (2.107,) * 2] if FULL else [
     (2.213, 2.233), (2.147, 2.164), (2.116, 2.130), (2.117, 2.131)]
 net = Net(SCALES, batchnorm=False)
-for step, (before, after) in net.train():
+for step, after, h, logits in net.train():
     if step == 0:
-        h, logits = net.forward(before)
         for rung, (loss, saturated) in enumerate(FIRST):
             first = F.cross_entropy(logits[rung], after)
             course.figure(f"{RUNGS[rung]}: first loss", first, loss, loss)
@@ -170,13 +169,13 @@ for name, loss, band, said in zip(RUNGS, net.losses(dev), DEV,
     course.figure(f"{name}: dev after {STEPS:,} steps", loss, *band, f"{said} after 200,000")
 
 # %% BatchNorm
-# Whatever W1's scale, a hidden unit has mean 0 and std 1 over a batch. Here it draws
-# level with a careful start, no more; what it is for shows in the deep network below.
+# Whatever W1's scale, a hidden unit has mean 0 and std 1 over a batch. Here it draws level with a
+# careful start, no more; what it is for shows in the deep network below.
 net = Net(torch.tensor([[KAIMING, 0, 0.01, 0]]), batchnorm=True)
 SEEN = {0: 3.3239, 10_000: 2.0322, 20_000: 2.5675, 30_000: 2.0125}
-for step, (before, after) in net.train():
+for step, after, _, logits in net.train():
     if step in SEEN:
-        batch_loss = F.cross_entropy(net.forward(before)[1][0], after)
+        batch_loss = F.cross_entropy(logits[0], after)
         course.figure(f"BatchNorm: loss of batch {step:,}", batch_loss, *[SEEN[step]] * 2)
 band = (2.1047, 2.1067) if FULL else (2.130, 2.144)
 course.figure(f"BatchNorm: dev after {STEPS:,} steps", net.losses(dev)[0], *band,
