@@ -114,9 +114,10 @@ def examine(model: GPT, stage: str) -> tuple[float, float, float]:
     for question, answer in zip(EXAMPLES, reply(model, EXAMPLES, 0, 0), strict=True):
         print(f"  {question}: {answer!r}")
     shares = []
-    for temperature in (0, 1):
-        replies = reply(model, EXAM, temperature, seed=1)
-        right = [e08.reward(solve(q), a) for q, a in zip(EXAM, replies, strict=True)]
+    for temperature, times in ((0, 1), (1, 4)):  # four draws: a share's own scatter is 0.01
+        asked = [question for question in EXAM for _ in range(times)]
+        replies = reply(model, asked, temperature, seed=1)
+        right = [e08.reward(solve(q), a) for q, a in zip(asked, replies, strict=True)]
         shares.append(sum(right) / len(right))
         by_task = torch.tensor(right).view(len(TASKS), -1).mean(1).tolist()
         each = ", ".join(f"{task} {share:.2f}" for task, share in zip(TASKS, by_task, strict=True))
