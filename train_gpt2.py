@@ -284,8 +284,10 @@ def finish(run: Run, step: int, last_step: bool) -> int:
         world.print0("plot:", picture)
     if not completed:
         return run.signals.exit_code  # 130 after Ctrl-C, 0 after any other signal
-    prompt = cli.quoted_flag("prompt", run.config.evaluation.prompt)  # --prompt '...', for a shell
-    world.print0(f"next: python -m eval.sample {cli.quoted(run.path)} {prompt}")
+    how = cli.quoted_flag("prompt", run.config.evaluation.prompt)  # --prompt '...', for a shell
+    if run.config.data.chat:
+        how = "--chat"
+    world.print0(f"next: python -m eval.sample {cli.quoted(run.path)} {how}")
     return 0
 
 
