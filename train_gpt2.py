@@ -115,8 +115,8 @@ class Run:
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
     config.check()
-    if config.data.vocab == "char" and config.planning.plan:
-        config = config.with_vocabulary(open_data(config.data))
+    if config.planning.plan and config.data.vocab == "char" and config.model.n_vocab == VOCAB:
+        config = config.with_vocabulary(open_data(config.data))  # a preset's own text has its 65
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)

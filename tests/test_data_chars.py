@@ -16,7 +16,7 @@ from eval.choice import open_model
 from eval.completion_request import parse_request
 from eval.completions import complete
 from eval.sample import load_for_sampling
-from launch import cli
+from launch import cli, plan
 from launch.errors import BadInput, Failed
 from launch.tracker import read_rows
 from model import checkpoint, convert
@@ -97,6 +97,20 @@ def test_what_characters_cannot_do_is_one_line(flags, line, tmp_path):
     with pytest.raises(BadInput) as refused:
         train(cli.parse(TrainConfig, PRESETS, flags))
     assert line in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flags, n_vocab", [
+    (["demo", "--data.vocab", "char", "--data.text", "a.txt"], 3),
+    (["shakespeare-char"], 65),  # before its text is here
+])
+def test_a_plan_counts_the_characters(flags, n_vocab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPT2_TEST_DATA", str(tmp_path))
+    (tmp_path / "a.txt").write_text("ab\n" * 1000)
+    seen: list = []
+    monkeypatch.setattr(plan, "show", lambda settings, *_: seen.append(settings) or 0)
+    assert train(cli.parse(TrainConfig, PRESETS, [*flags, "--plan", "1xa100"])) == 0
+    assert seen[0]["model"]["n_vocab"] == n_vocab
 
 
 def test_gpt2s_tokens_are_still_50257(tmp_path):
