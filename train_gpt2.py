@@ -119,8 +119,8 @@ class Run:
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
     config.check()
-    if config.data.vocab == "char" and config.planning.plan:
-        config = config.with_vocabulary(open_data(config.data))
+    if config.planning.plan and config.data.vocab == "char" and config.model.n_vocab == VOCAB:
+        config = config.with_vocabulary(open_data(config.data))  # a preset's own text has its 65
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
@@ -288,8 +288,10 @@ def finish(run: Run, step: int, last_step: bool) -> int:
         world.print0("plot:", picture)
     if not completed:
         return run.signals.exit_code  # 130 after Ctrl-C, 0 after any other signal
-    prompt = cli.quoted_flag("prompt", run.config.evaluation.prompt)  # --prompt '...', for a shell
-    world.print0(f"next: python -m eval.sample {cli.quoted(run.path)} {prompt}")
+    how = cli.quoted_flag("prompt", run.config.evaluation.prompt)  # --prompt '...', for a shell
+    if run.config.data.chat:
+        how = "--chat"
+    world.print0(f"next: python -m eval.sample {cli.quoted(run.path)} {how}")
     return 0
 
 

@@ -16,7 +16,7 @@ from eval.choice import open_model
 from eval.completion_request import parse_request
 from eval.completions import complete
 from eval.sample import load_for_sampling
-from launch import cli
+from launch import cli, plan
 from launch.errors import BadInput, Failed
 from launch.tracker import read_rows
 from model import checkpoint, convert
@@ -49,10 +49,10 @@ def chars(tiny, corpus_file):
 # ---- what is read ----
 
 def test_the_vocabulary_is_the_sorted_characters_and_the_last_tenth_is_held_out():
-    text = "hello, wörld\n" * 3
+    text = "hello, wörld\n" * 4
     train_tokens, val_tokens, characters = char_tokens(text, "a text")
     assert characters == "\n ,dehlorwö"
-    assert len(train_tokens) == 35  # int(0.9 * 39): nanoGPT rounds down
+    assert len(train_tokens) == 46  # of 46.8: nanoGPT rounds down
     tokens = [*train_tokens.tolist(), *val_tokens.tolist()]
     assert tokenizer_of(characters).decode(tokens) == text
     assert tokenizer_of(characters).encode(text) == tokens
@@ -97,6 +97,20 @@ def test_what_characters_cannot_do_is_one_line(flags, line, tmp_path):
     with pytest.raises(BadInput) as refused:
         train(cli.parse(TrainConfig, PRESETS, flags))
     assert line in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flags, n_vocab", [
+    (["demo", "--data.vocab", "char", "--data.text", "a.txt"], 3),
+    (["shakespeare-char"], 65),  # before its text is here
+])
+def test_a_plan_counts_the_characters(flags, n_vocab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPT2_TEST_DATA", str(tmp_path))
+    (tmp_path / "a.txt").write_text("ab\n" * 1000)
+    seen: list = []
+    monkeypatch.setattr(plan, "show", lambda settings, *_: seen.append(settings) or 0)
+    assert train(cli.parse(TrainConfig, PRESETS, [*flags, "--plan", "1xa100"])) == 0
+    assert seen[0]["model"]["n_vocab"] == n_vocab
 
 
 def test_gpt2s_tokens_are_still_50257(tmp_path):

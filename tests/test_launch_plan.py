@@ -126,6 +126,16 @@ def test_blocks_keep_what_the_plan_says(ops, dtype):
     assert sum(saved.values()) == pytest.approx(memory.activations(job, B) + last, rel=1e-3)
 
 
+def test_dropouts_masks_are_counted():
+    """A byte a number for each of a block's two branches, as on CUDA; a CPU keeps wider ones."""
+    model, B = SHAPES["narrow"]
+    more = memory.activations(job_of(replace(model, dropout=0.1)), B) - memory.activations(
+        job_of(model), B)
+    assert more == 4 * 2 * B * 512 * 256
+    config = PRESETS["shakespeare-char"]
+    assert Job.of(asdict(config), 1, 1).dropout == 0.2
+
+
 def test_the_loss_holds_as_many_logits_as_the_plan_says():
     cross_entropy = pytest.importorskip("kernels.cross_entropy", reason="needs Triton")
     assert memory.LOGITS == cross_entropy.CHUNK_ELEMENTS

@@ -35,6 +35,7 @@ class Job:
     compile: bool = True
     kernels: str = "auto"  # auto, triton or torch
     gelu: str = "tanh"  # or exact: the same bytes and about the same time
+    dropout: float = 0.0
 
     @classmethod
     def of(cls, settings: Mapping, parameters: int, flops_per_token: int) -> "Job":
@@ -63,6 +64,7 @@ class Job:
             checkpointing=compute["activation_checkpointing"],
             compile=compute["compile"] is not False,
             kernels=compute["kernels"],
+            dropout=model["dropout"],
         )
 
     def __post_init__(self) -> None:

@@ -41,7 +41,11 @@ def total(tensors: list[Held]) -> int:
 def kept_by_block(job: Job, B: int) -> list[Held]:
     """One block, eager or compiled."""
     N, C, H, e = B * job.n_ctx, job.n_embd, job.n_head, job.itemsize
+    masks = []
+    if job.dropout:  # CUDA's native_dropout keeps a byte a number; flash attention keeps a seed
+        masks = [Held("masks of two branches", N * 2 * C, 1)]
     return [
+        *masks,
         Held("residual stream, as either LayerNorm takes it", N * 2 * C, FP32),
         Held("outputs of two LayerNorms", N * 2 * C, e),
         Held("q, k, v", N * 3 * C, e),
