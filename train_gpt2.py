@@ -24,7 +24,7 @@ from data.tokenizer import VOCAB
 from eval.evaluator import EvalConfig, Evaluator
 from eval.report import plot_losses
 from launch import cli, folder, plan, preflight, recovery
-from launch.errors import BadInput, exit_process, one_line_errors
+from launch.errors import exit_process, one_line_errors
 from launch.files import folder_lock
 from launch.signals import DistributedSignalHandler, was_stopped, write_stopped_file
 from launch.spikes import SpikeConfig, SpikeDetector
@@ -78,10 +78,7 @@ class TrainConfig:
         cli.within("batch_tokens", self.batch_tokens, 1, 10**9)
         cli.within("micro_batch", self.micro_batch, 1)
         cli.within("seed", self.seed, 0, 2**32 - 1)
-        if self.model.n_vocab != VOCAB and self.data.vocab == "gpt2":
-            raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
-        if self.data.chat and not self.init:
-            raise BadInput("--data.chat fine-tunes a trained model: --init hf:gpt2, or a run")
+        self.data.check(self.model.n_vocab, self.init)
         diagnostics.check(self.tracker.diagnose_every, self.model, self.optim)
         folder.check_name(self.name)
 

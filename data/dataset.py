@@ -19,7 +19,7 @@ from data.chat import chat_rows
 from data.shard_file import Shard
 from data.shards import open_folder
 from data.stream import Align, Stream
-from data.tokenizer import GPT2, Tokenizer
+from data.tokenizer import GPT2, VOCAB, Tokenizer
 from launch.console import print0, warning
 from launch.errors import BadInput
 from launch.world import World
@@ -47,6 +47,13 @@ class DataConfig:
     """In a text, <|endoftext|> ends a document. False: it's text like any other."""
     align: Align = "stream"
     """Where training sequences begin: at every T-th token, or at the starts of documents."""
+
+    def check(self, n_vocab: int, init: str) -> None:
+        """Raises BadInput for what doesn't go with a model's vocabulary, or its first weights."""
+        if n_vocab != VOCAB and self.vocab == "gpt2":
+            raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
+        if self.chat and not init:
+            raise BadInput("--data.chat fine-tunes a trained model: --init hf:gpt2, or a run")
 
     def resolve(self) -> "DataConfig":
         """The same with its default filled in. Raises BadInput where two sources are given."""
