@@ -137,7 +137,9 @@ def _read(text: Text) -> str | None:
     folder = os.environ.get("GPT2_TEST_DATA")
     if folder and (path := Path(folder, text.file)).is_file():
         if files.sha256(path) != text.sha256:
-            raise BadInput(f"{path} is another file than {text.url}: its sha256 differs")
+            print(f"error: {path} is another file than {text.url}: its sha256 differs; take it out "
+                  "of the folder that GPT2_TEST_DATA names", file=sys.stderr)
+            raise SystemExit(BadInput.exit_code)
         return path.read_text()
     path = OUT / "data" / text.file
     try:

@@ -111,7 +111,7 @@ def picked(p, y):
     ("smoothed_loss", columns_divided, "keepdim=True"),
     ("smoothed_loss", added_to_shares, "belongs to the counts"),
     ("smoothed_loss", sums_without, "not in the sums"),
-    ("smoothed_loss", unsmoothed, "1.4.* a is not used"),
+    ("smoothed_loss", unsmoothed, "1.398542 where .* a is not used"),
     ("smoothed_loss", summed, "the sum, and not the mean"),
     ("best_smoothing", tuned_on_train, "0.001 where 0.01 is right: chosen on train"),
     ("best_smoothing", highest, "loss is highest"),

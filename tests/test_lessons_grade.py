@@ -88,6 +88,15 @@ def test_an_exact_figure_is_held_to_the_digits_it_is_written_with(monkeypatch):
         course.figure("loss", 2.45451, 2.454, 2.454)
 
 
+def test_another_file_of_the_name_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("GPT2_TEST_DATA", str(tmp_path))
+    (tmp_path / "names.txt").write_text("emma\n")
+    with pytest.raises(SystemExit) as leaving:
+        course.names()
+    assert leaving.value.code == 2
+    assert "is another file than https://" in capsys.readouterr().err
+
+
 def test_without_a_network_the_embedded_text_has_bands_of_its_own(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(course, "_stand_ins", set())
     monkeypatch.setattr(course, "OUT", tmp_path)
