@@ -31,8 +31,9 @@ def checked(
     device: torch.device,
     head_width: int | None = None,
     weights: torch.dtype = torch.float32,
+    speedrun: bool = True,
 ) -> tuple[kernels.Operators, str]:
-    """The operators to train with, and one line to print.
+    """The operators to train with, and one line to print. speedrun: check its network's, too.
 
     Where kernels were chosen they are compared first. If one disagrees with the reference, or fails
     to run, "auto" warns and falls back to the reference, and "triton" stops with a RuntimeError;
@@ -42,7 +43,7 @@ def checked(
     if operators is kernels.TORCH:
         return operators, "kernels: torch"
     start = time.perf_counter()
-    worst, faults = compare(operators, device, head_width or 64)
+    worst, faults = compare(operators, device, head_width or 64, speedrun)
     seconds = time.perf_counter() - start
     if not faults:
         shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
@@ -55,14 +56,14 @@ def checked(
 
 
 def compare(
-    operators: kernels.Operators, device: torch.device, head_width: int
+    operators: kernels.Operators, device: torch.device, head_width: int, speedrun: bool = True
 ) -> tuple[dict[str, float], list[str]]:
     """The largest error of each dtype, and a sentence for each tensor beyond its limit."""
     worst, faults = {}, []
     for dtype, limit in LIMITS.items():
         name = str(dtype).removeprefix("torch.")
         worst[name] = 0.0
-        for operator, tensors, inputs, run in _cases(dtype, device, head_width):
+        for operator, tensors, inputs, run in _cases(dtype, device, head_width, speedrun):
             try:
                 exact = _gradients(getattr(reference, operator), run, [x.double() for x in inputs])
                 got = _gradients(getattr(operators, operator), run, inputs)
@@ -81,7 +82,9 @@ def compare(
 Case = tuple[str, list[str], list[Tensor], Callable]
 
 
-def _cases(dtype: torch.dtype, device: torch.device, D: int) -> Iterator[Case]:
+def _cases(
+    dtype: torch.dtype, device: torch.device, D: int, speedrun: bool
+) -> Iterator[Case]:
     """(operator, its tensors' names, inputs, how to call it). Sizes are odd on purpose.
 
     At T = 333 every tile has a ragged end, C = 768 fills three quarters of a block, and GPT-2's
@@ -108,6 +111,8 @@ def _cases(dtype: torch.dtype, device: torch.device, D: int) -> Iterator[Case]:
         [random(N, 64), random(padded, 64) / 8],
         lambda f, h, weight: f(h, weight, targets, V),
     )
+    if not speedrun:
+        return
     few = targets[:6]
     yield (
         "linear_cross_entropy",
