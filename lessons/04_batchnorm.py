@@ -22,11 +22,11 @@ sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
 sys.path.insert(0, ".")  # for a program, which runs in the repository's root
 from launch.world import World
 from lessons import course
-from model.checkpoint import TrainState
 from model.diagnostics import Diagnostics
 from model.gpt2 import GPT, GPTConfig
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import ParallelModel
+from model.train_state import TrainState
 
 FULL = "--full" in sys.argv
 STEPS, SLOW_FROM = (200_000, 100_000) if FULL else (50_000, 40_000)

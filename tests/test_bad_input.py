@@ -86,6 +86,13 @@ OUT_OF_BOUNDS = {
     "optim.beta2": (["-0.1", "nan", "1.0", "inf"], "0 to 0.999999"),
     "optim.eps": (["0.0", "1e-50", "-1e-08", "nan", "inf"], "1e-37 to 1"),
     "optim.clip": (["-1.0", "nan", "inf"], "0 to 1e+38"),
+    "optim.decay_ratio": (["-0.1", "nan", "1.5"], "0 to 1"),
+    "optim.muon.momentum": (["-0.1", "nan", "1.0"], "0 to 0.999999"),
+    "optim.muon.momentum_warmup": (["-1", str(10**400)], "0 to 99,999,999"),
+    "optim.muon.embed_lr": (["-0.1", "nan", "inf"], "0 to 1e+38"),
+    "optim.muon.head_lr": (["-0.1", "nan", "inf"], "0 to 1e+38"),
+    "optim.muon.vector_lr": (["-0.1", "nan", "inf"], "0 to 1e+38"),
+    "optim.muon.adamw_weight_decay": (["-0.1", "nan", "inf"], "0 to 100"),
     "save_every": (["0", "-1", str(10**30)], "1 to 99,999,999"),
     "keep": (["0", "-1", str(10**400)], "1 to 99,999,999"),
     "eval_every": (["0", "-1", str(10**30)], "1 to 99,999,999"),
@@ -356,7 +363,8 @@ def test_resuming_with_another_shape_lists_what_differs(tiny):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"batch_tokens": 24 * 16}, {"steps": 9}, {"dtype": "fp64"}], ids=str
+    "change", [{"seed": 1}, {"batch_tokens": 24 * 16}, {"steps": 9, "seed": 1}, {"dtype": "fp64"}],
+    ids=str,
 )
 def test_resuming_another_run_is_refused(tiny, change):
     train(tiny(steps=2))

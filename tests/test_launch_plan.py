@@ -7,7 +7,7 @@ Time is held to what others published; `pytest -s` prints the table.
 import json
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -31,8 +31,15 @@ MIB = 2**20
 
 def job_of(model: GPTConfig, **changes) -> Job:
     numbers = dict(batch_tokens=2**19, micro_batch=64, steps=1) | changes
-    return Job(**asdict(model), parameters=parameter_count(model),
+    known = {f.name for f in fields(Job)}
+    shape = {name: value for name, value in asdict(model).items() if name in known}
+    return Job(**shape, parameters=parameter_count(model),
                flops_per_token=flops_per_token(model), **numbers)
+
+
+def test_the_speedrun_is_not_planned_as_if_it_were_gpt2():
+    with pytest.raises(BadInput, match="--plan counts GPT-2's network, and not --model.arch speed"):
+        preset("speedrun")
 
 
 def preset(name: str, **changes) -> Job:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from launch.tracker import read_rows
-from model.checkpoint import TrainState
 from model.diagnostics import Diagnostics
 from model.gpt2 import GPT
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import ParallelModel
+from model.train_state import TrainState
 from tests.running import ALONE, CONFIG, losses, run_several, weights
 from train_gpt2 import train
 
