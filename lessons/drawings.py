@@ -112,3 +112,30 @@ def update_to_data(ratios: Sequence[Sequence[float]], labels: Sequence[str]) -> 
     axes.set(title="update to data", xlabel="step", ylabel="log10")
     axes.legend(fontsize=7)
     return figure
+
+
+# ---- lesson 6 ----
+
+
+def means(title: str, losses: Sequence[float]) -> Figure:
+    """A training's losses, one a step, as means of a thousand each."""
+    figure = Figure(figsize=(7, 3))
+    axes = figure.subplots()
+    thousands = len(losses) // 1000
+    axes.plot(np.reshape(losses[: thousands * 1000], (thousands, 1000)).mean(1))
+    axes.set(title=title, xlabel="thousand steps")
+    return figure
+
+
+# ---- lesson 7 ----
+
+
+def ladder(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Validation losses of several trainings, each as (step, loss in nats)."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), label=name)
+    axes.set(xlabel="steps", ylabel="validation loss, nats", ylim=(2, 2.9))
+    axes.legend()
+    return figure
