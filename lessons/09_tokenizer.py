@@ -29,10 +29,10 @@ from lessons.solutions import e09
 Pair = tuple[int, int]
 
 
-def exact(what: str, value: int, right: int, embedded: int | None = None) -> None:
-    """A figure without a band; embedded: where it is another one on the embedded text."""
-    other = right if embedded is None else embedded
-    course.figure(what, value, right, right, embedded=(other, other))
+def exact(what: str, value: int, right: int, other=None, text=course.SHAKESPEARE) -> None:
+    """A figure without a band. other: what it is on the embedded text, where that differs."""
+    other = right if other is None else other
+    course.figure(what, value, right, right, embedded=(other, other), text=text)
 
 
 def unlike(ids: Iterable, others: Iterable) -> int:
@@ -153,8 +153,8 @@ split = Tokenizer(merges, GPT4)
 print("first merges:", [split.decode([token]) for token in range(256, 264)])
 names = course.names()
 _, left = learn([name.encode() for name in names], 256)
-exact("names, a chunk each: bytes", len("".join(names)), 196_113, 83_923)
-exact("names, 256 merges: tokens", len(left), 101_713, 44_114)
+exact("names, a chunk each: bytes", len("".join(names)), 196_113, 83_923, course.NAMES)
+exact("names, 256 merges: tokens", len(left), 101_713, 44_114, course.NAMES)
 
 # %% Step 3: GPT-2's merges, out of its ranks
 # tiktoken publishes each token's bytes and rank, and no merges. They are in there: the token of

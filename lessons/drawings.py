@@ -1,9 +1,60 @@
 """The lessons' pictures: data in, a matplotlib figure out, which course.picture() saves."""
 
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
 
 PALE, DARK = "#c5cfe8", "#4467c4"
+
+
+# ---- lesson 1 ----
+
+
+def step_errors(steps: Sequence[float], errors: Mapping[str, np.ndarray]) -> Figure:
+    """The error of a slope by the step h that it is made with, a curve for each quotient."""
+    figure = Figure(figsize=(6, 3.5))
+    axes = figure.subplots()
+    for label, curve in errors.items():
+        axes.loglog(steps, curve, "o-", label=label)
+    axes.set(xlabel="h", ylabel="largest error of a slope", title="truncation against rounding")
+    axes.legend()
+    return figure
+
+
+def graph(nodes: Iterable[Any], names: Mapping[Hashable, str]) -> Figure:
+    """Every Value as a box, one column further right than the last of its parents, which come
+    before it in nodes."""
+    figure = Figure(figsize=(8, 4))
+    axes = figure.subplots()
+    heights: dict[int, int] = {}  # boxes in each column so far
+    place: dict[Hashable, tuple[int, float]] = {}
+    for node in nodes:
+        column = 1 + max((place[parent][0] for parent in node.parents), default=-1)
+        heights[column] = heights.get(column, 0) + 1
+        place[node] = (column, -heights[column] - 0.4 * column)
+        text = f"{names.get(node, node.op)}\n{node.data:.4f}\ngrad {node.grad:.4f}"
+        axes.text(*place[node], text, ha="center", va="center", fontsize=8,
+                  bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": DARK})
+        for parent in node.parents:
+            axes.plot(*zip(place[parent], place[node], strict=True), color="#999999", zorder=0)
+    axes.axis("off")
+    return figure
+
+
+def moons(points: np.ndarray, labels: np.ndarray, grid: np.ndarray, scores: np.ndarray,
+          losses: Sequence[float]) -> Figure:
+    """Points (N, 2) with labels (N,) over the sign of the scores (G, G), a row for each y of the
+    grid (G,); and the losses of the steps."""
+    figure = Figure(figsize=(9, 4))
+    left, right = figure.subplots(1, 2)
+    left.contourf(grid, grid, scores, levels=[-99, 0, 99], colors=["#f4c7b5", "#b9cdf0"])
+    left.scatter(*points.T, c=labels, cmap="coolwarm_r", edgecolors="black", s=18)
+    right.plot(losses)
+    right.set(xlabel="step", ylabel="loss")
+    return figure
 
 
 # ---- lesson 3 ----
@@ -34,4 +85,30 @@ def letters_map(places: np.ndarray, letters: str) -> Figure:
     axes.scatter(places[:, 0], places[:, 1], s=260, color=colours)
     for letter, (x, y) in zip(letters, places, strict=True):
         axes.text(x, y, letter, ha="center", va="center")
+    return figure
+
+
+# ---- lesson 4 ----
+
+
+def histograms(title: str, tensors: Iterable[Tensor], labels: Iterable[str]) -> Figure:
+    """How the numbers of each tensor are spread."""
+    figure = Figure(figsize=(7, 3))
+    axes = figure.subplots()
+    for x, label in zip(tensors, labels, strict=True):
+        heights, edges = np.histogram(x.detach().numpy(), bins=40, density=True)
+        axes.plot(edges[:-1], heights, label=label)
+    axes.set(title=title)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def update_to_data(ratios: Sequence[Sequence[float]], labels: Sequence[str]) -> Figure:
+    """log10 of update to data: a row for each step, a curve for each weight, a line at -3."""
+    figure = Figure(figsize=(7, 3))
+    axes = figure.subplots()
+    axes.plot(ratios, label=labels)
+    axes.axhline(-3, color="black", linewidth=0.8)
+    axes.set(title="update to data", xlabel="step", ylabel="log10")
+    axes.legend(fontsize=7)
     return figure
