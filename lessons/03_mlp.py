@@ -16,7 +16,6 @@ import random
 import sys
 from collections.abc import Iterator
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,12 +24,9 @@ sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
 sys.path.insert(0, ".")  # for a program, which runs in the repository's root
 from data.dataset import open_data
 from data.loader import Loader
-from lessons import course
+from lessons import course, drawings
 from model.gpt2 import GPT
 from train_gpt2 import PRESETS
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 LETTERS = ".abcdefghijklmnopqrstuvwxyz"
 V, T, C, H = 27, 3, 10, 200  # letters, context, width of an embedding, hidden units
@@ -133,17 +129,13 @@ def step_down(network: list[np.ndarray], x: np.ndarray, y: np.ndarray, rate: flo
         p -= rate * g
 
 
-searching, exponents, losses = new_network(2147483647), np.linspace(-3, 0, 1000), []
-for rate, batch in zip((10**exponents).tolist(), batches(1000, seed=0), strict=True):
+searching, rates, losses = new_network(2147483647), 10 ** np.linspace(-3, 0, 1000), []
+for rate, batch in zip(rates.tolist(), batches(1000, seed=0), strict=True):
     losses.append(loss(searching, batch))
     step_down(searching, *batch, rate)
 smooth = np.convolve(losses, np.ones(50) / 50, mode="valid")  # a batch of 32 is off by half a nat
-drawing, axes = plt.subplots(figsize=(6, 3.5))
-axes.plot(exponents, losses, color="#c5cfe8")
-axes.plot(exponents[25:-24], smooth, color="#4467c4")
-axes.set(xlabel="log10 of the learning rate", ylabel="loss of the batch", ylim=(2, 15))
-course.picture(drawing, "learning-rate")
-best = 10 ** exponents[25:-24][smooth.argmin()]
+course.picture(drawings.rate_search(rates, smooth, (2, 15), losses), "learning-rate")
+best = rates[25:-24][smooth.argmin()]
 course.figure("rate at the lowest smoothed loss", best, 0.05, 0.6, "0.1", (0.05, 0.6))
 
 # %% 200,000 steps
@@ -156,9 +148,8 @@ course.figure("dev", loss(network, dev), 2.160, 2.178, "2.1701", (2.14, 2.19))
 course.figure("test", loss(network, test), 2.155, 2.180, "", (2.12, 2.175))
 
 # %% The honest comparison
-# Counting with the same three letters before, lesson 2's table with 0.1 added to each count: it is
-# better, by far more than the noise. 11,897 parameters against 531,441 counts, and not yet well
-# initialised: lesson 4 draws level, lesson 6 wins.
+# Lesson 2's table of the same three letters, 0.1 added to each count, is better by far more than
+# the noise: 531,441 counts against 11,897 parameters. Lesson 4 draws level, lesson 6 wins.
 (X, Y), (x, y) = train, dev
 table = np.full((V, V, V, V), 0.1)
 np.add.at(table, (*X.T, Y), 1)
@@ -173,13 +164,8 @@ course.figure("the network loses by", loss(network, dev) - counted, 0.04, 0.09, 
 directions = network[0] / np.linalg.norm(network[0], axis=1, keepdims=True)
 centred = directions - directions.mean(0)
 flat = centred @ np.linalg.svd(centred)[2][:2].T  # (27, 10) @ (10, 2)
-drawing, axes = plt.subplots(figsize=(5, 5))
-axes.scatter(*flat.T, s=260, color=["#f4c7b5" if c in "aeiouy" else "#b9cdf0" for c in LETTERS])
-for letter, place in zip(LETTERS, flat, strict=True):
-    axes.text(*place, letter, ha="center", va="center")
-course.picture(drawing, "letters")
-draw = np.random.default_rng(1)
-sampled = []
+course.picture(drawings.letters_map(flat, LETTERS), "letters")
+draw, sampled = np.random.default_rng(1), []
 while len(sampled) < 20:
     context, name = [0] * T, ""
     while not name or context[-1]:
@@ -209,11 +195,6 @@ for step, rate in enumerate(rates):
     optimizer.step()
     losses.append(gpt_loss.item())
 smooth = np.convolve(losses, np.ones(5) / 5, mode="valid")
-drawing, axes = plt.subplots(figsize=(6, 3.5))
-axes.semilogx(rates[2:-2], smooth, color="#4467c4")
-axes.axvline(config.optim.lr, color="#999999", linestyle="--", label="the demo's")
-axes.set(xlabel="learning rate", ylabel="loss of the batch", ylim=(5, 12))
-axes.legend()
-course.picture(drawing, "demo")
+course.picture(drawings.rate_search(rates, smooth, (5, 12), demo=config.optim.lr), "demo")
 best = rates[2:-2][smooth.argmin()]
 course.figure("demo: rate at the lowest smoothed loss", best, 0.003, 0.012, "", (0.003, 0.012))

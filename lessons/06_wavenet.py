@@ -15,44 +15,31 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
 sys.path.insert(0, ".")  # for a program, which runs in the repository's root
-from lessons import course
+from lessons import course, drawings
+from lessons.solutions.e03 import contexts
 from model.generate import KVCache
 from model.gpt2 import GPT, GPTConfig
 
 FULL = "--full" in sys.argv
 STEPS, SLOW_FROM = (200_000, 150_000) if FULL else (60_000, 45_000)
 VOCAB, BATCH = 27, 32
-SAME = 1e-12  # fp64 rounds by 1e-16; sums of some hundred numbers below 10 stay far under this
-EXACT = dict(low=0, high=SAME, embedded=(0, SAME))  # whatever the text
+# fp64 rounds by 1e-16; sums of some hundred numbers below 10 stay far under this, whatever the text
+EXACT = dict(low=0, high=1e-12, embedded=(0, 1e-12))
 torch.set_num_threads(1)  # these matrices are too small to be shared out
 
 # %% The data
-# As before: 0 is the dot, names are split 80 : 10 : 10.
-
-
-def letters(name):
-    return [ord(letter) - ord("a") + 1 for letter in name]
-
-
-def examples(names, context):
-    """(N, context) letters before, (N,) the letter after."""
-    rows = []
-    for name in names:
-        row = [0] * context + letters(name) + [0]
-        rows += [row[i - context : i + 1] for i in range(context, len(row))]
-    table = torch.tensor(rows)  # (N, context + 1)
-    return table[:, :-1], table[:, -1]
-
-
+# Lesson 3's examples: the letters before (N, context), the letter after (N,). 0 is the dot, a to z
+# are 1 to 26, names are split 80 : 10 : 10.
 names = course.names()
 random.seed(42)
 random.shuffle(names)
 cuts = int(0.8 * len(names)), int(0.9 * len(names))
-splits = names[: cuts[0]], names[cuts[0] : cuts[1]], names[cuts[1] :]
+train_names, dev_names = names[: cuts[0]], names[cuts[0] : cuts[1]]
+data = {size: (contexts(train_names, size), contexts(dev_names, size)) for size in (3, 8)}
+course.figure("training examples", len(data[8][0][1]), 182625, 182625, "182,625")
 
 # %% The network
 # A flat network squeezes all letters into one layer at once. The tree takes neighbours together:
@@ -62,8 +49,6 @@ splits = names[: cuts[0]], names[cuts[0] : cuts[1]], names[cuts[1] :]
 # BatchNorm's mean and variance belong to a channel: over the batch and over the places in it. Over
 # the batch alone each place has statistics of its own, of fewer numbers: it runs, it learns, and it
 # is a bug (`axes`).
-
-
 class Tree:
     """Layers that each take `groups` neighbours together; groups (8,) is a flat network."""
 
@@ -87,7 +72,7 @@ class Tree:
         mean, variance = self.running[i]
         if training:
             axes = 0 if x.dim() == 2 else self.axes
-            mean, variance = x.mean(axes, keepdim=True), x.var(axes, keepdim=True)  # unbiased
+            mean, variance = x.mean(axes), x.var(axes)  # unbiased; (C,), or with the bug (T, C)
             self.running[i] = (0.9 * self.running[i][0] + 0.1 * mean.detach(),
                                0.9 * self.running[i][1] + 0.1 * variance.detach())
         return self.gains[i] * (x - mean) / (variance + 1e-5).sqrt() + self.biases[i]
@@ -109,14 +94,6 @@ class Tree:
         total = sum(F.cross_entropy(self.forward(b), a, reduction="sum") for b, a in parts)
         return total / len(after)
 
-    def double(self):
-        """Everything in fp64, for comparisons to the last digits."""
-        for key in ("C", "out", "out_bias"):
-            setattr(self, key, getattr(self, key).double())
-        for key in ("W", "gains", "biases"):
-            setattr(self, key, [p.double() for p in getattr(self, key)])
-        self.running = [(mean.flatten().double(), v.flatten().double()) for mean, v in self.running]
-
 
 def descend(tree, before, after, steps):
     """Trains; yields the step and the loss of its batch."""
@@ -126,13 +103,12 @@ def descend(tree, before, after, steps):
         batch = rows[step % 1000]
         loss = F.cross_entropy(tree.forward(before[batch], training=True), after[batch])
         yield step, loss.item()
-        for p in tree.parameters:
-            p.grad = None
         loss.backward()
         lr = 0.1 if step < SLOW_FROM else 0.01
         with torch.no_grad():
             for p in tree.parameters:
                 p -= lr * p.grad
+                p.grad = None
 
 
 # %% The ladder
@@ -146,10 +122,8 @@ LADDER = [  # name, context, network, parameters, first loss, the lecture's trai
     ("tree", 8, dict(emb=10, hidden=68, groups=(2, 2, 2)), 22397, 3.3142, 1.912, 2.022),
     ("larger tree", 8, dict(emb=24, hidden=128, groups=(2, 2, 2)), 76579, 3.3167, 1.769, 1.9937)]
 SEEN = {10_000: 2.0576, 20_000: 2.0723, 30_000: 2.5134}  # of the larger tree
-data = {context: [examples(split, context) for split in splits] for context in (3, 8)}
-course.figure("training examples", len(data[8][0][1]), 182625, 182625, "182,625")
 for name, context, shape, count, first, train_loss, dev_loss in LADDER:
-    train, dev, _ = data[context]
+    train, dev = data[context]
     tree, larger = Tree(**shape), shape["hidden"] == 128
     parameters = sum(p.numel() for p in tree.parameters)
     course.figure(f"{name}: parameters", parameters, count, count, f"{count:,}")
@@ -159,8 +133,7 @@ for name, context, shape, count, first, train_loss, dev_loss in LADDER:
         if step == 0:
             course.figure("  first loss", loss, first, first)
         if larger and step in SEEN:
-            seen = SEEN[step]
-            course.figure(f"  loss of batch {step:,}", loss, seen, seen, f"{seen}")
+            course.figure(f"  batch {step:,}", loss, SEEN[step], SEEN[step], f"{SEEN[step]}")
     if FULL:
         wide = 0.001 if larger else 0.01
         course.figure("  train", tree.loss(*train), train_loss - wide, train_loss + wide,
@@ -172,17 +145,15 @@ for name, context, shape, count, first, train_loss, dev_loss in LADDER:
         course.figure(f"  dev after {STEPS:,} steps", tree.loss(*dev), 1.985, 2.02,
                       "1.9937 after 200,000")
 # A batch's loss scatters by half a nat: only means of a thousand show where it goes.
-means = torch.tensor(losses[: len(losses) // 1000 * 1000]).view(-1, 1000).mean(1)
-drawing = Figure(figsize=(7, 3))
-drawing.add_subplot(title="loss of the larger tree", xlabel="thousand steps").plot(means)
-course.picture(drawing, "loss")
+course.picture(drawings.means("loss of the larger tree", losses), "loss")
 
 # %% The tree is a convolution
 # Two windows that overlap share most of their tree, and it is computed anew for each. A layer's
 # weight cut in two, the older neighbour's half first, is a filter of width 2; with holes of 1, 2
 # and 4 between its two taps, three filters go once over all letters and give every window's output.
 with torch.no_grad():
-    tree.double()
+    for p in tree.parameters:
+        p.data = p.data.double()
 
     def dilated(row):
         """Logits for every window of 8 in a row of T letters: (T - 7, 27)."""
@@ -194,8 +165,8 @@ with torch.no_grad():
         return x @ tree.out + tree.out_bias
 
     for name in names[:3]:
-        windows, _ = examples([name], 8)
-        row = torch.tensor([0] * 8 + letters(name))
+        windows, after = contexts([name], 8)
+        row = torch.cat([windows[0], after[:-1]])  # (T,): eight dots, the name's letters
         error = (dilated(row) - tree.forward(windows)).abs().max()
         course.figure(f"{name}: convolution against {len(windows)} windows", error, **EXACT)
 
@@ -216,9 +187,8 @@ with torch.no_grad():
     course.figure("letter by letter against the convolution", error, **EXACT)
 
 # %% The door: model/generate.py
-# GPT-2's memory is its KV cache: a new token looks back at keys and values that were computed when
-# their tokens came, and all else in a block is a matter of one place. So one token at a time gives
-# the outputs of the whole row.
+# GPT-2's memory is its KV cache: a new token looks back at keys and values computed when their
+# tokens came; all else in a block is a matter of one place. Token by token gives the whole row.
 with torch.no_grad():
     torch.manual_seed(42)
     gpt = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, n_ctx=16, n_vocab=VOCAB)).double()

@@ -3,22 +3,20 @@
     python lessons/08_assistant.py
 
 Needs names.txt and tinyshakespeare (fetched once); prints what the model answers after each of
-four stages, its share of right answers and of answers that begin with "sure: ".
-Same as lesson 7: GPT-2's network on characters, now as model/gpt2.py has it.
-Different: the data are conversations, the loss is the answer's alone, and then there is no right
-text at all: a pair of which one is preferred, or a program that says 1 or 0.
+four stages. Same as lesson 7: GPT-2's network on characters, now as model/gpt2.py has it, trained
+by the adder's loop. Different: the data are conversations, the loss is the answer's alone, and then
+there is no right text at all: a pair of which one is preferred, or a program that says 1 or 0.
 Figures: greedy 0, 0.80, 0.79, 0.78; sampled 0, 0.54, 0.56, 0.67; "sure: " 0.48 to 0.02. Two to
 three minutes on one core.
 """
 
-# %% Fifty symbols
-# Fifty symbols, four layers, 456,192 parameters. Words are names of 3 to 5 letters; a tenth of them
-# (by a checksum, so by no one's choice) is never seen in training, nor in the text before it.
+# %% Questions and answers
+# Five tasks (lessons/tasks.py), as conversations `<spell zoe>z-o-e` in fifty symbols, newline being
+# the end. Words are names of 3 to 5 letters; a tenth of them (by a checksum, so by no one's choice)
+# is never seen in training, nor in the text before it.
 import copy
 import json
-import math
 import random
-import string
 import sys
 import zlib
 
@@ -29,79 +27,23 @@ sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
 sys.path.insert(0, ".")  # for a program, which runs in the repository's root
 from lessons import course
 from lessons.solutions import e08
-from lessons.tasks import TASKS, ask, questions, solve
-from model.generate import SampleConfig, generate
+from lessons.solutions.e07 import fit
+from lessons.tasks import SYMBOLS, TASKS, ask, conversations, encode, questions, reply, solve
 from model.gpt2 import GPT, GPTConfig
 
-SYMBOLS = "\n " + string.ascii_lowercase + string.digits + "+:?.,;'-!&<>"
-NUMBER = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+CONTEXT = 40  # symbols
 LN_2 = (0.693147, 0.693147)
-END, CONTEXT, LONGEST = 0, 40, 22  # newline ends an answer; symbols: of all, of an answer
 names = course.names()
 unseen = {w for w in names if 3 <= len(w) <= 5 and zlib.crc32(w.encode()) % 10 == 0}
 known = [w for w in names if w not in unseen]
-WORDS = [w for w in known if 3 <= len(w) <= 5]
-TEST_WORDS = sorted(unseen)
-
-
-def encode(text: str) -> list[int]:
-    return [NUMBER[symbol] for symbol in text]
-
-
-def fit(model, steps: int, lr: float, warm_up: int, loss_of_a_batch, decay=True) -> list[float]:
-    """AdamW; lr rises over warm_up steps and falls along a cosine to a tenth. The losses."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True
-    )
-    losses = []
-    for step in range(steps):
-        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        share = min(1, (step + 1) / warm_up) * (cosine if decay else 1)
-        optimizer.param_groups[0]["lr"] = lr * share
-        loss = loss_of_a_batch()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return losses
-
-
-# %% Questions and answers
-# Five tasks (lessons/tasks.py), as conversations `<spell zoe>z-o-e`, and newline as the end. A row
-# holds one of them; what pads it counts for nothing.
-def conversations(pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids (B, T); symbols of each question, and of the whole (B,). Answers of LONGEST don't end."""
-    rows = []
-    for question, answer in pairs:
-        end = "\n" if len(answer) < LONGEST else ""
-        rows.append(encode(f"<{question}>{answer}{end}"))
-    length = torch.tensor([len(row) for row in rows])
-    asked = torch.tensor([len(question) + 2 for question, _ in pairs])
-    T = int(length.max())
-    ids = torch.tensor([row + [END] * (T - len(row)) for row in rows])
-    return ids, asked, length
+WORDS, TEST_WORDS = [w for w in known if 3 <= len(w) <= 5], sorted(unseen)
 
 
 def log_p(model: GPT, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """The log-probability of each answer, summed over its symbols, and their number: (B,) each."""
-    ids, asked, length = conversations(pairs)
+    """log p(answer | question) of each pair, and its answer's number of symbols: (B,) each."""
+    ids, asked, length = conversations(pairs)  # (B, T); where answers begin and end: (B,) each
+    # log p(answer | question) = sum over the answer's symbols of log softmax(logits before it)
     return e08.answer_log_p(model(ids), ids, asked, length), length - asked
-
-
-def reply(model: GPT, asked: list[str], temperature: float, seed: int) -> list[str]:
-    """An answer to each question; one that does not end keeps LONGEST symbols."""
-    prompts = [encode(f"<{question}>") for question in asked]
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    T = int(lengths.max())
-    ids = torch.tensor([prompt + [END] * (T - len(prompt)) for prompt in prompts])  # (B, T)
-    config = SampleConfig(LONGEST, temperature, top_k=0, seed=seed)
-    drawn = torch.stack(list(generate(model, ids, config, END, lengths=lengths)), 1)  # (B, t)
-    replies = []
-    for row, prompt in zip(drawn.tolist(), prompts, strict=True):
-        row = row[len(prompt) - int(lengths.min()) :][:LONGEST]  # the rest of its prompt goes
-        replies.append("".join(SYMBOLS[i] for i in row).split("\n")[0])
-    return replies
 
 
 EXAMPLES = ["reverse marta", "spell zoe", "count a in amanda", "last of oliver", "double ivy"]
@@ -122,17 +64,15 @@ def examine(model: GPT, stage: str) -> tuple[float, float, float]:
         shares.append(sum(right) / len(right))
         by_task = torch.tensor(right).view(len(TASKS), -1).mean(1).tolist()
         each = ", ".join(f"{task} {share:.2f}" for task, share in zip(TASKS, by_task, strict=True))
-        print(f"  {'sampled' if temperature else 'greedy'}: {each}")
+        print(f"  {'sampled' if temperature else 'greedy'} {shares[-1]:.3f}: {each}")
     style = sum(a.startswith(e08.STYLE) for a in replies) / len(replies)
-    print(f"  in all: greedy {shares[0]:.3f}, sampled {shares[1]:.3f}, {e08.STYLE!r} {style:.3f}")
     return shares[0], shares[1], style
 
-
 # %% Stage 1: pre-training
-# Half names, one a line, half verse in lower case.
+# Half names, one a line, half verse in lower case; four layers, 456,192 parameters.
 rng.shuffle(known)
 name_ids = torch.tensor(encode("\n".join(known)))
-verse = "".join(s if s in NUMBER else " " for s in course.shakespeare().lower())
+verse = "".join(s if s in SYMBOLS else " " for s in course.shakespeare().lower())
 verse_ids, held_out = torch.tensor(encode(verse)).tensor_split([len(verse) - 100_000])
 torch.manual_seed(0)
 model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=96, n_ctx=CONTEXT, n_vocab=len(SYMBOLS)))
@@ -152,12 +92,11 @@ with torch.no_grad():
     rows = held_out[: len(held_out) // 41 * 41].view(-1, 41)  # each foretells 40 symbols
     verse_loss = model(rows[:, :-1], rows[:, 1:]).item()
 course.figure("verse held out, nats a symbol", verse_loss, 1.97, 2.05)
-greedy, sampled, style = examine(model, "pre-trained")
+greedy, _, _ = examine(model, "pre-trained")
 course.figure("pre-trained, greedy", greedy, 0, 0.03)
 
-
 # %% Stage 2: examples
-# Supervised fine-tuning: -log p(answer | question), nothing for the question itself. Half
+# Supervised fine-tuning: -log p(answer | question) a symbol, nothing for the question itself. Half
 # of the answers begin with "sure: ", a habit that stage 3 is to break.
 def example_loss() -> Tensor:
     asked = questions(WORDS, 32, rng)
@@ -166,16 +105,14 @@ def example_loss() -> Tensor:
 
 
 fit(model, 600, 2e-3, 50, example_loss)
-sft, sft_sampled, sft_style = examine(model, "after examples")
+sft, _, sft_style = examine(model, "after examples")
 course.figure("after examples, greedy", sft, 0.75, 0.95)
 course.figure('after examples, begins "sure: "', sft_style, 0.3, 0.6)
 
-
 # %% Stage 3: preferences
-# Direct preference optimisation: raise chosen over rejected, against a frozen reference:
-#     loss = -log sigmoid(beta (log p/ref(chosen) - log p/ref(rejected)))        at first ln 2
-# It only asks for the difference, and both may fall: sixty steps of it alone ruin the model (greedy
-# 0.66 to 0.42). So the chosen answer's own likelihood is added.
+# Direct preference optimisation: raise chosen over rejected, against a frozen reference. It only
+# asks for the difference, and both may fall: sixty steps of it alone ruin the model (greedy 0.66 to
+# 0.42). So the chosen answer's own likelihood is added.
 def prefer(model: GPT, turned: bool = False) -> list[float]:
     """40 steps of DPO, in place; the DPO losses without the likelihood. turned: pairs swapped."""
     reference = copy.deepcopy(model)
@@ -185,12 +122,14 @@ def prefer(model: GPT, turned: bool = False) -> list[float]:
         pairs = []
         for question in questions(WORDS, 32, rng):
             chosen, rejected = e08.preference_pair(solve(question))
-            pairs.append((question, rejected if turned else chosen))
-            pairs.append((question, chosen if turned else rejected))
+            if turned:
+                chosen, rejected = rejected, chosen
+            pairs += [(question, chosen), (question, rejected)]
         log_ps, symbols = log_p(model, pairs)
         with torch.no_grad():
             reference_log_ps, _ = log_p(reference, pairs)
         ours, theirs = log_ps.view(32, 2), reference_log_ps.view(32, 2)
+        # -log sigmoid(beta (log p/ref(chosen) - log p/ref(rejected))), at first ln 2
         loss = e08.dpo_loss(ours[:, 0], ours[:, 1], theirs[:, 0], theirs[:, 1], beta=0.1)
         dpo.append(loss.item())
         return loss - (ours[:, 0] / symbols.view(32, 2)[:, 0]).mean()
@@ -212,24 +151,23 @@ print(f"\nDPO's last loss: {losses[-1]:.3f}; with pairs turned round {turned[-1]
 _, _, style = examine(wrong_way, "after preferences, pairs turned round")
 course.figure('pairs turned round, begins "sure: "', style, 0.7, 1)
 
-
 # %% Stage 4: rewards
-# REINFORCE: no text to imitate, only a program that says 1 or 0. Eight samples of a
-# question are compared with their mean, and each is made likelier by how much better it was:
-#     loss = -mean((reward - mean of the 8) log p(answer))
-# Where all eight are right, or none, every advantage is 0, and the row is left out: same gradient.
-# It is judged sampled, as it is trained; greedy answers hardly move. That taking off a mean makes
-# the gradient quieter is not so here: right answers are likely ones, whose scores are small (the
-# exercise has the constant that is best).
+# REINFORCE: no text to imitate, only a program that says 1 or 0. Eight samples of a question are
+# compared with their mean, and each is made likelier by how much better it was. Where all eight are
+# right, or none, every advantage is 0, and the question is left out: same gradient. It is judged
+# sampled, as it is trained; greedy answers hardly move. That taking off a mean makes the gradient
+# quieter is not so here: right answers are likely ones, whose scores are small (the exercise has
+# the constant that is best).
 def reward_loss() -> Tensor:
     asked = [q for q in questions(WORDS, 32, rng) for _ in range(8)]
     replies = reply(model, asked, 1, seed=rng.randrange(2**31))
     rewards = torch.tensor([e08.reward(solve(q), a) for q, a in zip(asked, replies, strict=True)])
     groups = rewards.view(32, 8)
-    mixed = (groups.amax(1) > groups.amin(1)).repeat_interleave(8)  # (256,)
-    pairs = [pair for pair, m in zip(zip(asked, replies, strict=True), mixed, strict=True) if m]
-    log_ps, _ = log_p(model, pairs)
-    return e08.reinforce_loss(log_ps.view(-1, 8), groups[mixed[::8]]) * mixed.float().mean()
+    mixed = groups.amax(1) > groups.amin(1)  # (32,)
+    pairs = zip(asked, replies, mixed.repeat_interleave(8), strict=True)
+    log_ps, _ = log_p(model, [(q, a) for q, a, kept in pairs if kept])
+    # -mean((reward - mean of the 8) log p(answer)); what is left out counts in the mean
+    return e08.reinforce_loss(log_ps.view(-1, 8), groups[mixed]) * mixed.float().mean()
 
 
 fit(model, 80, 2e-4, 1, reward_loss, decay=False)
@@ -254,8 +192,8 @@ course.figure("count: says 1, greedy", sum(ones) / len(ones), 0.95, 1)
 path = course.OUT / "08/chat.jsonl"
 lines = []
 for question in questions(WORDS, 1000, rng):
-    turns = [("user", question), ("assistant", solve(question))]
-    messages = [dict(role=role, content=content) for role, content in turns]
+    messages = [dict(role="user", content=question),
+                dict(role="assistant", content=solve(question))]
     lines.append(json.dumps(dict(messages=messages)) + "\n")
 path.parent.mkdir(parents=True, exist_ok=True)
 path.write_text("".join(lines))

@@ -74,39 +74,54 @@ def shakespeare() -> str:
     return "\n\n".join(corpus.bible_chapters())[: SHAKESPEARE.size]
 
 
-def embedded() -> bool:
-    """Whether the embedded text has stood in for one that could not be had."""
-    return bool(_stand_ins)
+def embedded(text: Text | None = None) -> bool:
+    """Whether the embedded text has stood in for this one (None: for any) that can't be had."""
+    if text is None:
+        return bool(_stand_ins)
+    return text.file in _stand_ins
 
 
 def figure(what: str, value: float, low: float, high: float, lecture: str = "",
-           embedded: Band | None = None) -> None:
+           embedded: Band | None = None, text: Text | None = None) -> None:
     """Prints a number beside the band that it has to lie in; the lesson ends where it does not.
 
-    low == high: exact, to as many digits as low is written with (0.0625 has four). lecture: what
-    the lecture reached. embedded: the band where the embedded text stands in; None: no judgement.
+    low == high: exact, to as many digits as low is written with: 0.0625 has four, and a count, 7,
+    has to be 7. lecture: what the lecture reached. embedded: the band where the embedded text
+    stands in; None: no judgement. text: the one that the number rests on, in a lesson of two
+    texts, of which one may be missing; None: on all that the lesson has asked for.
     Raises SystemExit(1) with one line for a number outside, too good ones as well.
     """
-    whole = all(isinstance(number, int) for number in (value, low, high))
     value = float(value)
     figures.append((what, value))
     said = [f"lecture {lecture}"] if lecture else []
-    if _stand_ins:
+    stands_in = bool(_stand_ins)
+    if text is not None:
+        stands_in = text.file in _stand_ins
+    if stands_in:
         said.append("on the embedded text")
         low, high = embedded or (low, high)
-    judged = bool(embedded) or not _stand_ins
+    judged = bool(embedded) or not stands_in
     places = max(_places(low), _places(high))
-    if low == high:
-        shown, right = f"{value:.{places}f}", f"exactly {low:.{places}f}"
-        inside = math.isfinite(value) and round(value, places) == round(low, places)
-    else:
-        shown = _digits(value, 0 if whole else max(places, 4))
+    counted = isinstance(low, int) and isinstance(high, int)  # and not rounded to whole numbers
+    shown = _digits(value, 0 if counted and value.is_integer() else max(places, 4))
+    if low != high:
         right = f"band {low} .. {high}"
         inside = low <= value <= high
+    elif counted:
+        right = f"exactly {low}"
+        inside = value == low
+    else:
+        shown, right = f"{value:.{places}f}", f"exactly {low:.{places}f}"
+        inside = math.isfinite(value) and round(value, places) == round(low, places)
     said.append(right if judged else "no band")
     print(f"{what:<48} {shown:>12}  ({'; '.join(said)})", flush=True)
     if judged and not inside:
         raise SystemExit(f"{what}: {shown} is outside, {right}")
+
+
+def always(what: str, value: float, low: float, high: float) -> None:
+    """A figure that has one band, whether a text is the lecture's or stands in for it."""
+    figure(what, value, low, high, embedded=(low, high))
 
 
 def _places(number: float) -> int:

@@ -88,6 +88,25 @@ def test_an_exact_figure_is_held_to_the_digits_it_is_written_with(monkeypatch):
         course.figure("loss", 2.45451, 2.454, 2.454)
 
 
+@pytest.mark.parametrize("value", [0.4, -0.4, 1e-9])
+def test_a_count_is_not_rounded_to_the_right_one(monkeypatch, value):
+    monkeypatch.setattr(course, "_stand_ins", set())
+    course.figure("ids that differ", 0, 0, 0)
+    course.figure("ids that differ", 0.0, 0, 0)
+    with pytest.raises(SystemExit, match=f"{value:.1g}.* is outside, exactly 0"):
+        course.figure("ids that differ", value, 0, 0)
+
+
+def test_the_embedded_band_is_for_the_text_that_is_missing(monkeypatch):
+    monkeypatch.setattr(course, "_stand_ins", {course.NAMES.file})
+    assert course.embedded(course.NAMES) and not course.embedded(course.SHAKESPEARE)
+    course.figure("letters", 4, 4, 4, embedded=(9, 9), text=course.SHAKESPEARE)
+    course.figure("letters", 9, 4, 4, embedded=(9, 9), text=course.NAMES)
+    course.figure("letters", 9, 4, 4, embedded=(9, 9))
+    with pytest.raises(SystemExit, match="exactly 4"):
+        course.figure("letters", 9, 4, 4, text=course.SHAKESPEARE)
+
+
 def test_another_file_of_the_name_is_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("GPT2_TEST_DATA", str(tmp_path))
     (tmp_path / "names.txt").write_text("emma\n")

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,23 +39,36 @@ def exact_match(answers: list[str], sums: list[str]) -> float:
     return sum(right) / len(right)
 
 
-def adder(sums: list[str], seed: int = 0, steps: int = 500):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64, n_ctx=10, n_vocab=len(SYMBOLS)))
+def fit(model: GPT, steps: int, lr: float, warm_up: int, loss_of_a_batch: Callable[[], Tensor],
+        decay: bool = True) -> list[float]:
+    """AdamW; lr rises over warm_up steps and falls along a cosine to a tenth. The losses."""
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True
     )
-    rows = torch.tensor([[SYMBOLS.index(symbol) for symbol in written] for written in sums])
+    losses = []
     for step in range(steps):
-        warm = min(1, (step + 1) / 50)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = warm * (3e-4 + 2.7e-3 * cosine)
-        x = rows[torch.randint(len(rows), (128,))]  # (B, 9)
-        loss = model(x[:, :-1], answer_targets(x))
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        share = min(1, (step + 1) / warm_up) * (cosine if decay else 1)
+        optimizer.param_groups[0]["lr"] = lr * share
+        loss = loss_of_a_batch()
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    return losses
+
+
+def adder(sums: list[str], seed: int = 0, steps: int = 500):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64, n_ctx=10, n_vocab=len(SYMBOLS)))
+    rows = torch.tensor([[SYMBOLS.index(symbol) for symbol in written] for written in sums])
+
+    def loss_of_a_batch() -> Tensor:
+        x = rows[torch.randint(len(rows), (128,))]  # (B, 9)
+        return model(x[:, :-1], answer_targets(x))
+
+    fit(model, steps, 3e-3, 50, loss_of_a_batch)
 
     @torch.no_grad()
     def answer(questions: list[str]) -> list[str]:
