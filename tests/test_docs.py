@@ -243,6 +243,8 @@ def do(command: Command) -> None:
     if arguments[0] == "train_gpt2.py":
         if arguments[1] in train_gpt2.PRESETS:
             arguments += TINY
+        if "1800" in arguments:  # twice the demo's steps
+            arguments[arguments.index("1800")] = "4"
         config = cli.parse(train_gpt2.TrainConfig, train_gpt2.PRESETS, arguments[1:])
         assert train_gpt2.train(config) == 0, command
         return
