@@ -213,7 +213,7 @@ def test_readme_is_short_and_so_is_the_heart():
 
 def test_presets_on_the_page_are_the_presets():
     (sentence,) = re.findall(r"A preset is .*?\n\n", (ROOT / "docs/training.md").read_text(), re.S)
-    assert set(re.findall(r"`([\w-]+)`", sentence)) == set(train_gpt2.PRESETS)
+    assert set(re.findall(r"`([\w.-]+)`", sentence)) == set(train_gpt2.PRESETS)
 
 
 # ---- the pages done, on tiny inputs ----
