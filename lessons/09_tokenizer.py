@@ -4,11 +4,8 @@ r"""A tokenizer, trained: byte pair encoding, from eleven letters to GPT-2's own
 
 Needs the names and tiny shakespeare (lessons/course.py fetches them); 15 seconds on a quiet core.
 Same as lesson 8: a model sees numbers. Different: what they stand for is learned from text first.
-
-    shakespeare, 100,000 bytes, 256 merges   47,586 tokens, and encode() makes the same of it
-    names, one chunk each, 256 merges        196,113 bytes become 101,713 tokens
-    merges recovered from GPT-2's ranks      50,000, none ambiguous: OpenAI's own list
-    200,000 bytes of shakespeare             60,826 tokens, which are data/tokenizer.py's
+Figures: 100,000 bytes of shakespeare in 47,586 tokens after 256 merges, 196,113 bytes of names in
+101,713; 50,000 merges recovered from GPT-2's ranks; 60,826 tokens that are data/tokenizer.py's.
 """
 
 # %% The start
@@ -27,14 +24,14 @@ sys.path.insert(0, "..")  # for a notebook, which runs in its own folder
 sys.path.insert(0, ".")  # for a program, which runs in the repository's root
 from data import tokenizer
 from lessons import course
+from lessons.solutions import e09
 
 Pair = tuple[int, int]
 
 
-def exact(what: str, value: int, right: int, embedded: int | None = None,
-          text: course.Text = course.SHAKESPEARE) -> None:
-    """A figure without a band; embedded: where it is another one on the embedded text."""
-    other = right if embedded is None else embedded
+def exact(what: str, value: int, right: int, other=None, text=course.SHAKESPEARE) -> None:
+    """A figure without a band. other: what it is on the embedded text, where that differs."""
+    other = right if other is None else other
     course.figure(what, value, right, right, embedded=(other, other), text=text)
 
 
@@ -46,12 +43,9 @@ def unlike(ids: Iterable, others: Iterable) -> int:
 # %% Step 1: train
 # Text is bytes, and a byte is a number below 256. The pair of neighbours that stands there most
 # often gets a new number, then the next pair, until the vocabulary is as large as it may be.
-#
-# Counting looks at every place, so `aaa` holds `aa` twice; writing goes from left to right, so
-# `aaa` becomes `Xa`. Of pairs that are as frequent the one met FIRST wins. That is our rule:
-# nothing in the method says so. No pair crosses the border between two chunks (step 2).
-
-
+# Counting looks at every place (`aaa` holds `aa` twice), writing goes from left to right (`aaa`
+# becomes `Xa`). Of pairs that are as frequent the one met FIRST wins: our rule, the method has
+# none. No pair crosses the border between two chunks (step 2).
 def merge(ids: Iterable[int], pair: Pair, new: int) -> list[int]:
     """The ids with `new` wherever the pair stands."""
     left, right = pair
@@ -80,11 +74,9 @@ def learn(chunks: Iterable[Iterable[int]], count: int, first: int = 256):
 
 
 # %% Encode and decode
-# Encoding replays the merges in the order in which they were learned, not from left to right: of
-# all pairs in the text the oldest goes first. Decoding puts bytes side by side, and what of them
-# isn't UTF-8 becomes U+FFFD. `byte_ids`, `pattern` and `specials` belong to steps 3, 2 and 4.
-
-
+# Encoding replays the merges in the order in which they were learned: of all pairs in the text the
+# oldest goes first, wherever it stands. Decoding puts bytes side by side, and what isn't UTF-8
+# becomes U+FFFD. `byte_ids`, `pattern` and `specials` belong to steps 3, 2 and 4.
 class Tokenizer:
     """Text to ids and back. pattern: what cuts text into chunks ("": nothing does)."""
 
@@ -117,12 +109,8 @@ class Tokenizer:
             raise ValueError("a special token stands in the text, and is not allowed there")
         if isinstance(allowed_special, str):
             allowed_special = self.specials if allowed_special == "all" else ()
-        longest_first = sorted(allowed_special, key=len, reverse=True)
-        either = "|".join(map(regex.escape, longest_first)) or "(?!)"  # which is found nowhere
-        ids = []
-        for part in regex.split(f"({either})", text):
-            ids += [self.specials[part]] if part in allowed_special else self.encode_ordinary(part)
-        return ids
+        # The exercise: the text split at special tokens, of which the longest is found first.
+        return e09.encode_special(text, self.encode_ordinary, self.specials, set(allowed_special))
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self.bytes_of[token] for token in ids).decode(errors="replace")
@@ -145,7 +133,6 @@ merges, _ = learn([b"aaabdaaabac"], 3)
 ids = Tokenizer(merges).encode("aaabdaaabac")
 print("aaabdaaabac ->", ids, "by", list(merges))
 exact("ids that are not the article's", unlike(ids, [258, 100, 258, 97, 99]), 0)
-
 shakespeare = course.shakespeare()
 start = shakespeare.encode()[:100_000].decode(errors="ignore")
 merges, left = learn([start.encode()], 256)
@@ -155,17 +142,15 @@ exact("encode() makes others of it", unlike(basic.encode(start), left), 0)
 print("first merges:", [basic.decode([token]) for token in range(256, 264)])
 
 # %% Step 2: cut the text first
-# Merges like `e ` and `, ` glue a word to whatever follows it, so that `dog.` and `dog!` share
-# nothing. GPT-4's pattern keeps letters, digits (by three) and punctuation apart and leaves the
-# space with the word behind it. It costs next to no tokens, or saves some. Names are chunks too.
-# The pattern: cl100k_base of tiktoken_ext/openai_public.py.
+# Merges like `e ` and `, ` glue a word to whatever follows it: `dog.` and `dog!` share nothing.
+# GPT-4's pattern (cl100k_base of tiktoken) keeps letters, digits (by three) and punctuation apart,
+# and a space with the word behind it. It costs next to no tokens, or saves some. Names are chunks.
 GPT4 = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|"
         r"\s*[\r\n]|\s+(?!\S)|\s+")
 merges, left = learn([word.encode() for word in regex.findall(GPT4, start)], 256)
 exact("cut by GPT-4's pattern: tokens", len(left), 46_482, 40_331)
 split = Tokenizer(merges, GPT4)
 print("first merges:", [split.decode([token]) for token in range(256, 264)])
-
 names = course.names()
 _, left = learn([name.encode() for name in names], 256)
 exact("names, a chunk each: bytes", len("".join(names)), 196_113, 83_923, course.NAMES)
@@ -173,39 +158,24 @@ exact("names, 256 merges: tokens", len(left), 101_713, 44_114, course.NAMES)
 
 # %% Step 3: GPT-2's merges, out of its ranks
 # tiktoken publishes each token's bytes and rank, and no merges. They are in there: the token of
-# rank r was made of two older ones, so byte pair encoding of its bytes with ranks below r has
-# to end at two parts, its merge. Bytes have ranks too, in an order of their own: "A" is 32.
-byte_of = {glyph: byte for byte, glyph in enumerate(tokenizer.byte_glyphs())}
-ranks = {bytes(byte_of[glyph] for glyph in token): rank
-         for token, rank in tokenizer.vocabulary()[0].items()}
-
-
-def parts_below(token: bytes) -> list[bytes]:
-    """What is left of the token's bytes after all merges into tokens of lower ranks."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while True:
-        joined = [ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
-        if min(joined) >= ranks[token]:  # at two parts this is the token itself
-            return parts
-        i = joined.index(min(joined))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-parts = [parts_below(token) for token in ranks if len(token) > 1]  # by rank
-pairs = [tuple(pair) for pair in parts if len(pair) == 2]
-theirs = [tuple(bytes(byte_of[glyph] for glyph in part) for part in pair)
-          for pair in tokenizer.read_merges()]
+# rank r was made of two older ones. So of its bytes let those neighbours go together whose join has
+# the lowest rank, while that is below r (the exercise): what is left should be two parts, its
+# merge. Bytes have ranks too, in an order of their own: "A" is 32.
+ranks = {tokenizer.token_bytes(rank): rank for rank in range(tokenizer.EOT)}
+pairs = [(ranks[left], ranks[right]) for left, right in e09.recover(ranks)]
+spelled = tokenizer.vocabulary()[0]  # a token's rank, by the glyphs that OpenAI has for its bytes
+theirs = [(spelled[left], spelled[right]) for left, right in tokenizer.read_merges()]
 byte_ids = [ranks[bytes([byte])] for byte in range(256)]
 exact("merges recovered from GPT-2's ranks", len(pairs), 50_000)
-exact("ambiguous ones", len(parts) - len(pairs), 0)
+exact("ambiguous ones", sum(len(token) > 1 for token in ranks) - len(pairs), 0)
 exact("other than OpenAI's own list", unlike(pairs, theirs), 0)
 exact("bytes whose rank is another number", unlike(byte_ids, range(256)), 256)
 
 # %% Step 4: special tokens
 # `<|endoftext|>` comes from no merge: its id is put in, where that is allowed. A stranger's text
 # may spell it too, so the default refuses; data/tokenizer.py never emits it at all.
-gpt2 = Tokenizer({(ranks[left], ranks[right]): 256 + i for i, (left, right) in enumerate(pairs)},
-                 tokenizer.PATTERN, {tokenizer.EOT_TEXT: tokenizer.EOT}, byte_ids)
+merges = {pair: 256 + i for i, pair in enumerate(pairs)}
+gpt2 = Tokenizer(merges, tokenizer.PATTERN, {tokenizer.EOT_TEXT: tokenizer.EOT}, byte_ids)
 text = f"{tokenizer.EOT_TEXT}hello world"
 print("all: ", gpt2.encode(text, "all"), "\nnone:", gpt2.encode(text, "none"))
 theirs = tokenizer.encoding().encode(text, allowed_special="all")
@@ -216,8 +186,7 @@ exact("ids that are not tiktoken's", unlike(gpt2.encode(text, "all"), theirs), 0
 # bytes, for those never seen. A Korean syllable seen costs one id, not three; but of the same 512
 # ids characters take theirs, and fewer are left for merges.
 symbols = {character: 256 + i for i, character in enumerate(sorted(set(start)))}
-points = [symbols[character] for character in start]
-_, left = learn([points], 256 - len(symbols), 256 + len(symbols))
+_, left = learn([e09.code_points(start, symbols)], 256 - len(symbols), 256 + len(symbols))
 exact("512 ids by characters: tokens", len(left), 51_272, 43_814)
 
 # %% The door: data/tokenizer.py

@@ -119,6 +119,11 @@ def figure(what: str, value: float, low: float, high: float, lecture: str = "",
         raise SystemExit(f"{what}: {shown} is outside, {right}")
 
 
+def always(what: str, value: float, low: float, high: float) -> None:
+    """A figure that has one band, whether a text is the lecture's or stands in for it."""
+    figure(what, value, low, high, embedded=(low, high))
+
+
 def _places(number: float) -> int:
     """Digits behind the point of a number as it is written: 0.0625 has 4, 5e-9 has 9."""
     exponent = Decimal(repr(number)).as_tuple().exponent

@@ -82,9 +82,9 @@ def letters_map(places: np.ndarray, letters: str) -> Figure:
     figure = Figure(figsize=(5, 5))
     axes = figure.subplots()
     colours = ["#f4c7b5" if letter in "aeiouy" else "#b9cdf0" for letter in letters]
-    axes.scatter(*places.T, s=260, color=colours)
-    for letter, place in zip(letters, places, strict=True):
-        axes.text(*place, letter, ha="center", va="center")
+    axes.scatter(places[:, 0], places[:, 1], s=260, color=colours)
+    for letter, (x, y) in zip(letters, places, strict=True):
+        axes.text(x, y, letter, ha="center", va="center")
     return figure
 
 

@@ -283,4 +283,4 @@ def test_the_time_limit_is_a_ratio_to_our_own_solution(tmp_path, monkeypatch):
     monkeypatch.setattr(c09, "CHECKS", {"decode": c09.decode})
     (tmp_path / "e09.py").write_text("def decode(ids, merges):\n    while True:\n        pass\n")
     verdicts = grade.grade("09", tmp_path)
-    assert re.match(f"wrong: no answer after .* s .{grade.TIMES} times", verdicts["decode"])
+    assert re.match(f"wrong: no answer after {grade.TIMES} times", verdicts["decode"])

@@ -28,6 +28,20 @@ def expect(what: str, seen: Any, right: float, tolerance: float,
     raise Wrong(line)
 
 
+def same(what: str, seen: object, right: object, mistakes: dict[str, object]) -> None:
+    """Raises Wrong unless `seen` is `right`, and says which mistake gives what it is.
+
+    mistakes: what was done wrong -> what that gives.
+    """
+    if seen == right:
+        return
+    line = f"{what}: {str(seen)[:100]} where {right} is right"
+    for mistake, wrong in mistakes.items():
+        if seen == wrong:
+            raise Wrong(f"{line}: {mistake}")
+    raise Wrong(line)
+
+
 def expect_shape(what: str, seen: Any, shape: tuple[int, ...]) -> None:
     """Raises Wrong unless `seen` is a tensor of this shape."""
     if not isinstance(seen, torch.Tensor) or seen.shape != shape:

@@ -3,21 +3,8 @@
 from collections.abc import Callable
 
 from data import tokenizer
+from lessons.checks import same
 from lessons.course import Wrong
-
-
-def same(what: str, seen: object, right: object, mistakes: dict[str, object]) -> None:
-    """Raises Wrong unless `seen` is `right`, and says which mistake gives what it is.
-
-    mistakes: what was done wrong -> what that gives.
-    """
-    if seen == right:
-        return
-    line = f"{what}: {str(seen)[:100]} where {right} is right"
-    for mistake, wrong in mistakes.items():
-        if seen == wrong:
-            raise Wrong(f"{line}: {mistake}")
-    raise Wrong(line)
 
 
 def train(answer: Callable) -> None:

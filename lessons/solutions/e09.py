@@ -71,6 +71,8 @@ def recover(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             joined = [ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
+            if min(joined) >= ranks[token]:
+                break  # more than two parts: it is ambiguous
             i = joined.index(min(joined))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 
@@ -44,14 +45,15 @@ def decayed(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
     return [name for name, parameter in parameters if parameter.dim() == 2]
 
 
-def accumulate(model: DDP, micro_batches: Tensor) -> float:
+def accumulate(model: Module, micro_batches: Tensor) -> float:
     """DDP looks at its switch in the forward pass, where it prepares the backward pass: the switch
     has to be set before. Set after it, as in the film, each value reaches the next micro-step: the
-    first one's gradients are averaged alone, and the others never."""
+    first one's gradients are averaged alone, and the others never. (A model without DDP has nothing
+    to average.)"""
     mean = 0.0
     for i, tokens in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        with nullcontext() if last else model.no_sync():
+        more = i < len(micro_batches) - 1
+        with model.no_sync() if isinstance(model, DDP) and more else nullcontext():
             loss = model(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
             loss.backward()
         mean += loss.item()
