@@ -94,3 +94,11 @@ def test_every_lesson_comes_apart_into_cells(path: Path):
         for number, line in enumerate(code.split("\n")):
             assert not line or line == source.split("\n")[number], "lines keep their numbers"
     assert any(prose for _, prose, _ in parts[1:])
+
+
+def test_a_lesson_is_read_in_one_sitting():
+    lengths = {path.name: len(path.read_text().splitlines())
+               for path in sorted((ROOT / "lessons").glob("[01][0-9]_*.py"))}
+    assert len(lengths) == 10
+    assert all(100 <= lines <= 200 for lines in lengths.values()), lengths
+    assert sum(lengths.values()) < 2000
