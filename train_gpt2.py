@@ -281,6 +281,7 @@ def finish(run: Run, step: int, last_step: bool) -> int:
         reason = f"stopped by {run.signals.name} at step {step}"
         world.broadcast_from_rank0(write_stopped_file, run.path, reason)
         run.tracker.log_event(step, f"{reason}; the same command goes on from there")
+    recovery.report_skipped(run)
     if picture := world.broadcast_from_rank0(plot_losses, run.path):
         world.print0("plot:", picture)
     if not completed:

@@ -99,8 +99,8 @@ def find_shards(folder: Path) -> Path:
         raise BadInput(f"{folder} is a file, and --data.dir takes a folder of shards; --data.text "
                        "takes a text")
     if not folder.is_dir():
-        raise BadInput(f"no data in {folder}: `{command}` makes it, --data.dir names another "
-                       "folder")
+        raise BadInput(f"no data in {folder}, for there is no such folder: --data.dir names "
+                       f"another, or `{command}` makes it of FineWeb")
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:

@@ -29,7 +29,7 @@ from data.chars import tokenizer_of
 from data.tokenizer import GPT2, Tokenizer, stream_text
 from eval.dialogue import Dialogue
 from eval.wrap import console_width, wrap
-from launch import cli, flags
+from launch import cli, flags, hints
 from launch.errors import BadInput, one_line_errors
 from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import characters_of, load_resolved, resolve
@@ -286,4 +286,7 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
+        given = [flags.name_of(word.partition("=")[0]) for word in sys.argv[1:]]
+        if line := hints.translate(given, hints.NANOGPT_SAMPLE):
+            raise BadInput(line)
         main(flags.parse(Arguments))

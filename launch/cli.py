@@ -44,10 +44,11 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
         else:
             close = hints.preset_meant(source, list(presets))
             hint = f"did you mean {close}? " if close else ""
-            raise BadInput(
-                f"no preset is called {source!r}: {hint}There are {', '.join(presets)}; and it is "
-                "no run's folder, which holds config.json, and no file that ends in .json"
-            )
+            presets_there = f"no preset is called {source!r}: {hint}there are {', '.join(presets)}"
+            no_run = f"{source} is no run's folder, which holds config.json"
+            if "/" in source:
+                raise BadInput(f"{no_run}; and {presets_there}")
+            raise BadInput(f"{presets_there}; and {no_run}, and no file that ends in .json")
     _refuse_names_of_others(given)
     settings = asdict(default)  # type: ignore[call-overload]
     config = flags.parse(

@@ -171,12 +171,13 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any], in_decay: bool = F
     init = asked["config"]["init"]
     if init and init != before:
         different.append(f"init {before} there, {init} asked")
-    if different == [f"steps {old.get('steps')} there, {new['steps']} asked"]:
+    # A preset's warm-up is scaled with --steps: it isn't what was asked to be different.
+    if {line.split(" ")[0] for line in different} in ({"steps"}, {"steps", "optim.warmup_steps"}):
         raise BadInput(
             f"{checkpoint} is of a run of {old.get('steps')} steps, and {new['steps']} are asked: "
             + ("a cosine falls towards its last step, and can't be stretched afterwards (wsd and "
                "constant can). " if more_steps else "fewer can't be gone on with. ")
-            + f"{_go_on(checkpoint)}--name OTHER --init {checkpoint} starts anew from its weights")
+            + f"--name OTHER --init {checkpoint} starts anew from its weights")
     if different:
         raise BadInput(
             f"{checkpoint} belongs to another run: {'; '.join(different)}. {_go_on(checkpoint)}"

@@ -1,7 +1,7 @@
 """Names that people bring along from elsewhere, and what they are called here."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 # OpenAI's models by the names that transformers and nanoGPT (--init_from) have for them.
 MODELS = {
@@ -44,10 +44,18 @@ NANOGPT = {
     "backend": "found by itself",
 }
 
+# The settings of its sample.py.
+NANOGPT_SAMPLE = {
+    "start": "--prompt",
+    "num_samples": "--num",
+    "max_new_tokens": "--max_tokens",
+    "out_dir": "a run's folder, first on the line and without a flag",
+}
 
-def translate(names: Iterable[str]) -> str:
+
+def translate(names: Iterable[str], called: Mapping[str, str] = NANOGPT) -> str:
     """What flags of nanoGPT's are called here, all of them in one line; '' where there is none."""
-    return "; ".join(f"--{name} is {NANOGPT[name]}" for name in names if name in NANOGPT)
+    return "; ".join(f"--{name} is {called[name]}" for name in names if name in called)
 
 
 def preset_meant(name: str, presets: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ loader, tracker and spike detector to do it. All ranks come here together, with 
 
 from typing import Any, NoReturn
 
+from launch import console
 from launch.errors import Failed
 
 
@@ -21,6 +22,15 @@ def after_bad_step(run: Any, step: int, problem: str, loss: float, norm: float) 
         return roll_back(run, step, line)
     run.tracker.log_event(step + 1, f"skipped {line}", train_loss=loss, grad_norm=norm)
     return step + 1
+
+
+def report_skipped(run: Any) -> None:
+    """Says at the end how many steps were left out, which the losses alone don't show."""
+    skipped = run.spikes.total
+    if skipped and run.spikes.policy == "skip":
+        run.world.print0(console.warning(
+            f"{skipped:,} of {run.config.steps:,} steps were skipped, their gradients exploded or "
+            "were no numbers: a lower --optim.lr, or a longer --optim.warmup_steps, avoids that"))
 
 
 def end(run: Any, step: int, reason: str) -> NoReturn:

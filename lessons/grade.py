@@ -140,7 +140,7 @@ def coloured(verdict: str) -> str:
 
 def main(arguments: Arguments) -> int:
     titles = {path.name[:2]: path.stem for path in sorted(HERE.glob("[0-9][0-9]_*.py"))}
-    numbers = [number.zfill(2) for number in arguments.lessons] or list(titles)
+    numbers = [name.partition("_")[0].zfill(2) for name in arguments.lessons] or list(titles)
     for number in numbers:
         if number not in titles:
             raise BadInput(f"there is no lesson {number}: {', '.join(titles)}")

@@ -217,7 +217,7 @@ def find(spec: str, progress: Progress = no_progress) -> Path:
         return found
     if not any((folder / name).is_file() for name in (MANIFEST, "state.json")):
         raise BadInput(
-            foreign.advice(folder)
+            foreign.advice(folder) or _nearest(folder)
             or f"{spec} is no checkpoint: looked for {folder / MANIFEST} (a checkpoint) and "
             f"{folder / 'checkpoints'} (a run); write hf:{spec} for a Hugging Face folder"
         )
@@ -225,6 +225,16 @@ def find(spec: str, progress: Progress = no_progress) -> Path:
     if problem:
         raise BadInput(f"{folder} is damaged: {problem}")
     return folder
+
+
+def _nearest(folder: Path) -> str:
+    """What may have been meant by a folder that isn't there; '' where nothing is near."""
+    if (Path("runs") / folder / "checkpoints").is_dir():
+        return f"{folder} is no checkpoint: did you mean runs/{folder}?"
+    there = [path.name for path in reversed(list_checkpoints(folder.parent))]
+    if not folder.exists() and there:
+        return f"there is no {folder.name} in {folder.parent}: there are {', '.join(there)}"
+    return ""
 
 
 def find_resume_checkpoint(

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -12,6 +12,7 @@ from eval import hellaswag, sample
 from launch import cli, console, flags, folder, hints, preflight
 from launch.errors import BadInput, one_line_errors
 from launch.probes import Line
+from model import checkpoint
 from model.gpt2 import GPTConfig
 from tests.running import ROOT, environment
 from train_gpt2 import PRESETS, TrainConfig, train
@@ -319,3 +320,23 @@ def test_an_error_is_red_on_a_terminal(terminal, capsys):
         raise BadInput("no")
     assert capsys.readouterr().err == "\033[31merror:\033[0m no\n"
 
+
+
+def test_the_names_of_nanogpts_sample_py_are_translated_all_at_once():
+    names = hints.NANOGPT_SAMPLE
+    assert not names.keys() & {f.name for f in fields(sample.Arguments)}
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.sample", *(f"--{name}=5" for name in names)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment())
+    assert done.returncode == 2
+    expected = "; ".join(f"--{name} is {ours}" for name, ours in names.items())
+    assert done.stderr == f"error: {expected}\n"
+
+
+def test_a_run_or_a_checkpoint_that_is_nearly_there_is_named(tiny, tmp_path, monkeypatch):
+    train(tiny(steps=3, out_dir=str(tmp_path / "runs")))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="tiny is no checkpoint: did you mean runs/tiny"):
+        checkpoint.find("tiny")
+    with pytest.raises(BadInput, match="there is no step_00000099 .* step_00000000, step_00000003"):
+        checkpoint.find("runs/tiny/checkpoints/step_00000099")

@@ -178,3 +178,9 @@ def test_an_early_explosion_is_skipped_and_said(tiny, tmp_path, monkeypatch, cap
     assert train(tiny(steps=14, eval_every=14, save_every=14)) == 0
     assert "skipped step 12: the gradient's norm" in capsys.readouterr().out
     assert len(losses(tmp_path / "tiny")) == 14
+
+
+def test_the_end_says_how_many_steps_were_left_out(tiny, bad_from, capsys):
+    bad_from(3, 5)
+    assert train(tiny(steps=8)) == 0
+    assert "3 of 8 steps were skipped" in capsys.readouterr().out
