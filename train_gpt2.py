@@ -78,7 +78,7 @@ class TrainConfig:
         cli.within("batch_tokens", self.batch_tokens, 1, 10**9)
         cli.within("micro_batch", self.micro_batch, 1)
         cli.within("seed", self.seed, 0, 2**32 - 1)
-        self.data.check(self.model.n_vocab, self.init)
+        self.data.check(self.model.n_vocab, self.init)  # n_vocab is GPT-2's; chat takes --init
         diagnostics.check(self.tracker.diagnose_every, self.model, self.optim)
         folder.check_name(self.name)
 
@@ -121,7 +121,7 @@ def train(config: TrainConfig) -> int:
     parameters, flops = parameter_count(config.model), flops_per_token(config.model)
     if config.planning.plan:
         return plan.show(asdict(config), parameters, flops)
-    if config.planning.preflight:  # of all ranks and their links; on_disk() only fills in
+    if config.planning.preflight:  # on_disk(): a default folder is filled in
         return preflight.of_run(asdict(replace(config, data=config.data.on_disk())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
@@ -181,7 +181,7 @@ def train(config: TrainConfig) -> int:
                 run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
             elif problem := run.spikes.check(step, mean_loss, norm.item()):
                 model.zero_grad()
-                # --on_spike: step + 1, or back to a checkpoint; Failed after --max_spikes in a row.
+                # --on_spike: step + 1, or a checkpoint's (batches since then are left out), or Failed.
                 step = recovery.after_bad_step(run, step, problem, mean_loss, norm.item())
                 continue
             else:
@@ -209,7 +209,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, fp16, fp32: what is fast
     world.require_same("--dtype", dtype)
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
-    # Opened, not read; a text is tokenised anew. A rank that sees other tokens is named.
+    # Opened, not read; a text is tokenised anew. Fingerprints are of tokens, not of file names.
     data = open_on_all_ranks(config.data, T, world)
     config, characters = config.with_vocabulary(data), data.tokenizer.characters  # "": GPT-2's
     # on rank 0 it downloads HellaSwag, where it will be asked for; so all ranks are needed
@@ -220,7 +220,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     )))
 
     # the run's folder, which no other process may use, and the checkpoint to go on from
-    description = folder.describe(  # of config.json
+    description = folder.describe(  # of config.json; decay_start: -1 for a cosine
         asdict(config), world, data.fingerprints(), characters, dtype=dtype,
         val_set=evaluator.val_set, micro_batch=micro_batch, accumulation=loader.micro_steps,
         epochs=loader.epoch(config.steps), decay_start=decay_start(config.steps, config.optim),
