@@ -181,7 +181,7 @@ def train(config: TrainConfig) -> int:
                 run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
             elif problem := run.spikes.check(step, mean_loss, norm.item()):
                 model.zero_grad()
-                # --on_spike: step + 1, or a checkpoint's (batches since then are left out), or Failed.
+                # --on_spike: step + 1, or a checkpoint's, without the batches since, or Failed.
                 step = recovery.after_bad_step(run, step, problem, mean_loss, norm.item())
                 continue
             else:

@@ -42,28 +42,35 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def short_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v on a CPU, holding all scores: for T up to SHORT.
 
-    q, k, v: (B H, T, D); mask: 0 or -inf, (T, T) or (B H, T, T). Returns (B H, T, D) in q's dtype,
-    rounded once: bf16 and fp16 are widened first and all is computed in fp32, since PyTorch has no
-    product of bf16 on a CPU that leaves fp32 scores.
+    q, k, v: (B H, T, D); mask: 0 or -inf, (T, T) or (B H, T, T); dropout: the probability with
+    which an entry of the softmax is left out. Returns (B H, T, D) in q's dtype, rounded once: bf16
+    and fp16 are widened first and all is computed in fp32, since PyTorch has no product of bf16 on
+    a CPU that leaves fp32 scores.
     """
     exact = at_least_fp32(q.dtype)
     with torch.autocast("cpu", enabled=False):  # it would round the scores to bf16
         wide_q, wide_k, wide_v = q.to(exact), k.to(exact), v.to(exact)  # each (B H, T, D)
         scale = q.shape[-1] ** -0.5
         scores = torch.baddbmm(mask.to(exact), wide_q, wide_k.mT, alpha=scale)  # (B H, T, T)
-        y = scores.softmax(-1) @ wide_v  # (B H, T, D)
+        p = scores.softmax(-1)  # (B H, T, T)
+        if dropout:
+            p = F.dropout(p, dropout)
+        y = p @ wide_v  # (B H, T, D)
     return y.to(q.dtype)
 
 
-def attention(qkv: Tensor, n_head: int) -> Tensor:
+def attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
     """Causal self-attention out of the packed projection.
 
     qkv: (B, T, 3C), queries, keys and values side by side. Returns (B, T, C), in qkv's dtype or
     under autocast in its dtype: softmax(q k^T / sqrt(D)) v per head, each position seeing itself
-    and what precedes it. Scores and softmax are at least fp32.
+    and what precedes it. Scores and softmax are at least fp32. dropout: the probability with which
+    an entry of the softmax is left out, and the others divided by 1 - dropout; kernels have none.
     """
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_head
@@ -72,9 +79,9 @@ def attention(qkv: Tensor, n_head: int) -> Tensor:
     if qkv.device.type == "cpu" and T <= SHORT:
         q, k, v = (z.reshape(B * n_head, T, D) for z in (q, k, v))
         mask = _causal_mask(T, at_least_fp32(qkv.dtype), qkv.device)  # (T, T)
-        y = short_attention(q, k, v, mask).view(B, n_head, T, D)
+        y = short_attention(q, k, v, mask, dropout).view(B, n_head, T, D)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 

@@ -37,7 +37,7 @@ def state() -> TrainState:
     """A model in fp64, whose sums can be compared to the last digits."""
     torch.manual_seed(0)
     model = ParallelModel(GPT(CONFIG).double(), "ddp", ALONE, "fp64")
-    return TrainState(model, configure_optimizers(model.shards, OptimConfig()), LossScaler())
+    return TrainState(model, configure_optimizers(model, OptimConfig()), LossScaler())
 
 
 def batch() -> torch.Tensor:
