@@ -82,7 +82,7 @@ def test_a_run_whose_ranks_choose_another_dtype_ends_before_it_trains(tiny):
 def test_one_rank_without_kernels_and_all_go_without(monkeypatch, capsys):
     """Kernels that fail the self-check on one card: its peers would train another model."""
     triton = kernels.Operators(*"abc")
-    monkeypatch.setattr(selfcheck, "checked", lambda *_: (triton, "kernels: triton, checked"))
+    monkeypatch.setattr(selfcheck, "checked", lambda *_, **__: (triton, "kernels: triton, checked"))
     chosen = training.choose_operators(
         GPTConfig(), "auto", torch.float32,
         peers("kernels: triton, checked", "kernels: torch (dq is off by 0.3)"))

@@ -15,6 +15,7 @@ from launch.tracker import read_rows
 from launch.world import World
 from model import checkpoint
 from model.gpt2 import GPT, GPTConfig
+from model.network import compile_blocks
 from model.parallel import ParallelModel
 from model.training import choose_operators
 from tests.running import ALONE, losses, run_several, weights
@@ -132,7 +133,7 @@ def test_compiled_it_draws_by_the_seed_and_is_gone_in_an_evaluation():
     model = GPT(replace(SHAPE, n_layer=1))
     eager = GPT(replace(SHAPE, n_layer=1))
     eager.load_state_dict(model.state_dict())
-    model.compile_blocks()
+    compile_blocks(model)
     idx = torch.randint(SHAPE.n_vocab, (3, 13))
     losses, gradients = [], []
     for step in (1, 1, 2):
@@ -168,7 +169,7 @@ def test_the_kernels_attention_is_left_to_pytorch_while_training(model, monkeypa
 
     used: list[int] = []
     ops = kernels.TORCH._replace(attention=no_dropout)
-    monkeypatch.setattr(selfcheck, "checked", lambda *_: (ops, "kernels: triton, checked"))
+    monkeypatch.setattr(selfcheck, "checked", lambda *_, **__: (ops, "kernels: triton, checked"))
     assert choose_operators(SHAPE, "auto", torch.float32, ALONE) is ops
     assert "attention by torch while training" in capsys.readouterr().out
     choose_operators(replace(SHAPE, dropout=0.0), "auto", torch.float32, ALONE)
