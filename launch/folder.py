@@ -159,8 +159,8 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any], in_decay: bool = F
             old[key] = new[key]
     if not asked["config"].get("data", {}).get("val_text"):  # runs older than this flag don't say
         old.setdefault("validation data", new.get("validation data"))
-    more_steps = new["steps"] > old.get("steps", 0)
-    if more_steps and asked["must_match"]["optim"]["schedule"] != "cosine":
+    more_steps = new.get("steps", 0) > old.get("steps", 0)
+    if more_steps and new["optim.schedule"] != "cosine":
         _require_full_rate(checkpoint, saved, in_decay)
         old["steps"] = new["steps"]
     different = [

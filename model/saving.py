@@ -69,8 +69,7 @@ class SavingConfig:
     keep: int = 3
     """Newest checkpoints to keep."""
     keep_best: bool = False
-    """Keep the best one, too: a step that is evaluated better than all before is saved, and stays.
-    checkpoints/best.json names it."""
+    """Save what is evaluated better than all before, and keep it: checkpoints/best.json."""
 
     def __post_init__(self) -> None:
         cli.within("save_every", self.save_every, 1, cli.MOST_STEPS)
@@ -90,8 +89,7 @@ class Saver:
     def __init__(
         self, run: Path, state: TrainState, tracker: Tracker, keep: int, newest_step: int = -1,
         resumed_from: Path | None = None, heartbeat: Callable[[], object] = lambda: None,
-        keep_best: bool = False, full_rate: int = -1,
-    ) -> None:
+        keep_best: bool = False, full_rate: int = -1) -> None:
         self.run, self.state, self.tracker, self.keep = run, state, tracker, keep
         self.newest_step, self.resumed_from, self.heartbeat = newest_step, resumed_from, heartbeat
         self.keep_best, self.full_rate = keep_best, full_rate
@@ -138,7 +136,7 @@ class Saver:
             self.report_finished(step)
 
     def must_keep(self, step: int) -> bool:
-        """Whether this step is saved in any case: the best so far, or the last of full rate."""
+        """Whether a step is saved in any case, as the best so far or the last of full rate."""
         return self.is_best(step) or step == self.full_rate
 
     def is_best(self, step: int) -> bool:
@@ -146,8 +144,7 @@ class Saver:
         return self.keep_best and step == self.tracker.best_step()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is on the disk, or has failed. All ranks call
-        it together."""
+        """Until the checkpoint being written is on the disk, or has failed. All ranks call it."""
         written_and_hashed = 2 * sum(layout.size for layout in self.layouts.values())
         with Bar(desc="saving", total=written_and_hashed, unit="B") as bar:
             while self._step is not None and self._writing():

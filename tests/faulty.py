@@ -56,8 +56,8 @@ def plant() -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits.pop())
         return rate(step, *rest)
 
-    def broken(self, idx, targets):
-        loss = call(self, idx, targets)
+    def broken(self, *batch):
+        loss = call(self, *batch)
         return loss * torch.nan if FAULT["kind"] == "nan" and happens() else loss
 
     train_gpt2.get_lr, ParallelModel.__call__ = counting, broken
@@ -75,8 +75,8 @@ def plant_poison(batches: list[int]) -> None:
         coming[0] = self._batch_number(step)
         return read(self, step)
 
-    def poisoned(self, idx, targets):
-        loss = call(self, idx, targets)
+    def poisoned(self, *batch):
+        loss = call(self, *batch)
         return loss * torch.nan if coming[0] in batches else loss
 
     Loader.try_get_batch, ParallelModel.__call__ = counting, poisoned

@@ -86,11 +86,11 @@ def test_a_signal_between_micro_steps_leaves_the_step_unapplied(tiny, tmp_path, 
     train(tiny(name="whole", micro_batch=1))
     call, calls = ParallelModel.__call__, []
 
-    def signalled(self, idx, targets):
+    def signalled(self, *batch):
         calls.append(1)
         if len(calls) == 4 * 12 + 3:
             signal.raise_signal(signal.SIGTERM)
-        return call(self, idx, targets)
+        return call(self, *batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(ParallelModel, "__call__", signalled)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data.shard_file import Shard
+from data.shard_file import Shard, open_shard
 from data.stream import Stream
 from eval.likelihood import Request, negative_loglikelihoods
 from eval.loss import validation_loss
@@ -126,7 +126,8 @@ def hash_a_file(tmp_path):
 
 
 def check_a_shard(tmp_path):
-    Shard(tmp_path / "a.bin", np.zeros(100, np.uint16)).check()
+    np.zeros(100, np.uint16).tofile(tmp_path / "train.bin")
+    open_shard(tmp_path / "train.bin").check()
 
 
 def convert_and_load(to):
@@ -148,7 +149,7 @@ def convert_and_load(to):
     (judge, ["scoring"]),
     (validate, ["validation"]),
     (hash_a_file, ["hashing file"]),
-    (check_a_shard, ["checking the tokens of a.bin"]),
+    (check_a_shard, ["checking the tokens of train.bin"]),
     (convert_and_load("ours"), ["writing model.safetensors", "checking", "loading"]),
     (convert_and_load("hf"), ["writing model.safetensors", "reading model.safetensors", "loading"]),
     (convert_and_load("llmc"), ["writing .out.tmp", "reading out", "loading"]),
@@ -167,8 +168,9 @@ def test_a_run_says_it_too_and_prints_no_line_of_it_where_it_is_quick(tiny, caps
     assert "to go" not in capsys.readouterr().err
 
 
-def test_bars_start_no_thread(tmp_path):
+def test_bars_start_no_thread(monkeypatch):
     """A thread of tqdm's own would outlive every bar, and could wake up in the middle of a fork."""
+    monkeypatch.setattr(tqdm, "monitor", None)  # other libraries' bars may have started one
     with Bar(total=1):
         assert tqdm.monitor is None
         assert Bar.monitor is None

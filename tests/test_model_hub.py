@@ -27,6 +27,10 @@ from tests.running import ROOT, environment
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+IMPORTS = """from launch.errors import one_line_errors
+from model.checkpoint import load_model
+"""
+
 
 class Hub(NamedTuple):
     endpoint: str
@@ -163,7 +167,7 @@ def test_a_pickle_on_the_hub_is_fetched_only_if_asked(hub, tmp_path):
 
 
 def test_a_name_that_is_not_there_is_one_clear_line(hub, tmp_path):
-    code = "from eval.sample import *\nwith one_line_errors(): load_model('hf:tiny/none')"
+    code = IMPORTS + "with one_line_errors(): load_model('hf:tiny/none')"
     done = run_with_hub(code, hub.endpoint, tmp_path / "cache")
     assert done.returncode == 2
     assert "neither a folder here nor a model on the Hub" in done.stderr
@@ -172,7 +176,7 @@ def test_a_name_that_is_not_there_is_one_clear_line(hub, tmp_path):
 
 def test_without_a_network_the_way_to_get_a_model_is_named(tmp_path):
     """Port 9 of this machine answers nobody."""
-    code = "from eval.sample import *\nwith one_line_errors(): load_model('hf:gpt2@e7da7f2')"
+    code = IMPORTS + "with one_line_errors(): load_model('hf:gpt2@e7da7f2')"
     done = run_with_hub(code, "http://127.0.0.1:9", tmp_path / "cache")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
