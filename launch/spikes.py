@@ -113,7 +113,7 @@ class SpikeDetector:
         if self.policy == "ignore":
             return ""
         problem = _outlier("the loss", loss, self.losses)
-        if not problem and self.in_a_row and len(self.norms) < WINDOW:
+        if not problem and self.streak and len(self.norms) < WINDOW:
             # The first steps' norms jump, and the clip bears it. Where a step was just left out,
             # and the same weights have a large gradient in the next batch too, they would have it
             # in every batch: the step is taken.

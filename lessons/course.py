@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from data import corpus
+from data import shakespeare as shakespeare_text
 from launch import console, files
 from launch.errors import BadInput, Failed
 
@@ -44,9 +45,8 @@ class Text(NamedTuple):
 
 NAMES = Text("names.txt", "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",
              "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d", 228_145)
-SHAKESPEARE = Text("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/"
-                   "master/data/tinyshakespeare/input.txt",
-                   "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1_115_394)
+SHAKESPEARE = Text(shakespeare_text.DEFAULT_PATH.name, shakespeare_text.URL,
+                   shakespeare_text.SHA256, shakespeare_text.SIZE)
 
 figures: list[tuple[str, float]] = []  # what this lesson has reached so far
 pictures: list[Path] = []

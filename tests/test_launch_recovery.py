@@ -170,6 +170,17 @@ def test_an_explosion_among_the_first_steps_is_seen():
     assert SpikeDetector(SpikeConfig("ignore")).check(0, 10.0, 1e9) == ""
 
 
+def test_on_the_way_back_from_an_early_explosion_steps_are_judged_as_ever():
+    """A rollback goes on from other weights with other batches: nothing was just left out."""
+    detector = SpikeDetector(SpikeConfig("rollback"))
+    for step in range(EARLY_STEPS):
+        detector.check(step, 10.0, 2.0)
+    saved = detector.state_dict()
+    assert detector.check(10, 10.0, 99.0)
+    detector.rewind(saved)
+    assert detector.check(10, 10.0, 99.0)
+
+
 def test_an_early_explosion_is_skipped_and_said(tiny, tmp_path, monkeypatch, capsys):
     norm, calls = ParallelModel.gradient_norm, []
 
