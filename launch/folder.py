@@ -172,7 +172,13 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any], in_decay: bool = F
     if init and init != before:
         different.append(f"init {before} there, {init} asked")
     # A preset's warm-up is scaled with --steps: it isn't what was asked to be different.
-    if {line.split(" ")[0] for line in different} in ({"steps"}, {"steps", "optim.warmup_steps"}):
+    names = {line.split(" ")[0] for line in different}
+    if more_steps and names == {"optim.warmup_steps"}:
+        raise BadInput(f"{checkpoint} is of a run that warms up for {old['optim.warmup_steps']} "
+                       f"steps, and --steps {new['steps']} scales the preset's to "
+                       f"{new['optim.warmup_steps']}: add --optim.warmup_steps "
+                       f"{old['optim.warmup_steps']}, or name the run's folder, not the preset")
+    if names in ({"steps"}, {"steps", "optim.warmup_steps"}):
         raise BadInput(
             f"{checkpoint} is of a run of {old.get('steps')} steps, and {new['steps']} are asked: "
             + ("a cosine falls towards its last step, and can't be stretched afterwards (wsd and "

@@ -1,6 +1,7 @@
 """Schedules other than the cosine, and a run that is given more steps."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,8 @@ def test_what_can_not_be_made_longer_says_why_and_is_left_alone(tiny, tmp_path):
     train(tiny(name="wsd", steps=8, optim=WSD, save_every=100))
     with pytest.raises(BadInput, match="of 8 steps, and 6 are asked: fewer can't"):
         train(tiny(name="wsd", steps=6, optim=WSD))
+    with pytest.raises(BadInput, match=r"warms up for 2 .*: add --optim.warmup_steps 2, or name"):
+        train(tiny(name="wsd", steps=12, optim=replace(WSD, warmup_steps=3)))
     with pytest.raises(BadInput, match="seed 1337 there, 1 asked"):
         train(tiny(name="wsd", steps=12, seed=1, optim=WSD))
     with pytest.raises(BadInput, match="step_00000008 is of a decay that began after step 4"):
