@@ -202,6 +202,13 @@ def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
         yield model.to(world.device).eval()
 
 
+def require_folder(checkpoint: str, world: World) -> None:
+    """Raises BadInput for what is no folder, and so no checkpoint: before anything is downloaded
+    for it. open_model() looks into it."""
+    if not checkpoint.startswith("hf:") and not Path(checkpoint).is_dir():
+        world.broadcast_from_rank0(resolve, checkpoint)
+
+
 def write_details(path: Path, questions: list[Question], answers: list[Answer]) -> None:
     """Every question's answer, a JSON object a line."""
     lines = []

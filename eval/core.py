@@ -226,6 +226,7 @@ def main(
     if limit < 0:
         raise BadInput(f"--limit {limit}: expected 0 (all) or more")
     world = init_distributed()
+    choice.require_folder(checkpoint, world)
     folder = Path(data) if data else world.broadcast_from_rank0(fetch)
     tasks = world.broadcast_from_rank0(read_tasks, folder)
     with choice.open_model(checkpoint, dtype, world) as model:

@@ -115,6 +115,7 @@ def main(
     if limit < 0:
         raise BadInput(f"--limit {limit}: expected 0 (all) or more")
     world = init_distributed()
+    choice.require_folder(checkpoint, world)
     path = Path(data) if data else world.broadcast_from_rank0(fetch)
     with world.fail_together():
         questions = read_questions(path, limit)

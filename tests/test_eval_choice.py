@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data.tokenizer import encode
-from eval import choice, hellaswag
+from eval import choice, core, hellaswag
 from launch.errors import BadInput, Failed, one_line_errors
 from launch.world import World
 from model.formats.hf import to_hf
@@ -276,3 +276,18 @@ def test_real_rows(model, real_data):
     score = hellaswag.evaluate(model, questions, ALONE)
     assert score.n == 20
     assert 0 <= score.acc_norm <= 1
+
+
+@pytest.mark.parametrize("command", [hellaswag, core], ids=["hellaswag", "core"])
+@pytest.mark.parametrize(("name", "said"), [
+    ("model.bin", "model.convert"), ("ckpt.pt", "model.convert"), ("nothing", "is no checkpoint"),
+])
+def test_what_is_no_checkpoint_is_said_before_anything_is_downloaded(
+    command, name, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command, "fetch", lambda: pytest.fail("downloads for no checkpoint"))
+    monkeypatch.chdir(tmp_path)
+    if name != "nothing":
+        (tmp_path / name).write_bytes(b"weights of somebody's")
+    with pytest.raises(BadInput, match=said):
+        command.main(name)
