@@ -244,7 +244,8 @@ def test_compare_refuses_other_questions(questions_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [({}, "which checkpoint?"), ({"checkpoint": "x", "limit": -1}, "--limit -1"),
-     ({"checkpoint": "/nowhere", "data": "rows"}, "can't read rows")], ids=str,
+     ({"checkpoint": "/nowhere", "data": "rows"}, "/nowhere is no checkpoint"),
+     ({"checkpoint": ".", "data": "rows"}, "can't read rows")], ids=str,
 )
 def test_a_wrong_command_gets_one_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as leaving, one_line_errors():
