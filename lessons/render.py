@@ -105,17 +105,18 @@ def run_and_render(path: Path) -> bool:
     (title, intro, _), *rest = cells(path.read_text())
     body = cell_html("", intro, "", "", [])
     for heading, prose, code in rest:
-        said, drawn = io.StringIO(), len(course.pictures)
+        said, drawn, ended_by = io.StringIO(), len(course.pictures), ""
         if not problem:
             try:
                 with contextlib.redirect_stdout(said):
                     exec(compile(code, str(path), "exec"), program.__dict__)
             except SystemExit as end:
-                problem = str(end.code) if end.code else ""
+                ended_by = str(end.code) if end.code else ""
             except Exception:
-                problem = traceback.format_exc(limit=-2)
+                ended_by = traceback.format_exc(limit=-2)
+            problem = ended_by
         print(said.getvalue(), end="", flush=True)
-        body += cell_html(heading, prose, code, said.getvalue() + problem, course.pictures[drawn:])
+        body += cell_html(heading, prose, code, said.getvalue() + ended_by, course.pictures[drawn:])
     state = "stopped short of its figures" if problem else "reached its figures"
     body += f'<p class="state">{state}, {time.monotonic() - start:.0f} s</p>\n'
     write_page(f"{path.name[:2]}.html", title, '<p><a href="index.html">all lessons</a></p>' + body)

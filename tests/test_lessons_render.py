@@ -75,7 +75,7 @@ def test_a_page_needs_no_network(page):
 
 
 def test_a_lesson_ends_at_the_figure_that_it_misses_and_says_so(page, tmp_path):
-    assert "other sum: 3 is outside, exactly 2" in page
+    assert page.count("other sum: 3 is outside, exactly 2") == 1, "at the cell that misses it"
     assert "stopped short of its figures" in page
     assert '<pre class="said">reached' not in page
     index = (tmp_path / "index.html").read_text()
