@@ -99,7 +99,7 @@ def histograms(title: str, tensors: Iterable[Tensor], labels: Iterable[str]) -> 
         heights, edges = np.histogram(x.detach().numpy(), bins=40, density=True)
         axes.plot(edges[:-1], heights, label=label)
     axes.set(title=title)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     return figure
 
 
@@ -110,7 +110,7 @@ def update_to_data(ratios: Sequence[Sequence[float]], labels: Sequence[str]) -> 
     axes.plot(ratios, label=labels)
     axes.axhline(-3, color="black", linewidth=0.8)
     axes.set(title="update to data", xlabel="step", ylabel="log10")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     return figure
 
 
