@@ -50,8 +50,8 @@ for _ in range(4):
     random.shuffle(names)
 n1, n2 = int(0.8 * len(names)), int(0.9 * len(names))
 train, dev, test = examples(names[:n1]), examples(names[n1:n2]), examples(names[n2:])
-for split, right in ((train, 182_441), (dev, 22_902), (test, 22_803)):
-    course.figure("examples of a split", len(split[1]), right, right, lecture=f"{right}")
+for split, right, other in ((train, 182_441, 76_970), (dev, 22_902, 9_622), (test, 22_803, 9_538)):
+    course.figure("examples of a split", len(split[1]), right, right, f"{right}", (other, other))
 
 # %% The network
 # e = embedding[x], three vectors in a row;  h = tanh(e W1 + b1);  logits = h W2 + b2.

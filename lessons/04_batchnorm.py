@@ -42,8 +42,8 @@ draw = torch.Generator().manual_seed(SEED)
 a = torch.randn((1000, 1), generator=draw).requires_grad_()
 c = torch.randn((1000, 1000), generator=draw) @ a  # (1000, 1)
 (torch.randn(1000, generator=draw) @ c).sum().backward()
-course.figure("std of c = b a", c.detach().std(), 31.012417, 31.012417, "31.012417")
-course.figure("std of the gradient at a", a.grad.std(), 30.88183, 30.88183, "30.881830")
+course.always("std of c = b a", c.detach().std(), 31.012417, 31.012417, "31.012417")
+course.always("std of the gradient at a", a.grad.std(), 30.88183, 30.88183, "30.881830")
 
 # %% The ladder
 # One network and five ways to start it: with e, the vectors of three letters in a row,
@@ -134,7 +134,7 @@ for gain, *stds in ((5 / 3, 0.75, 0.66), (1, 0.62, 0.32), (0.5, 0.41, 0.02), (3,
 deep, ratios, lr = Deep(1, batchnorm=True), [], 0.1
 weights = [deep.C, *deep.W]
 parameters = [p.requires_grad_() for p in (*weights, *deep.gains, *deep.biases)]
-course.figure("parameters", sum(p.numel() for p in parameters), 47024, 47024, "47,024")
+course.always("parameters", sum(p.numel() for p in parameters), 47024, 47024, "47,024")
 for step in range(1001):
     before, after = deep.batch()
     loss = F.cross_entropy(deep.forward(before), after)

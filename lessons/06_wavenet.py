@@ -1,11 +1,11 @@
 """Lesson 6: eight letters taken in by a tree, two by two, and the same tree as a convolution.
 
-    python lessons/06_wavenet.py           # a minute and a half: the last network for 60,000 steps
+    python lessons/06_wavenet.py           # a minute: the last network for 30,000 steps
     python lessons/06_wavenet.py --full    # the lecture's five networks, 200,000 steps: 8 minutes
 
 Needs names.txt, which lessons/course.py fetches. Same as lesson 5: letters, BatchNorm, tanh, plain
 descent. Different: a context of eight, layer upon layer (WaveNet's idea, arXiv 1609.03499), and
-autograd again. Figures: dev 2.00 after 60,000 steps, 1.9937 after 200,000; the tree equals a
+autograd again. Figures: dev 2.03 after 30,000 steps, 1.9937 after 200,000; the tree equals a
 dilated convolution, and GPT-2 with its cache GPT-2 without, to 1e-12.
 """
 
@@ -24,7 +24,7 @@ from model.generate import KVCache
 from model.gpt2 import GPT, GPTConfig
 
 FULL = "--full" in sys.argv
-STEPS, SLOW_FROM = (200_000, 150_000) if FULL else (60_000, 45_000)
+STEPS, SLOW_FROM = (200_000, 150_000) if FULL else (30_000, 22_500)
 VOCAB, BATCH = 27, 32
 # fp64 rounds by 1e-16; sums of some hundred numbers below 10 stay far under this, whatever the text
 EXACT = dict(low=0, high=1e-12, embedded=(0, 1e-12))
@@ -126,7 +126,7 @@ for name, context, shape, count, first, train_loss, dev_loss in LADDER:
     train, dev = data[context]
     tree, larger = Tree(**shape), shape["hidden"] == 128
     parameters = sum(p.numel() for p in tree.parameters)
-    course.figure(f"{name}: parameters", parameters, count, count, f"{count:,}")
+    course.always(f"{name}: parameters", parameters, count, count, f"{count:,}")
     losses = []
     for step, loss in descend(tree, *train, STEPS if larger or FULL else 1):
         losses.append(loss)
@@ -140,9 +140,9 @@ for name, context, shape, count, first, train_loss, dev_loss in LADDER:
                       f"{train_loss}")
         course.figure("  dev", tree.loss(*dev), dev_loss - wide, dev_loss + wide, f"{dev_loss}")
     elif larger:
-        course.figure(f"  train after {STEPS:,} steps", tree.loss(*train), 1.87, 1.90,
+        course.figure(f"  train after {STEPS:,} steps", tree.loss(*train), 1.935, 1.97,
                       "1.769 after 200,000")
-        course.figure(f"  dev after {STEPS:,} steps", tree.loss(*dev), 1.985, 2.02,
+        course.figure(f"  dev after {STEPS:,} steps", tree.loss(*dev), 2.01, 2.042,
                       "1.9937 after 200,000")
 # A batch's loss scatters by half a nat: only means of a thousand show where it goes.
 course.picture(drawings.means("loss of the larger tree", losses), "loss")

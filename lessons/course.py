@@ -26,6 +26,7 @@ from data import corpus
 from data import shakespeare as shakespeare_text
 from launch import console, files
 from launch.errors import BadInput, Failed
+from lessons.stand_in import BANDS
 
 if TYPE_CHECKING:  # half of the lessons draw nothing, and it takes a second to import
     from matplotlib.figure import Figure
@@ -87,12 +88,13 @@ def figure(what: str, value: float, low: float, high: float, lecture: str = "",
 
     low == high: exact, to as many digits as low is written with: 0.0625 has four, and a count, 7,
     has to be 7. lecture: what the lecture reached. embedded: the band where the embedded text
-    stands in; None: no judgement. text: the one that the number rests on, in a lesson of two
-    texts, of which one may be missing; None: on all that the lesson has asked for.
-    Raises SystemExit(1) with one line for a number outside, too good ones as well.
+    stands in; None: the one in stand_in.py, or no judgement. text: the one that the number rests
+    on, in a lesson of two texts, of which one may be missing; None: on all that the lesson has
+    asked for. Raises SystemExit(1) with one line for a number outside, too good ones as well.
     """
     value = float(value)
     figures.append((what, value))
+    embedded = embedded or _stand_in_band()
     said = [f"lecture {lecture}"] if lecture else []
     stands_in = bool(_stand_ins)
     if text is not None:
@@ -119,9 +121,23 @@ def figure(what: str, value: float, low: float, high: float, lecture: str = "",
         raise SystemExit(f"{what}: {shown} is outside, {right}")
 
 
-def always(what: str, value: float, low: float, high: float) -> None:
+def always(what: str, value: float, low: float, high: float, lecture: str = "") -> None:
     """A figure that has one band, whether a text is the lecture's or stands in for it."""
-    figure(what, value, low, high, embedded=(low, high))
+    figure(what, value, low, high, lecture, embedded=(low, high))
+
+
+def _stand_in_band() -> Band | None:
+    """stand_in.py's band for the figure that comes last so far. An indented one hangs on the one
+    above it: its name there is both."""
+    name = figures[-1][0]
+    above = [what for what, _ in figures if not what.startswith(" ")]
+    if name.startswith(" ") and above:
+        name = above[-1] + name
+    return BANDS.get(_script().name[:2], {}).get(name)
+
+
+def _script() -> Path:
+    return Path(str(getattr(sys.modules["__main__"], "__file__", "notebook")))
 
 
 def _places(number: float) -> int:
@@ -139,8 +155,7 @@ def _digits(value: float, places: int) -> str:
 
 def picture(drawing: "Figure", name: str) -> None:
     """Saves a matplotlib figure as runs/lessons/NN/NAME.png."""
-    script = Path(str(getattr(sys.modules["__main__"], "__file__", "notebook")))
-    path = OUT / script.name[:2] / f"{name}.png"
+    path = OUT / _script().name[:2] / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=110, bbox_inches="tight")
     pictures.append(path)
