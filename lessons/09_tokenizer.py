@@ -1,4 +1,4 @@
-r"""A tokenizer, trained: byte pair encoding, from eleven letters to GPT-2's own 50,000 merges.
+r"""Lesson 9: byte pair encoding, trained, from eleven letters to GPT-2's own 50,000 merges.
 
     python lessons/09_tokenizer.py
 

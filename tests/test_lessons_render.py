@@ -88,6 +88,7 @@ def test_every_lesson_comes_apart_into_cells(path: Path):
     source = path.read_text()
     parts = list(render.cells(source))
     assert len(parts) > 3
+    assert parts[0][0].startswith(f"Lesson {int(path.name[:2])}: ")
     for heading, _, code in parts:
         assert heading
         compile(code, str(path), "exec")
