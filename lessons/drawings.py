@@ -48,7 +48,7 @@ def moons(points: np.ndarray, labels: np.ndarray, grid: np.ndarray, scores: np.n
           losses: Sequence[float]) -> Figure:
     """Points (N, 2) with labels (N,) over the sign of the scores (G, G), a row for each y of the
     grid (G,); and the losses of the steps."""
-    figure = Figure(figsize=(9, 4))
+    figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.contourf(grid, grid, scores, levels=[-99, 0, 99], colors=["#f4c7b5", "#b9cdf0"])
     left.scatter(*points.T, c=labels, cmap="coolwarm_r", edgecolors="black", s=18)

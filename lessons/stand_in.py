@@ -1,4 +1,4 @@
-"""Bands of figures where the embedded text stands in for the lectures': lessons 2, 4, 5, 6, 7, 8.
+"""Bands of figures where the embedded text stands in for the lectures': lessons 2 and 4 to 7.
 
     BANDS["04"]["original: first loss"]  # (25.9026, 25.9026)
 
@@ -88,5 +88,14 @@ BANDS: dict[str, Bands] = {
         "larger tree: parameters  batch 20,000": (1.4391, 1.4592),
         "larger tree: parameters  train after 30,000 steps": (1.734, 1.77),
         "larger tree: parameters  dev after 30,000 steps": (1.995, 2.028),
+    },
+    "07": {
+        "bigram": (2.31, 2.37),
+        "one head": (2.169, 2.229),
+        "four heads": (2.0, 2.061),
+        "feed-forward": (1.974, 2.034),
+        "three blocks": (1.757, 1.817),
+        "with LayerNorm": (1.753, 1.813),
+        "as GPT-2": (1.724, 1.784),
     },
 }
