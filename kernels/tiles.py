@@ -95,6 +95,11 @@ _ROWS = {
     ("layer_norm_backward", EVERY, 4096): (Tile(1, 4096, 16), Tile(1, 4096, 8)),
     ("layer_norm_backward", EVERY.replace("sm_100 ", ""), 8192): (Tile(1, 8192, 16),),
     ("layer_norm_backward", "sm_100", 8192): (Tile(1, 8192, 8),),  # 16 warps spill there
+    # With the bias of the branch, and its gradient: three sums of a row's length.
+    ("layer_norm_forward_bias", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 2)),
+    ("layer_norm_forward_bias", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 4)),
+    ("layer_norm_backward_bias", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 8)),
+    ("layer_norm_backward_bias", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 16)),
     ("cross_entropy", EVERY, 65536): (Tile(1, 4096, 8), Tile(1, 8192, 8), Tile(1, 8192, 16)),
     ("cross_entropy_softcap", EVERY, 65536): (Tile(1, 4096, 8), Tile(1, 4096, 16)),
     # Tokens and head width: 8 values of each half of a head in each thread.
@@ -104,6 +109,10 @@ _ROWS = {
     ("qk_norm_rotary_backward", EVERY, 128): (Tile(16, 128, 4), Tile(32, 128, 8)),
     ("relu_squared_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
     ("relu_squared_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
+    # Rows and columns: 8 values of a row in each thread.
+    ("gelu_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(4, 256, 4)),
+    ("gelu_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
+    ("column_sums", EVERY, 1): (Tile(4, 256, 4), Tile(2, 512, 4)),
 }
 
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
