@@ -25,8 +25,10 @@ CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _tanh(u):
-    """tanh(sqrt(2 / pi) (u + 0.044715 u^3)); 1 where the exponential overflows, NaN for NaN."""
-    return 1 - 2 / (tl.exp((u + u * u * u * CUBIC) * (2 * ROOT)) + 1)
+    """tanh(sqrt(2 / pi) (u + 0.044715 u^3)): 1 - 2 / (e + 1) with e = exp(2 ...), which ends at
+    exp(80), where tanh has long been 1; NaN stays."""
+    e = tl.exp(tl.minimum((u + u * u * u * CUBIC) * (2 * ROOT), 80.0, tl.PropagateNan.ALL))
+    return 1 - 2 / (e + 1)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kernels import reference
 
@@ -45,7 +44,7 @@ def _layer_norm_forward(x, branch, branch_bias, weight, bias, eps, dtype):
 def _layer_norm_backward(
     dy, dtotal, total, weight, mean, rstd, partial, dtype, branch_dtype, branch_bias
 ):
-    """(ds in dtype, ds in branch_dtype if that is another, else empty); dw, db (, dc) in partial."""
+    """(ds in dtype, ds in branch_dtype if that is another, else empty); dw, db, dc in partial."""
     n = (total - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     dy = dy.reshape(total.shape).to(total.dtype)
     g = dy * weight
@@ -101,7 +100,8 @@ REFERENCE = Passes(
 
 def triton_passes() -> Passes:
     """The kernels'. They compute in bf16, fp16 and fp32, with heads of 64 or 128."""
-    from kernels import attention, column_sums, gelu, layernorm, tiles  # noqa: F401  (attention: its operators)
+    from kernels import column_sums, gelu, layernorm, tiles
+    from kernels.attention import attention  # noqa: F401  whose import defines its operators
 
     return Passes(
         tiles.programs, layernorm.launch_forward, layernorm.launch_backward, gelu.launch_forward,

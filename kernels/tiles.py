@@ -110,7 +110,7 @@ _ROWS = {
     ("relu_squared_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
     ("relu_squared_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
     # Rows and columns: 8 values of a row in each thread.
-    ("gelu_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(4, 256, 4)),
+    ("gelu_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
     ("gelu_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
     ("column_sums", EVERY, 1): (Tile(4, 256, 4), Tile(2, 512, 4)),
 }

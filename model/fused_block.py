@@ -40,10 +40,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernels
 from kernels.passes import Passes
 from kernels.reference import at_least_fp32, product_dtype
+from model.gpt2 import Block, GPTConfig
 
 MAX_WIDTH = 2048  # of C: LayerNorm's backward pass keeps three sums of a row's length in registers
+# Relative errors (Frobenius) of a block's outputs and gradients against autograd's in fp64. The
+# interpreter shows up to 9e-3 in bf16, as autograd's own block does, and 6e-7 in fp32; a GPU's own
+# exponentials and order of summation may double that, a wrong tile gives 0.1 and more.
+LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 class _Block(torch.autograd.Function):
@@ -116,9 +122,9 @@ class _Block(torch.autograd.Function):
 
         vectors = partial.sum(0).split([C, C, C, C, C, 4 * C, 3 * C, C])
         dln_1, db_1, dln_2, db_2, db_proj, db_fc, db_attn, db_out = vectors
-        gradients = (dln_1, db_1, dW_attn, db_attn, dW_proj, db_proj, dln_2, db_2, dW_fc, db_fc,
-                     dW_out, db_out)
-        gradients = [d.to(dtype) for d, dtype in zip(gradients, dtypes, strict=True)]
+        in_order = (dln_1, db_1, dW_attn, db_attn, dW_proj, db_proj, dln_2, db_2, dW_fc, db_fc,
+                    dW_out, db_out)
+        gradients = [d.to(dtype) for d, dtype in zip(in_order, dtypes, strict=True)]
         return dx, du, None, None, None, None, *gradients
 
 
@@ -174,7 +180,7 @@ def copy_weights(blocks: list[FusedBlock]) -> None:
 
     Read and written: 6 bytes a parameter, 0.2 ms of an H100's bandwidth at 124M (computed).
     """
-    weights = [weight for block in blocks for weight in block.product_weights()]
+    weights: list[Tensor] = [weight for block in blocks for weight in block.product_weights()]
     first = weights[0]
     dtype = product_dtype(first.dtype, first.device)
     if dtype == first.dtype:
@@ -185,3 +191,57 @@ def copy_weights(blocks: list[FusedBlock]) -> None:
     torch._foreach_copy_(copies, weights)
     for i, block in enumerate(blocks):
         block.low = copies[6 * i : 6 * i + 6]
+
+
+def fits(config: GPTConfig) -> bool:
+    """Whether these lines are this network's, and its rows short enough."""
+    return (config.arch == "gpt2" and config.gelu == "tanh" and not config.dropout
+            and config.n_embd <= MAX_WIDTH)
+
+
+def check(passes: Passes, device: torch.device, head_width: int) -> tuple[str, str]:
+    """Holds a block on this very device against autograd's in fp64: (errors, faults), to print.
+
+    Of the sizes of kernels/selfcheck.py: T = 77 leaves every tile a ragged end.
+    """
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=2 * head_width, n_ctx=77, n_vocab=1)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        block = Block(config, kernels.TORCH, 0)
+        for parameter in block.parameters():  # so that no LayerNorm has weight 1 and bias 0
+            scale = 0.02 if parameter.dim() == 2 else 0.1
+            parameter.add_(torch.randn(parameter.shape), alpha=scale)
+        inputs = torch.randn(4, 1, 77, config.n_embd)  # x, branch, and the outputs' gradients
+    block.to(device)
+    exact = _outputs_and_gradients(block.double(), inputs.to(device).double(), None)
+    block.float().fused = FusedBlock(block, passes)
+    worst, faults = {}, []
+    for dtype, limit in LIMITS.items():
+        name = str(dtype).removeprefix("torch.")
+        try:
+            got = _outputs_and_gradients(block, inputs.to(device), dtype)
+        except Exception as error:  # a kernel that does not compile or launch is a fault too
+            faults.append(f"in {name}: {type(error).__name__}: {error}")
+            continue
+        errors = {what: (got[what].cpu().double() - right.cpu()).norm() / right.cpu().norm()
+                  for what, right in exact.items()}
+        worst[name] = max(errors.values())
+        faults += [f"{what} in {name} is off by {off:.1e}"
+                   for what, off in errors.items() if not off <= limit]  # NaN too
+    shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
+    return shown, "; ".join(faults)
+
+
+def _outputs_and_gradients(
+    block: Block, inputs: Tensor, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """By name. inputs: x, branch and the gradients of both outputs, (4, B, T, C)."""
+    x, branch = (inputs[i].clone().requires_grad_() for i in (0, 1))
+    block.zero_grad(set_to_none=True)
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        stream, m = block(x, branch)
+    torch.autograd.backward((stream, m), (inputs[2], inputs[3].to(m.dtype)))
+    wanted = dict(block.named_parameters()) | {"dx": x, "dbranch": branch}
+    gradients = {name: t.grad for name, t in wanted.items() if t.grad is not None}
+    assert gradients.keys() == wanted.keys()
+    return gradients | {"stream": stream.detach(), "branch": m.detach()}

@@ -10,21 +10,21 @@ import torch
 
 import kernels
 from kernels.passes import REFERENCE, triton_passes
-from model.fused_block import fuse_blocks
+from model.fused_block import check, fuse_blocks
 from model.gpt2 import GPT, GPTConfig
 from tests.exact import poison  # noqa: F401
 
-SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=128, n_ctx=33, n_vocab=100)
+SHAPE = GPTConfig(n_layer=2, n_head=1, n_embd=64, n_ctx=33, n_vocab=100)
 
 
 def model_and_batch(dtype=torch.float32, ops=kernels.TORCH, **changes):
-    """The same weights each time, none of them 0 or 1; 2 rows of 33 tokens."""
+    """The same weights each time, none of them 0 or 1; 33 tokens."""
     torch.manual_seed(0)
     model = GPT(SHAPE, ops).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape)
-    idx, targets = torch.randint(0, 100, (2, 2, 33))
+    idx, targets = torch.randint(0, 100, (2, 1, 33))
     return model, idx, targets
 
 
@@ -64,7 +64,10 @@ def test_every_gradient_in_fp32_by_the_kernels(exact):
 
 @pytest.mark.parametrize("passes", ["reference", "triton"])
 def test_every_gradient_in_bf16(exact, passes):
-    """No farther from fp64 than autograd's block with the same operators, and a fifth."""
+    """No farther from fp64 than autograd's block with the same operators, and a fifth.
+
+    The loss is a single number, off by chance: a mean of 33 tokens', each by some 2^-9 of a nat.
+    """
     ops = kernels.operators("triton" if passes == "triton" else "torch", torch.device("cpu"))
     own = losses_and_gradients(*model_and_batch(ops=ops), torch.bfloat16)
     model, *batch = model_and_batch(ops=ops)
@@ -72,4 +75,16 @@ def test_every_gradient_in_bf16(exact, passes):
     for name, got in losses_and_gradients(model, *batch, torch.bfloat16).items():
         print(name, relative(got, exact[name]), relative(own[name], exact[name]))
         assert got.dtype == torch.float32
-        assert relative(got, exact[name]) < 1.2 * relative(own[name], exact[name]), name
+        limit = 2**-9 / 33**0.5 if name == "loss" else 1.2 * relative(own[name], exact[name])
+        assert relative(got, exact[name]) < limit, name
+
+
+def test_the_check_on_a_device_passes_and_names_what_is_wrong():
+    """As it runs before a training on a GPU, on the interpreter; then with two planted faults."""
+    device = torch.device("cpu")
+    errors, faults = check(REFERENCE, device, 64)
+    assert faults == "" and errors.startswith("bfloat16")
+    _, faults = check(REFERENCE._replace(gelu_backward=lambda x, b, dy, sums: (dy, x)), device, 64)
+    assert "mlp.c_fc.weight in float32 is off by" in faults
+    _, faults = check(REFERENCE._replace(column_sums=lambda *_: 1 / 0), device, 64)
+    assert faults.startswith("in bfloat16: ZeroDivisionError")
