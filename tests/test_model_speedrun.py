@@ -14,7 +14,7 @@ from model.generate import SampleConfig, generate
 from model.gpt2 import GPTConfig
 from model.network import get_num_params, new_network, parameter_count
 from model.speedrun import SOFTCAP
-from tests.running import ALONE
+from tests.running import ALONE, ROOT
 from train_gpt2 import train
 
 EOT = 50256
@@ -163,3 +163,7 @@ def test_a_run_of_it_is_saved_sampled_and_exported_as_our_own_alone(tiny, tmp_pa
 def test_what_the_other_network_has_not_is_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         replace(SHAPE, **wrong)
+
+
+def test_its_file_is_short_enough_to_be_read_at_once():
+    assert len((ROOT / "model" / "speedrun.py").read_text().splitlines()) < 150
