@@ -75,6 +75,7 @@ def test_one_clear_line(arguments, words, tmp_path, capsys):
 # negative, zero where it divides, more than the type behind it holds.
 OUT_OF_BOUNDS = {
     "steps": (["0", "-5", "100000000", str(10**400)], "1 to 99,999,999"),
+    "minutes": (["-1.0", "nan", "inf", "525601.0"], "0 to 525,600"),
     "batch_tokens": (["0", "-128", str(10**30)], "1 to 1,000,000,000"),
     "micro_batch": (["0", "-1"], "at least 1"),
     "seed": (["-1", str(2**32)], "0 to 4,294,967,295"),
