@@ -55,6 +55,8 @@ from train_gpt2 import PRESETS, TrainConfig, train
         (["demo", "--model.n_embd", "0"], "n_embd 0: expected a whole number, 1 to"),
         (["demo", "--model.n_ctx", str(10**9)], "n_ctx 1000000000: expected a whole number"),
         (["demo", "--model.n_vocab", "-1"], "n_vocab -1: expected a whole number, 1 to"),
+        (["demo", "--model.n_embd", "1", "--model.n_head", "1", "--optim.optimizer", "muon"],
+         "--optim.optimizer muon needs matrices, and this model's have a side of 1: a larger"),
         (["demo", "--optim.lr", "high"], "--optim.lr"),
         (["demo", "--steps", "1e3"], "--steps"),
     ],

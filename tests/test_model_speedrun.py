@@ -165,5 +165,24 @@ def test_what_the_other_network_has_not_is_refused(wrong, said):
         replace(SHAPE, **wrong)
 
 
+def test_a_faithful_run_does_not_go_on_as_a_speedrun(tiny, tmp_path):
+    """Nor the other way round; each is as it was."""
+    shape = replace(SHAPE, n_layer=2)
+    for name, model in (("faithful", tiny().model), ("speedrun", shape)):
+        train(tiny(name=name, steps=1, model=model))
+    with pytest.raises(BadInput, match="other run: model.arch gpt2 there, speedrun asked. `python"):
+        train(tiny(name="faithful", steps=1, model=shape))
+    with pytest.raises(BadInput, match="other run: model.arch speedrun there, gpt2 asked. `python"):
+        train(tiny(name="speedrun", steps=1))
+    with pytest.raises(SystemExit, match="0"):  # finished, and nothing lost
+        train(tiny(name="faithful", steps=1))
+
+
+def test_a_head_width_that_no_kernel_has_is_refused(tiny):
+    pytest.importorskip("triton")
+    with pytest.raises(BadInput, match="--kernels triton: .*64 or 128 wide, not 16: use --kernels"):
+        train(tiny(model=SHAPE, kernels="triton"))
+
+
 def test_its_file_is_short_enough_to_be_read_at_once():
     assert len((ROOT / "model" / "speedrun.py").read_text().splitlines()) < 150
