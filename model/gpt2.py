@@ -12,7 +12,7 @@ Shapes: B batch, T time, C width, H heads, D = C / H head width, V vocabulary, V
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -184,6 +184,14 @@ class Block(nn.Module):
         return x, branch  # each (B, T, C)
 
 
+def run_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
+    """block(*inputs). With model.checkpoint_activations only the inputs are kept, and the block is
+    computed once more in the backward pass."""
+    if model.checkpoint_activations and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
 class GPT(nn.Module):
     """The whole network."""
 
@@ -239,10 +247,7 @@ class GPT(nn.Module):
             self.before_blocks()
         branch = None
         for layer, block in enumerate(self.h):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x, branch = checkpoint(block, x, branch, attend, use_reentrant=False)
-            else:
-                x, branch = block(x, branch, attend)
+            x, branch = run_block(self, block, x, branch, attend)
             if self.watch is not None:
                 self.watch(layer, x, branch)
         _, normed = self.ln_f.fused_add(x, branch)

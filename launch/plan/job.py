@@ -36,6 +36,9 @@ class Job:
     kernels: str = "auto"  # auto, triton or torch
     gelu: str = "tanh"  # or exact: the same bytes and about the same time
     dropout: float = 0.0
+    arch: str = "gpt2"  # or speedrun
+    tables: int = 1  # (V, C) each: embedding, head where it's another, value embeddings
+    optimizer: str = "adamw"  # or muon
 
     @classmethod
     def of(cls, settings: Mapping, parameters: int, flops_per_token: int) -> "Job":
@@ -44,10 +47,12 @@ class Job:
         dtype = compute["dtype"]
         if dtype == "auto":
             dtype = "bf16"
-        arch = model["arch"]
-        if arch != "gpt2":
-            raise BadInput(f"--plan counts GPT-2's network, and not --model.arch {arch}'s: measure "
-                           "a few steps with --steps 20")
+        if model["document_mask"]:
+            raise BadInput("--plan doesn't know the masked attention of --model.document_mask: "
+                           "plan without it, and measure with --steps 20 what it costs")
+        tables = 1
+        if model["arch"] == "speedrun":
+            tables = 2 + model["value_embeddings"] * (model["n_layer"] // 2)
         return cls(
             n_layer=model["n_layer"],
             n_head=model["n_head"],
@@ -65,6 +70,9 @@ class Job:
             compile=compute["compile"] is not False,
             kernels=compute["kernels"],
             dropout=model["dropout"],
+            arch=model["arch"],
+            tables=tables,
+            optimizer=settings["optim"]["optimizer"],
         )
 
     def __post_init__(self) -> None:
@@ -97,14 +105,15 @@ class Job:
 
     @property
     def embeddings(self) -> int:
-        """Numbers in both embeddings, padding rows included."""
-        return (self.padded_vocab + self.n_ctx) * self.n_embd
+        """Numbers in all embeddings and the head, padding rows included."""
+        positions = self.n_ctx if self.arch == "gpt2" else 0
+        return (self.tables * self.padded_vocab + positions) * self.n_embd
 
     @property
     def stored(self) -> int:
         """Parameters with padding rows."""
         padding = self.padded_vocab - self.n_vocab
-        return self.parameters + padding * self.n_embd
+        return self.parameters + self.tables * padding * self.n_embd
 
     def peak_flops(self, card: Card) -> float:
         """FLOP/s of this dtype that the card's maker promises."""
