@@ -217,7 +217,7 @@ def cache_file() -> Path:
     import triton
 
     here = Path(__file__).parent
-    kernels = "attention layernorm cross_entropy qk_norm_rotary relu_squared"
+    kernels = "attention columns layernorm cross_entropy qk_norm_rotary relu_squared"
     names = f"{kernels} tiles cards sass launches audit".split()
     sources = b"".join((here / f"{name}.py").read_bytes() for name in names)
     key = hashlib.sha256(sources + triton.__version__.encode()).hexdigest()[:16]

@@ -194,7 +194,7 @@ def init_distributed(deterministic: bool = False) -> World:
         torch.use_deterministic_algorithms(True)
         # It would also fill every new tensor with NaN, which shows who reads what nobody has
         # written (the kernels' tests look for it): 454 launches and 16 GB in a step of 124M.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     rank, size = read_ranks()
     device = choose_device()

@@ -203,7 +203,7 @@ class ParallelModel:
         # Every rank sends ceil(rows / ranks) rows of each; the last ranks have fewer, and what they
         # send in place of the rest is thrown away.
         share = [-(-len(x) // ranks) for x in full]
-        each = [n * x[:1].numel() for n, x in zip(share, full, strict=True)]
+        each = [n * math.prod(x.shape[1:]) for n, x in zip(share, full, strict=True)]
         sent = rows[0].new_empty(sum(each))
         parts = zip(sent.split(each), rows, strict=True)
         torch._foreach_copy_([part[: own.numel()].view_as(own) for part, own in parts], rows)
