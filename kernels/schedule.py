@@ -3,18 +3,18 @@
     python -m kernels.schedule             # h100 and a100: both orders, at several batch sizes
     python -m kernels.schedule b200 4090
 
-A tile of the last queries sees eight times the keys that one of the first sees, and a GPU starts
-programs in the order of their numbers, each where room is first. Head after head, whatever comes
-last may be long, and all SMs but a few wait for it. So the longest tiles come first: in groups of
-heads, all heads' longest, then all second ones. The groups are as large as lets their keys and
-values stay in the L2 cache, since all tiles of a head read them (FlashAttention-4's scheduler,
-SingleTileLPTScheduler in Dao-AILab/flash-attention, does so). No tile computes anything else for
-it: the bits are the same.
+The last 128 of 1,024 queries see eight times the keys that the first 128 see, and a GPU starts
+programs in the order of their numbers, each where room is first. Head after head, one that starts
+among the last may be long, and most SMs wait for it. So the longest tiles come first: in groups of
+heads, all heads' longest, then all second ones. Groups are as large as lets their keys and values
+stay in the L2 cache, since all tiles of a head read them (so does FlashAttention-4's scheduler,
+SingleTileLPTScheduler in Dao-AILab/flash-attention). No tile computes anything else for it: the
+bits are the same.
 
-The table is a model, with nothing measured: programs that take time by the passes through their
-loops, placed in their order (list scheduling), and how much longer that takes than if the work
-could be spread evenly. Real programs also wait for memory and for each other, which hides a part
-of the loss, so it is at most this much.
+The table is a model, and nothing in it was measured: programs that take time by the passes through
+their loops are placed in their order (list scheduling), and the figure is how much longer that
+takes than if their work could be spread evenly. It is an upper bound: where programs share an SM,
+those that are left run faster.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def order(heads: int, tiles_of_head: int, group: int) -> Iterator[tuple[int, int
                 yield tile, head
 
 
-def loss(lengths: list[float], places: int) -> float:
+def over_balance(lengths: list[float], places: int) -> float:
     """By how much the last of these programs ends later than if places shared the work evenly.
 
     They begin in the order of the list, each in the place that is free first. 0.05: 5 % later.
@@ -64,13 +64,13 @@ def loss(lengths: list[float], places: int) -> float:
     return max(free_at) / (sum(lengths) / places) - 1
 
 
-def loss_of(kernel: str, card: Card, B: int, group: int) -> float:
+def of_launch(kernel: str, card: Card, B: int, group: int) -> float:
     """The same of one launch for B sequences of GPT-2 124M, with the tile that ships."""
     tile = tiles.pick(kernel, card.arch, GPT2.C // GPT2.H)
     programs = passes(kernel, GPT2.T, tile.m, tile.n)
     longest_first = sorted((START + whole + masked for whole, masked in programs), reverse=True)
     placed = order(B * GPT2.H, len(longest_first), group)
-    return loss([longest_first[tile] for tile, _ in placed], CTAS * card.sms)
+    return over_balance([longest_first[tile] for tile, _ in placed], CTAS * card.sms)
 
 
 def table(cards: list[str]) -> str:
@@ -85,7 +85,7 @@ def table(cards: list[str]) -> str:
             tile = tiles.pick(kernel, card.arch, D)
             rows = tile.n if kernel == "attention_dkdv" else tile.m
             for B in (64, 16, 8):
-                one, grouped = (loss_of(kernel, card, B, heads) for heads in (1, group))
+                one, grouped = (of_launch(kernel, card, B, heads) for heads in (1, group))
                 lines.append(f"{kernel:18} {key:6} {B:3} {B * GPT2.H * GPT2.T // rows:8,} "
                              f"{card.sms:4} {group:5} {one:15.1%} {grouped:14.1%}")
     return "\n".join(lines)

@@ -74,11 +74,11 @@ def test_groups_are_what_the_l2_cache_holds():
     assert schedule.heads_in_group(257 * KIB, 256 * KIB) == 1  # not even one fits
 
 
-def test_losses_by_hand():
+def test_over_balance_by_hand():
     """Two places. 1, 1, 2 end at 1 and 3, where 2 each would be even; 2, 1, 1 are."""
-    assert schedule.loss([1, 1, 2], 2) == pytest.approx(0.5)
-    assert schedule.loss([2, 1, 1], 2) == 0
-    assert schedule.loss([1], 4) == 3
+    assert schedule.over_balance([1, 1, 2], 2) == pytest.approx(0.5)
+    assert schedule.over_balance([2, 1, 1], 2) == 0
+    assert schedule.over_balance([1], 4) == 3
 
 
 def test_passes_by_hand():
@@ -93,19 +93,19 @@ def test_passes_by_hand():
     ("a100", 64, 2.0, 0.1), ("a100", 16, 8.1, 0.7), ("a100", 8, 15.5, 2.1),
 ])
 def test_the_forward_pass_in_the_model(card, B, before, after):
-    found = [100 * schedule.loss_of("attention_forward", CARDS[card], B, group)
+    found = [100 * schedule.of_launch("attention_forward", CARDS[card], B, group)
              for group in (1, 128)]
     assert found == pytest.approx([before, after], abs=0.05)
 
 
-def test_no_kernel_and_no_card_loses_by_it():
+def test_no_kernel_and_no_card_is_slower_by_it():
     for kernel in schedule.KERNELS:
         for card in CARDS.values():
             if not card.has_bf16:
                 continue
             group = schedule.heads_in_group(256 * KIB, card.l2_bytes)
             for B in (4, 8, 16, 32, 64):
-                before, after = (schedule.loss_of(kernel, card, B, n) for n in (1, group))
+                before, after = (schedule.of_launch(kernel, card, B, n) for n in (1, group))
                 assert after <= before, (kernel, card.key, B)
 
 
