@@ -218,7 +218,8 @@ def cache_file() -> Path:
     import triton
 
     here = Path(__file__).parent
-    kernels = "attention column_sums cross_entropy gelu layernorm qk_norm_rotary relu_squared"
+    kernels = ("attention columns column_sums cross_entropy gelu layernorm qk_norm_rotary "
+               "relu_squared")
     names = f"{kernels} tiles cards sass launches audit".split()
     sources = b"".join((here / f"{name}.py").read_bytes() for name in names)
     key = hashlib.sha256(sources + triton.__version__.encode()).hexdigest()[:16]

@@ -63,7 +63,8 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
         x = f"*{kind}"
         q, k = tiled(tile.m), tiled(tile.n)
-        types = dict(queries=q, keys=k, out=x, dout=x, lse=fp32, delta=fp32, dqkv=x, T=i32, H=i32)
+        types = dict(queries=q, keys=k, out=x, dout=x, lse=fp32, delta=fp32, dqkv=x)
+        types |= dict(T=i32, H=i32, group=i32)
         if "dkdv" in kernel:
             types["dout"] = q
         fn = getattr(attention, kernel.removesuffix("_fp32"))
