@@ -41,11 +41,11 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels.constants import FUSED_WIDTH
 from kernels.passes import Passes
 from kernels.reference import at_least_fp32, product_dtype
 from model.gpt2 import Block, GPTConfig
 
-MAX_WIDTH = 2048  # of C: LayerNorm's backward pass keeps three sums of a row's length in registers
 # Relative errors (Frobenius) of a block's outputs and gradients against autograd's in fp64. The
 # interpreter shows up to 9e-3 in bf16, as autograd's own block does, and 6e-7 in fp32; a GPU's own
 # exponentials and order of summation may double that, a wrong tile gives 0.1 and more.
@@ -196,7 +196,7 @@ def copy_weights(blocks: list[FusedBlock]) -> None:
 def fits(config: GPTConfig) -> bool:
     """Whether these lines are this network's, and its rows short enough."""
     return (config.arch == "gpt2" and config.gelu == "tanh" and not config.dropout
-            and config.n_embd <= MAX_WIDTH)
+            and config.n_embd <= FUSED_WIDTH)
 
 
 def check(passes: Passes, device: torch.device, head_width: int) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kernels.cards import CARDS, Card
+from kernels.constants import FUSED_WIDTH
 from launch.errors import BadInput
 
 NODE = 8  # GPUs joined by the card's own link; DGX and HGX nodes, and the usual rented machine
@@ -33,6 +34,7 @@ class Job:
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
     checkpointing: bool = False  # blocks computed again in the backward pass
     compile: bool = True
+    by_hand: bool = False  # blocks with a backward pass by hand, where the kernels run
     kernels: str = "auto"  # auto, triton or torch
     gelu: str = "tanh"  # or exact: the same bytes and about the same time
     dropout: float = 0.0
@@ -68,6 +70,9 @@ class Job:
             parallel=compute["parallel"],
             checkpointing=compute["activation_checkpointing"],
             compile=compute["compile"] is not False,
+            by_hand=(compute["compile"] is None and model["arch"] == "gpt2"
+                     and model["gelu"] == "tanh" and not model["dropout"]
+                     and model["n_embd"] <= FUSED_WIDTH),
             kernels=compute["kernels"],
             dropout=model["dropout"],
             arch=model["arch"],
@@ -97,6 +102,11 @@ class Job:
     def fused(self) -> bool:
         """Whether the Triton kernels compute it; on() says where they do not run."""
         return self.kernels != "torch" and self.n_embd // self.n_head in (64, 128)
+
+    @property
+    def blocks_by_hand(self) -> bool:
+        """Whether model/fused_block.py computes the blocks."""
+        return self.by_hand and self.fused
 
     @property
     def padded_vocab(self) -> int:

@@ -8,7 +8,7 @@ e: bytes of a number in the matrix products (Job.itemsize).
 
 from kernels.cards import MIB, Card
 from kernels.constants import CHUNK_ELEMENTS, TRITON_CHUNK_ELEMENTS
-from launch.plan import muon, speedrun
+from launch.plan import by_hand, muon, speedrun
 from launch.plan.job import FP32, Job, gpus_of_moments, gpus_of_shard, sequences_per_gpu
 from launch.plan.tables import Held, total
 
@@ -26,10 +26,13 @@ TILE_ROWS = 128  # the Triton loss holds its logits in whole tiles of so many to
 # ---- what the blocks keep for their backward pass ----
 
 def kept_by_block(job: Job, B: int) -> list[Held]:
-    """One block of GPT-2, eager or compiled; the speedrun's: speedrun.py."""
+    """One block of GPT-2, by hand, eager or compiled; the speedrun's: speedrun.py."""
     if job.arch == "speedrun":
         return speedrun.kept_by_block(job, B)
     N, C, H, e = B * job.n_ctx, job.n_embd, job.n_head, job.itemsize
+    mlp = Held("the MLP's 4C before and after GELU", N * 2 * 4 * C, e)
+    if job.blocks_by_hand:
+        mlp = by_hand.kept_of_mlp(job, B)
     masks = []
     if job.dropout:  # CUDA's native_dropout keeps a byte a number; flash attention keeps a seed
         masks = [Held("masks of two branches", N * 2 * C, 1)]
@@ -39,7 +42,7 @@ def kept_by_block(job: Job, B: int) -> list[Held]:
         Held("outputs of two LayerNorms", N * 2 * C, e),
         Held("q, k, v", N * 3 * C, e),
         Held("attention's output", N * C, e),
-        Held("the MLP's 4C before and after GELU", N * 2 * 4 * C, e),
+        mlp,
         Held("attention's log-sum-exp", N * H, FP32),
         Held("means and deviations of two LayerNorms", N * 2 * 2, FP32),
     ]
@@ -138,6 +141,11 @@ def peaks(job: Job, B: int) -> dict[str, int]:
         Held("gradients of the MLP's 4C, less what is let go of", N * (2 - 1) * 4 * C, e),
         Held("gradient of one of the MLP's weights", 4 * C * C, e),
     ]
+    gone = activations(job, B)  # when the blocks' backward passes are done
+    in_block = total(block)
+    if job.blocks_by_hand:
+        gone -= job.n_layer * total(cast_weights(job))  # they are kept to the next forward pass
+        in_block = total(tied) + by_hand.backward_peak(job, B)
     embedding = [head._replace(what="the embedding's gradient, from the tokens")]
     if tied:
         embedding += [head, head._replace(what="their sum")]
@@ -145,9 +153,9 @@ def peaks(job: Job, B: int) -> dict[str, int]:
     return {
         "loss": last + loss_workspace(job, B) + total([output]),
         "loss backward": last + max(scaled),
-        "block backward": total(block),
-        "embedding backward": total(embedding) - activations(job, B),  # the blocks' are gone
-        "update": update - activations(job, B),
+        "block backward": in_block,
+        "embedding backward": total(embedding) - gone,
+        "update": update - gone,
     }
 
 # ---- one GPU ----

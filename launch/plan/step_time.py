@@ -11,7 +11,7 @@ a number in the matrix products (Job.itemsize).
 import math
 
 from kernels.cards import Card
-from launch.plan import muon, speedrun
+from launch.plan import by_hand, muon, speedrun
 from launch.plan.job import FP32, NODE, Job, gpus_of_moments, sequences_per_gpu
 from launch.plan.tables import Pass, total_bytes
 
@@ -145,6 +145,8 @@ def pointwise(job: Job, B: int) -> list[Pass]:
     e, each = job.itemsize, B * job.n_ctx * job.n_embd * job.n_layer
     again = each * forward_passes(job)
     biases = 3 + 1 + 4 + 1  # C of them: q, k, v; projection; the MLP's two
+    if job.blocks_by_hand:
+        return by_hand.pointwise(job, B, forward_passes(job))
     return [
         Pass("GELU forward", e, e, 4 * again, "x -> y"),
         Pass("GELU backward", e + e, e, 4 * each, "dy, x -> dx"),
@@ -170,9 +172,12 @@ def loss(job: Job, B: int) -> list[Pass]:
 def casts(job: Job) -> list[Pass]:
     """Each parameter, once a micro-step; counted with 2 bytes, also under fp32."""
     e = 2
+    gradient = [Pass("gradient cast", e, FP32, job.stored, "from them")]
+    if job.blocks_by_hand and job.parallel != "fsdp":  # products write it in fp32
+        gradient = []
     return [
         Pass("weight cast", FP32, e, job.stored, "for the products"),
-        Pass("gradient cast", e, FP32, job.stored, "from them"),
+        *gradient,
         Pass("gradient added", FP32 + FP32, FP32, job.stored, "to those of earlier micro-steps"),
     ]
 
