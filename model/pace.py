@@ -29,7 +29,7 @@ from model.optim import decay_start
 MOST, FEWEST = 20, 5  # steps that are timed
 SHARE = 0.05  # of the minutes, after which no more are timed than the fewest
 WARM = 2  # steps that count only where there are no others: the first ones compile and allocate
-LAST_LINES = 3.0  # seconds for the picture at the end: 1.5 to 2.5 were measured on one core
+LAST_LINES = 3.0  # seconds for the picture at the end, 1.2 of CPU time, and for leaving
 
 
 def check(config: Any) -> None:
@@ -85,7 +85,7 @@ class Pace:
     def __init__(self, minutes: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self.minutes, self.clock = minutes, clock
         self.timing = minutes > 0
-        self.started = self.first_step_at = self.looked_at = clock()
+        self.started = self.looked_at = clock()
         self.steps: list[float] = []  # seconds of each, without evaluations
         self.saving = 0.0  # seconds that the first save took
 
