@@ -182,26 +182,27 @@ def train(config: TrainConfig) -> int:
             if interrupted:  # by a signal: this step is not applied, and comes again on resume
                 model.zero_grad()
                 continue
-            mean_loss = world.all_reduce_mean(loss.item())
             model.unscale_gradients(scaler.scale)
-            norm = model.gradient_norm()  # under fsdp ranks add up what each has, else they agree
+            total_norm = model.gradient_norm()  # under fsdp ranks add up what each has, else agree
+            own_loss, norm = torch.stack((loss, total_norm)).tolist()  # waits for the GPU, once
+            mean_loss = world.all_reduce_mean(own_loss)
 
             # the update, unless it would do harm; too many fp16 overflows in a row raise Failed
-            if overflow := scaler.update(mean_loss, norm.item()):  # the norm is inf, not the loss
+            if overflow := scaler.update(mean_loss, norm):  # the norm is inf, not the loss
                 run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
-            elif problem := run.spikes.check(step, mean_loss, norm.item()):
+            elif problem := run.spikes.check(step, mean_loss, norm):
                 model.zero_grad()
                 # --on_spike: step + 1, or a checkpoint's, without the batches since, or Failed.
-                step = recovery.after_bad_step(run, step, problem, mean_loss, norm.item())
+                step = recovery.after_bad_step(run, step, problem, mean_loss, norm)
                 continue
             else:
-                model.clip_gradients(norm, config.optim.clip)
+                model.clip_gradients(total_norm, config.optim.clip)
                 model.optimizer_step(optimizer)  # and under zero1 all ranks gather the new rows
             model.zero_grad()
             step += 1
 
             # ---- everything that follows is diagnostics: a line for each step ----
-            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(),
+            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm,
                                  seconds=time.perf_counter() - started, diagnosis=watch.take(step))
 
 
