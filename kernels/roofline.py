@@ -58,6 +58,15 @@ def work(kernel: str, s: Shape) -> Work:
         "relu_squared_forward": Work(8 * activation, 0.0),
         # reads dy and x; writes dx
         "relu_squared_backward": Work(12 * activation, 0.0),
+        # as without the bias, which is a row
+        "layer_norm_forward_bias": Work(6 * activation, 0.0),
+        "layer_norm_backward_bias": Work(8 * activation, 0.0),
+        # reads and writes (N, 4C)
+        "gelu_forward": Work(8 * activation, 0.0),
+        # reads dy and x; writes dx and y
+        "gelu_backward": Work(16 * activation, 0.0),
+        # reads (N, 3C) and (N, C)
+        "column_sums": Work(4 * activation, 0.0),
         # the logits, dh and dW
         "lm_head": Work(6.0 * N * s.V, 3 * 2.0 * N * s.V * s.C),
     }[kernel]
