@@ -71,6 +71,20 @@ def prepare(path: Path, description: dict[str, Any], last_step: int) -> list[dic
     return [row for row in read_rows(path / "metrics.jsonl") if "val_loss" in row]
 
 
+def change_steps(run: Path, steps: int, warmup_steps: int, resolved: dict[str, Any]) -> None:
+    """Writes into a run's config.json with how many steps it goes on (model/pace.py).
+
+    resolved: what follows from them.
+    """
+    description = json.loads((run / "config.json").read_bytes())
+    for settings in (description["config"], description["must_match"]):
+        settings["steps"] = steps
+        settings["optim"]["warmup_steps"] = warmup_steps
+    description["config"]["minutes"] = 0.0
+    description["resolved"] |= resolved
+    atomic_write(run / "config.json", json.dumps(description, indent=2) + "\n")
+
+
 def summary(description: dict[str, Any], T: int) -> str:
     """Three lines on what is about to happen."""
     config, resolved = description["config"], description["resolved"]
@@ -160,8 +174,9 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any], in_decay: bool = F
     if not asked["config"].get("data", {}).get("val_text"):  # runs older than this flag don't say
         old.setdefault("validation data", new.get("validation data"))
     more_steps = new.get("steps", 0) > old.get("steps", 0)
-    if more_steps and new["optim.schedule"] != "cosine":
-        _require_full_rate(checkpoint, saved, in_decay)
+    schedule = new.get("optim.schedule")
+    longer = more_steps and schedule == old.get("optim.schedule") != "cosine"
+    if longer:
         old["steps"] = new["steps"]
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
@@ -189,6 +204,8 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any], in_decay: bool = F
             f"{checkpoint} belongs to another run: {'; '.join(different)}. {_go_on(checkpoint)}"
             "Choose another --name for a new run (with --init to start from these weights)"
         )
+    if longer:
+        _require_full_rate(checkpoint, saved, in_decay)
 
 
 def _require_full_rate(checkpoint: Path, saved: dict[str, Any], in_decay: bool) -> None:
