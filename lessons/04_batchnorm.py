@@ -189,6 +189,6 @@ letters = train[0][:256]  # (B, 3)
 model(letters, torch.cat([letters[:, 1:], train[1][:256, None]], 1)).backward()
 model.optimizer_step(adamw)
 row = watch.take(1)
-course.figure("GPT-2: std of the stream behind block 2", row["activation_std"][1], 0.025, 0.04)
-course.figure("GPT-2: log10 of Adam's first update : data",
+course.always("GPT-2: std of the stream behind block 2", row["activation_std"][1], 0.025, 0.04)
+course.always("GPT-2: log10 of Adam's first update : data",
               row["weights"]["h.1.mlp.c_fc.weight"]["log10_update_to_data"], -1.32, -1.28)
