@@ -270,6 +270,9 @@ def draw(goal: Point, points: list[Point], path: Path) -> None:
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, unit in zip(panels, ("tokens", "CPU seconds"), strict=True):
+        axes.set(xscale="log", xlabel=f"{unit} of a whole run")
+        axes.set_xticks([], minor=True)
+        ticks = []
         for label, colour, side in [("GPT-2, AdamW, cosine", "tab:red", [goal]),
                                     ("speedrun, Muon, linear decay", "tab:blue", points)]:
             places, dots, heights = [], [], []
@@ -282,8 +285,9 @@ def draw(goal: Point, points: list[Point], path: Path) -> None:
                 places.append((statistics.mean(costs), statistics.mean(point.losses)))
             axes.plot(dots, heights, ".", color=colour, label=label)
             axes.plot(*zip(*places, strict=True), color=colour, linewidth=1)
+            ticks += [cost for cost, _ in places]
         axes.axhline(statistics.mean(goal.losses), color="tab:red", linestyle=":", linewidth=1)
-        axes.set(xscale="log", xlabel=f"{unit} of a whole run")
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     panels[0].set_ylabel("validation loss at its end")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=140)
