@@ -26,12 +26,12 @@ from eval.report import plot_losses
 from launch import cli, folder, plan, preflight, recovery
 from launch.errors import exit_process, one_line_errors
 from launch.files import folder_lock
-from launch.signals import DistributedSignalHandler, was_stopped, write_stopped_file
+from launch.signals import DistributedSignalHandler, record_stop, was_stopped
 from launch.spikes import SpikeConfig, SpikeDetector
 from launch.tracker import Tracker, TrackerConfig
 from launch.watchdog import Watchdog, WatchdogConfig
 from launch.world import World, choose_dtype, init_distributed
-from model import checkpoint, diagnostics
+from model import checkpoint, diagnostics, pace
 from model.gpt2 import GPTConfig
 from model.longer import set_aside_decayed
 from model.network import flops_per_token, parameter_count
@@ -51,6 +51,8 @@ class TrainConfig:
     """Where runs live."""
     steps: int = 18_865
     """Optimizer steps: one epoch of FineWeb-10B (llm.c, scripts/run_gpt2_124M.sh)."""
+    minutes: float = 0.0
+    """Instead of --steps: as many as end in time, planned from the first ones' speed."""
     batch_tokens: int = 524_288
     """Tokens a step, over all ranks: 2^19, GPT-3's half a million."""
     micro_batch: int = 64
@@ -79,6 +81,7 @@ class TrainConfig:
         cli.within("micro_batch", self.micro_batch, 1)
         cli.within("seed", self.seed, 0, 2**32 - 1)
         self.data.check(self.model.n_vocab, self.init)  # n_vocab is GPT-2's; chat takes --init
+        pace.check(self)
         diagnostics.check(self.tracker.diagnose_every, self.model, self.optim)
         folder.check_name(self.name)
 
@@ -104,10 +107,13 @@ class Run:
     tracker: Tracker
     signals: DistributedSignalHandler
     spikes: SpikeDetector
+    pace: pace.Pace  # of --minutes
     first_step: int  # steps that were finished before this process began
 
     def save(self, step: int, wait: bool) -> None:
         """All ranks begin a checkpoint, if this step has none; wait: till it's there, or Failed."""
+        if self.pace.timing and step > 0:  # a step that will be taken back
+            return
         progress = {"step": step, "tokens": step * self.config.batch_tokens,
                     "skipped": self.loader.skipped_batches, **self.spikes.state_dict()}
         self.saver.save(step, progress, wait)
@@ -125,10 +131,14 @@ def train(config: TrainConfig) -> int:
         return preflight.of_run(asdict(replace(config, data=config.data.on_disk())), parameters)
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
-        world, step, save_due = run.world, run.first_step, False
+        config, world = run.config, run.world  # --minutes of a run that goes on: its steps
+        step, save_due = run.first_step, False
         model, optimizer, scaler = run.state  # under fsdp all ranks must call model together
         watch = diagnostics.Diagnostics(run.state, config.tracker.diagnose_every, step)
         while True:
+            if run.pace.is_known(step, run):  # --minutes: the first steps were timed for it
+                config, step = run.pace.plan(run), 0
+                watch.go_back(step)
             run.saver.report_finished(step)  # all ranks; prints "saved" or a warning, no more
             last_step = step == config.steps
             stopping = run.signals.stop_requested()  # on any rank; a heartbeat for the watchdog too
@@ -150,7 +160,7 @@ def train(config: TrainConfig) -> int:
 
             # ---- one training step ----
             started = time.perf_counter()
-            micro_batches = get_batch(run, step)  # (micro-steps, B, T + 1) tokens
+            micro_batches = recovery.get_batch(run, step)  # (micro-steps, B, T + 1) tokens
             targets_a_rank = run.loader.count_targets(step) / world.size  # on the average
             lr = get_lr(step, config.steps, config.optim)
             for group in optimizer.param_groups:
@@ -172,26 +182,27 @@ def train(config: TrainConfig) -> int:
             if interrupted:  # by a signal: this step is not applied, and comes again on resume
                 model.zero_grad()
                 continue
-            mean_loss = world.all_reduce_mean(loss.item())
             model.unscale_gradients(scaler.scale)
-            norm = model.gradient_norm()  # under fsdp ranks add up what each has, else they agree
+            total_norm = model.gradient_norm()  # under fsdp ranks add up what each has, else agree
+            own_loss, norm = torch.stack((loss, total_norm)).tolist()  # waits for the GPU, once
+            mean_loss = world.all_reduce_mean(own_loss)
 
             # the update, unless it would do harm; too many fp16 overflows in a row raise Failed
-            if overflow := scaler.update(mean_loss, norm.item()):  # the norm is inf, not the loss
+            if overflow := scaler.update(mean_loss, norm):  # the norm is inf, not the loss
                 run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
-            elif problem := run.spikes.check(step, mean_loss, norm.item()):
+            elif problem := run.spikes.check(step, mean_loss, norm):
                 model.zero_grad()
                 # --on_spike: step + 1, or a checkpoint's, without the batches since, or Failed.
-                step = recovery.after_bad_step(run, step, problem, mean_loss, norm.item())
+                step = recovery.after_bad_step(run, step, problem, mean_loss, norm)
                 continue
             else:
-                model.clip_gradients(norm, config.optim.clip)
+                model.clip_gradients(total_norm, config.optim.clip)
                 model.optimizer_step(optimizer)  # and under zero1 all ranks gather the new rows
             model.zero_grad()
             step += 1
 
             # ---- everything that follows is diagnostics: a line for each step ----
-            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm.item(),
+            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm,
                                  seconds=time.perf_counter() - started, diagnosis=watch.take(step))
 
 
@@ -199,6 +210,8 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     """Opens data and run folder, builds the model, and loads the checkpoint to go on from."""
     world = init_distributed(config.compute.deterministic)  # ranks leave if torchrun dies; no TF32
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
+    config, minutes = pace.known_steps(config, path, world)  # of --minutes, where it was planned
+    run_pace = pace.Pace(config.minutes)
     watchdog = at_exit.enter_context(closing(Watchdog(world, path, config.watchdog)))
     # Signals print a line and raise a flag; a second Ctrl-C ends the process at once.
     signals = at_exit.enter_context(closing(DistributedSignalHandler(world, watchdog)))
@@ -224,7 +237,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         asdict(config), world, data.fingerprints(), characters, dtype=dtype,
         val_set=evaluator.val_set, micro_batch=micro_batch, accumulation=loader.micro_steps,
         epochs=loader.epoch(config.steps), decay_start=decay_start(config.steps, config.optim),
-        compile=config.compute.compiled(world.device),
+        compile=config.compute.compiled(world.device), minutes=minutes,
         parameters=parameter_count(config.model), flops_per_token=flops_per_token(config.model),
     )
     world.broadcast_from_rank0(at_exit.enter_context, folder_lock(path))
@@ -259,16 +272,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
     return Run(config, world, path, loader, evaluator, state, saver, tracker, signals, spikes,
-               first_step)
-
-
-def get_batch(run: Run, step: int) -> torch.Tensor:
-    """This rank's tokens. Data that can't be read on any rank stops them all, after a save."""
-    batch, error = run.loader.try_get_batch(step)
-    if run.world.all_reduce_max(error is not None):
-        run.save(step, wait=True)
-        run.world.raise_on_all_ranks(error)  # of the first rank that has one; the others have None
-    return batch.to(run.world.device, non_blocking=True)
+               run_pace, first_step)
 
 
 def finish(run: Run, step: int, last_step: bool) -> int:
@@ -278,18 +282,13 @@ def finish(run: Run, step: int, last_step: bool) -> int:
         recovery.end(run, step, run.evaluator.problem)
     completed = last_step and step in run.tracker.evaluated_steps
     if not completed:
-        reason = f"stopped by {run.signals.name} at step {step}"
-        world.broadcast_from_rank0(write_stopped_file, run.path, reason)
-        run.tracker.log_event(step, f"{reason}; the same command goes on from there")
+        record_stop(run, step)
     recovery.report_skipped(run)
     if picture := world.broadcast_from_rank0(plot_losses, run.path):
         world.print0("plot:", picture)
     if not completed:
         return run.signals.exit_code  # 130 after Ctrl-C, 0 after any other signal
-    how = cli.quoted_flag("prompt", run.config.evaluation.prompt)  # --prompt '...', for a shell
-    if run.config.data.chat:
-        how = "--chat"
-    world.print0(f"next: python -m eval.sample {cli.quoted(run.path)} {how}")
+    world.print0("next:", run.evaluator.command_to_sample(run.path))
     return 0
 
 

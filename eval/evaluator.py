@@ -67,8 +67,9 @@ class Evaluator:
         """
         self.stop = stop
         self.world, self.micro_batch, self.prompt = world, micro_batch, config.prompt
+        self.how = cli.quoted_flag("prompt", config.prompt)  # --prompt '...', for a shell
         if data.chat:
-            self.prompt = question_text(config.prompt)
+            self.prompt, self.how = question_text(config.prompt), "--chat"
         self.early_stop = config.early_stop
         self.val_stream, self.tokenizer = data.val, data.tokenizer
         with world.fail_together():
@@ -103,6 +104,10 @@ class Evaluator:
         tracker.log(step, **row)
         tracker.evaluation_seconds = time.perf_counter() - started
         return True
+
+    def command_to_sample(self, run: Path) -> str:
+        """What reads the run's model aloud, to be pasted into a shell."""
+        return f"python -m eval.sample {cli.quoted(run)} {self.how}"
 
     def stops_early(self, step: int, tracker: Tracker) -> bool:
         """Whether this step's evaluation is the last that --early_stop waits for; says so if it is.

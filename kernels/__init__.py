@@ -12,6 +12,7 @@ cross_entropy.py, qk_norm_rotary.py and relu_squared.py compute the same in Trit
 imported only where they are chosen, so that this folder works where Triton isn't installed.
 
     python -m kernels.audit      what each kernel takes of each GPU, compiled on any machine
+    python -m kernels.schedule   the order of attention's tiles, and what a model says of it
     python -m kernels.selfcheck  on a GPU: kernels against reference, in seconds
     python -m kernels.bench      on a GPU: kernels against PyTorch's own, timed
 """

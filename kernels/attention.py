@@ -15,26 +15,24 @@ ever in memory; the running maximum and sum make the softmax exact. FlashAttenti
 2307.08691, with its two passes backward: dq (which also makes delta), then dk and dv, each from a
 recomputed p. Nothing is added atomically, hence every run gives the same bits.
 
-q, k, v lie side by side in qkv (B, T, 3C), and o goes to (B, T, C) with the heads side by side: the
-kernels reach them by strides, without a transpose or a copy. Products take the inputs' dtype and
-accumulate in fp32; softmax is fp32. Exponentials are powers of two, as the hardware makes them:
-`lse` holds lse_i / ln 2.
+q, k, v lie side by side in qkv (B, T, 3C) and are read from there: kernels/columns.py. Products
+take the inputs' dtype and accumulate in fp32; softmax is fp32. Exponentials are powers of two, as
+the hardware makes them: `lse` holds lse_i / ln 2.
 
 Shapes: B batch, T time, C = H * D width, H heads, D head width (64 or 128), M queries and N keys of
 one tile.
 """
 
 import math
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import tiles
+from kernels import schedule, tiles
+from kernels.columns import Columns, dense, load, operand, store
 from kernels.reference import product_dtype
 
 HEAD_WIDTHS = (64, 128)
@@ -43,53 +41,14 @@ LOG2E = tl.constexpr(1 / math.log(2))
 IEEE = tl.constexpr("ieee")  # fp32 products in fp32, not in TF32's 10 bits; bf16 and fp16 ignore it
 
 
-class Columns(NamedTuple):
-    """Where a head's rows lie: D columns of x (B, T, width), out of which _load takes tiles."""
-
-    x: Any  # a pointer, or the descriptor of a tile (TMA)
-    batch: Any
-    first: Any  # column
-    T: Any
-    width: Any
-
-
 @triton.jit
-def _load(rows_of, start, ROWS: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr):
-    """The tile (ROWS, D) of some Columns from row `start` on; rows from T on are zero.
-
-    EDGE: the tile may reach past T. A descriptor always looks; a pointer only where it has to,
-    since masks cost instructions in the loop.
-    """
-    x, batch, first, T, width = rows_of
-    if isinstance(x, tl.tensor_descriptor):
-        return x.load([batch, start, first]).reshape(ROWS, D)
-    else:
-        rows = start + tl.arange(0, ROWS)
-        # int64: B * T * 3C passes 2^31 at 911 sequences of GPT-2 124M.
-        corner = x + batch.to(tl.int64) * T * width + first
-        cells = corner + rows[:, None] * width + tl.arange(0, D)[None, :]
-        if EDGE:
-            return tl.load(cells, mask=rows[:, None] < T, other=0.0)
-        else:
-            return tl.load(cells)
-
-
-@triton.jit
-def _store(rows_of, start, tile):
-    """Writes a tile (ROWS, D) to some Columns from row `start` on, up to row T."""
-    x, batch, first, T, width = rows_of
-    rows = start + tl.arange(0, tile.shape[0])
-    corner = x + batch.to(tl.int64) * T * width + first
-    cells = corner + rows[:, None] * width + tl.arange(0, tile.shape[1])[None, :]
-    tl.store(cells, tile.to(x.dtype.element_ty), mask=rows[:, None] < T)
-
-
-@triton.jit
-def _place(T, ROWS: tl.constexpr):
-    """(tile, batch * H + head) of this program in _grid's order."""
+def _place(T, group, ROWS: tl.constexpr):
+    """(tile, batch * H + head) of this program: kernels/schedule.py says in which order and why."""
     tiles = tl.cdiv(T, ROWS)
-    batch_head = tl.program_id(0) // tiles
-    return tl.program_id(0) - batch_head * tiles, batch_head
+    first = tl.program_id(0) // (group * tiles) * group  # head of its group
+    heads = min(group, tl.num_programs(0) // tiles - first)  # of which the last may have fewer
+    inside = tl.program_id(0) - first * tiles
+    return inside // heads, first + inside % heads
 
 
 @triton.jit
@@ -102,7 +61,7 @@ def _forward_step(
     BLOCK_M: tl.constexpr = q.shape[0]
     D: tl.constexpr = q.shape[1]
     SCALE: tl.constexpr = LOG2E / D**0.5
-    k = _load(keys, k_start, BLOCK_N, D, EDGE=DIAGONAL)  # (BLOCK_N, D)
+    k = load(keys, k_start, BLOCK_N, D, EDGE=DIAGONAL)  # (BLOCK_N, D)
     s = tl.dot(q, k.T, input_precision=IEEE)  # (BLOCK_M, BLOCK_N): q k^T, without the scale yet
     if DIAGONAL:  # s_ij = -inf for j > i
         i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
@@ -119,28 +78,28 @@ def _forward_step(
     p = tl.exp2(s * SCALE - m_new[:, None])  # exp(s_ij - m_i)
     shrink = tl.exp2(m_i - m_new)  # what was summed before, for the new m_i
     l_i = l_i * shrink + tl.sum(p, 1)  # l_i = sum_j exp(s_ij - m_i)
-    v = _load(values, k_start, BLOCK_N, D, EDGE=DIAGONAL)
+    v = load(values, k_start, BLOCK_N, D, EDGE=DIAGONAL)
     # acc = sum_j exp(s_ij - m_i) v_j
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=IEEE)
     return acc, l_i, m_new
 
 
-# T and H differ from call to call (generation) and from model to model: no variant for each.
-@triton.jit(do_not_specialize=["T", "H"])
+# T, H and group differ from call to call (generation) and between models: no variant for each.
+@triton.jit(do_not_specialize=["T", "H", "group"])
 def attention_forward(
-    queries, keys, out, lse, T, H,
+    queries, keys, out, lse, T, H, group,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMEM: tl.constexpr,
 ):
-    """One program, one tile of BLOCK_M queries of one head: see _grid. queries and keys are both
-    qkv, as _operand hands it out. TMEM: each thread holds a whole row of the scores.
+    """One program, one tile of BLOCK_M queries of one head: see _place. queries and keys are both
+    qkv, as operand() hands it out. TMEM: each thread holds a whole row of the scores.
 
-    It alone writes these rows of the head's columns in out (B, T, C) and of lse (B, H, T).
-    Consecutive programs share a head, whose keys then stay in the L2 cache; the longest come first.
+    It alone writes these rows of the head's columns in out (B, T, C) and of lse (B, H, T). The last
+    queries see the most keys: they come first.
     """
-    tile, batch_head = _place(T, BLOCK_M)
+    tile, batch_head = _place(T, group, BLOCK_M)
     q_start = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
     batch, column, C = batch_head // H, batch_head % H * D, H * D
-    q = _load(Columns(queries, batch, column, T, 3 * C), q_start, BLOCK_M, D, EDGE=True)
+    q = load(Columns(queries, batch, column, T, 3 * C), q_start, BLOCK_M, D, EDGE=True)
     k_columns = Columns(keys, batch, C + column, T, 3 * C)
     v_columns = Columns(keys, batch, 2 * C + column, T, 3 * C)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -156,7 +115,7 @@ def attention_forward(
             running, q, k_columns, v_columns, q_start, k_start, BLOCK_N, TMEM, DIAGONAL=True
         )
     acc, l_i, m_i = running
-    _store(Columns(out, batch, column, T, C), q_start, acc / l_i[:, None])  # o = p v
+    store(Columns(out, batch, column, T, C), q_start, acc / l_i[:, None])  # o = p v
     rows = q_start + tl.arange(0, BLOCK_M)
     lse_i = m_i + tl.log2(l_i)
     tl.store(lse + batch_head.to(tl.int64) * T + rows, lse_i, mask=rows < T)
@@ -172,8 +131,8 @@ def _dq_step(
     BLOCK_M: tl.constexpr = q.shape[0]
     D: tl.constexpr = q.shape[1]
     SCALE: tl.constexpr = LOG2E / D**0.5
-    k = _load(keys, k_start, BLOCK_N, D, EDGE=DIAGONAL)  # (BLOCK_N, D)
-    v = _load(values, k_start, BLOCK_N, D, EDGE=DIAGONAL)
+    k = load(keys, k_start, BLOCK_N, D, EDGE=DIAGONAL)  # (BLOCK_N, D)
+    v = load(values, k_start, BLOCK_N, D, EDGE=DIAGONAL)
     s = tl.dot(q, k.T, input_precision=IEEE)  # (BLOCK_M, BLOCK_N): q k^T
     p = tl.exp2(s * SCALE - lse_i[:, None])  # p_ij = exp(s_ij - lse_i)
     if DIAGONAL:
@@ -184,26 +143,26 @@ def _dq_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=IEEE)  # dq = ds k
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "group"])
 def attention_dq(
-    queries, keys, out, dout, lse, delta, dqkv, T, H,
+    queries, keys, out, dout, lse, delta, dqkv, T, H, group,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One program, one tile of BLOCK_M queries of one head: see _grid.
+    """One program, one tile of BLOCK_M queries of one head: see _place.
 
     It alone writes these rows of delta (B, H, T) and of the head's dq in dqkv (B, T, 3C).
     """
-    tile, batch_head = _place(T, BLOCK_M)
+    tile, batch_head = _place(T, group, BLOCK_M)
     q_start = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
     batch, column, C = batch_head // H, batch_head % H * D, H * D
-    o = _load(Columns(out, batch, column, T, C), q_start, BLOCK_M, D, EDGE=True)  # (BLOCK_M, D)
-    do = _load(Columns(dout, batch, column, T, C), q_start, BLOCK_M, D, EDGE=True)
+    o = load(Columns(out, batch, column, T, C), q_start, BLOCK_M, D, EDGE=True)  # (BLOCK_M, D)
+    do = load(Columns(dout, batch, column, T, C), q_start, BLOCK_M, D, EDGE=True)
     delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # delta_i = sum_d o_id do_id
     rows = q_start + tl.arange(0, BLOCK_M)
     start = batch_head.to(tl.int64) * T
     tl.store(delta + start + rows, delta_i, mask=rows < T)
     lse_i = tl.load(lse + start + rows, mask=rows < T, other=0.0)
-    q = _load(Columns(queries, batch, column, T, 3 * C), q_start, BLOCK_M, D, EDGE=True)
+    q = load(Columns(queries, batch, column, T, 3 * C), q_start, BLOCK_M, D, EDGE=True)
     query_tile = q, do, lse_i, delta_i
     k_columns = Columns(keys, batch, C + column, T, 3 * C)
     v_columns = Columns(keys, batch, 2 * C + column, T, 3 * C)
@@ -217,7 +176,7 @@ def attention_dq(
             dq, query_tile, k_columns, v_columns, q_start, k_start, BLOCK_N, DIAGONAL=True
         )
     dq *= 1 / D**0.5  # dq = ds k / sqrt(D)
-    _store(Columns(dqkv, batch, column, T, 3 * C), q_start, dq)
+    store(Columns(dqkv, batch, column, T, 3 * C), q_start, dq)
 
 
 @triton.jit
@@ -233,7 +192,7 @@ def _dkdv_step(
     BLOCK_N: tl.constexpr = k.shape[0]
     D: tl.constexpr = k.shape[1]
     SCALE: tl.constexpr = LOG2E / D**0.5
-    q = _load(queries, q_start, BLOCK_M, D, EDGE=True)  # (BLOCK_M, D)
+    q = load(queries, q_start, BLOCK_M, D, EDGE=True)  # (BLOCK_M, D)
     s_t = tl.dot(k, q.T, input_precision=IEEE)  # (BLOCK_N, BLOCK_M): s^T = k q^T
     rows = q_start + tl.arange(0, BLOCK_M)
     lse_i = tl.load(lse + rows, mask=rows < queries.T, other=0.0)
@@ -241,7 +200,7 @@ def _dkdv_step(
     if DIAGONAL:
         i, j = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
         p_t = tl.where(q_start - k_start + i >= j, p_t, 0.0)  # p_ij = 0 for j > i
-    do = _load(douts, q_start, BLOCK_M, D, EDGE=True)
+    do = load(douts, q_start, BLOCK_M, D, EDGE=True)
     dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=IEEE)  # dv = p^T do
     dp_t = tl.dot(v, do.T, input_precision=IEEE)  # dp^T = v do^T
     delta_i = tl.load(delta + rows, mask=rows < queries.T, other=0.0)
@@ -250,21 +209,21 @@ def _dkdv_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "group"])
 def attention_dkdv(
-    queries, keys, dout, lse, delta, dqkv, T, H,
+    queries, keys, dout, lse, delta, dqkv, T, H, group,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One program, one tile of BLOCK_N keys of one head: see _grid.
+    """One program, one tile of BLOCK_N keys of one head: see _place.
 
     It alone writes these rows of the head's dk and dv in dqkv (B, T, 3C). The first keys are seen
-    by the most queries: longest come first here too.
+    by the most queries: they come first.
     """
-    tile, batch_head = _place(T, BLOCK_N)
+    tile, batch_head = _place(T, group, BLOCK_N)
     k_start = tile * BLOCK_N
     batch, column, C = batch_head // H, batch_head % H * D, H * D
-    k = _load(Columns(keys, batch, C + column, T, 3 * C), k_start, BLOCK_N, D, EDGE=True)
-    v = _load(Columns(keys, batch, 2 * C + column, T, 3 * C), k_start, BLOCK_N, D, EDGE=True)
+    k = load(Columns(keys, batch, C + column, T, 3 * C), k_start, BLOCK_N, D, EDGE=True)
+    v = load(Columns(keys, batch, 2 * C + column, T, 3 * C), k_start, BLOCK_N, D, EDGE=True)
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     start = batch_head.to(tl.int64) * T
@@ -276,17 +235,12 @@ def attention_dkdv(
     for q_start in range(k_start + BLOCK_N, T, BLOCK_M):  # every query of the tile sees all keys
         dk, dv = _dkdv_step(dk, dv, k, v, query_side, q_start, k_start, BLOCK_M, DIAGONAL=False)
     dk *= 1 / D**0.5  # dk = ds^T q / sqrt(D)
-    _store(Columns(dqkv, batch, C + column, T, 3 * C), k_start, dk)
-    _store(Columns(dqkv, batch, 2 * C + column, T, 3 * C), k_start, dv)
-
-
-def _operand(x: Tensor, rows: int, D: int, tma: bool) -> Tensor | TensorDescriptor:
-    """What _load takes: x (B, T, width) itself, or a descriptor of its tiles of (rows, D)."""
-    return TensorDescriptor.from_tensor(x, [1, rows, D]) if tma else x
+    store(Columns(dqkv, batch, C + column, T, 3 * C), k_start, dk)
+    store(Columns(dqkv, batch, 2 * C + column, T, 3 * C), k_start, dv)
 
 
 def _grid(B: int, H: int, T: int, rows: int) -> tuple[int]:
-    """One program for each tile of each head, a head's tiles one after the other.
+    """One program for each tile of each head, in _place's order.
 
     All on the first axis: CUDA's other two end at 65,535, and B * H passes that at 5,462 sequences
     of GPT-2 124M.
@@ -294,10 +248,10 @@ def _grid(B: int, H: int, T: int, rows: int) -> tuple[int]:
     return (B * H * triton.cdiv(T, rows),)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x, contiguous and at a multiple of 16 bytes, as descriptors and 128-bit loads demand."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+def _group(qkv: Tensor, D: int) -> int:
+    """How many heads are a group of _place's."""
+    head_bytes = 2 * qkv.shape[1] * D * qkv.element_size()  # of its keys and values
+    return schedule.heads_in_group(head_bytes, tiles.l2_bytes(qkv.device))
 
 
 def _tile(kernel: str, x: Tensor, D: int) -> tiles.Tile:
@@ -305,21 +259,24 @@ def _tile(kernel: str, x: Tensor, D: int) -> tiles.Tile:
     return tiles.pick(kernel + suffix, tiles.arch(x.device), D)
 
 
-@torch.library.custom_op("gpt2::attention_forward", mutates_args=())
-def _forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
+def launch_forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     """qkv (B, T, 3C) -> out (B, T, C), lse (B, H, T) in units of ln 2."""
     out, lse = _forward_outputs(qkv, n_head)
     B, T, C = out.shape
     if out.numel() == 0:  # no sequence: nothing to launch
         return out, lse
-    qkv, D = _dense(qkv), C // n_head
+    qkv, D = dense(qkv), C // n_head
     t = _tile("attention_forward", qkv, D)
     attention_forward[_grid(B, n_head, T, t.m)](
-        _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), out, lse, T, n_head,
-        D=D, BLOCK_M=t.m, BLOCK_N=t.n, TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t),
+        operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), out, lse, T, n_head,
+        _group(qkv, D), D=D, BLOCK_M=t.m, BLOCK_N=t.n,
+        TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t),
         num_warps=t.warps, num_stages=t.stages,
     )
     return out, lse
+
+
+_forward = torch.library.custom_op("gpt2::attention_forward", launch_forward, mutates_args=())
 
 
 @_forward.register_fake
@@ -328,27 +285,30 @@ def _forward_outputs(qkv, n_head):
     return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("gpt2::attention_backward", mutates_args=())
-def _backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> Tensor:
+def launch_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> Tensor:
     """dqkv (B, T, 3C). dq comes first, since it makes delta, which dk and dv need."""
     dqkv = _backward_outputs(dout, qkv, out, lse, n_head)
     B, T, C = out.shape
     if out.numel() == 0:
         return dqkv
-    dout, qkv, out, delta = _dense(dout), _dense(qkv), _dense(out), torch.empty_like(lse)
+    dout, qkv, out, delta = dense(dout), dense(qkv), dense(out), torch.empty_like(lse)
     D = C // n_head
+    group = _group(qkv, D)
     t = _tile("attention_dq", qkv, D)
     attention_dq[_grid(B, n_head, T, t.m)](
-        _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), out, dout, lse, delta, dqkv,
-        T, n_head, D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,
+        operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), out, dout, lse, delta, dqkv,
+        T, n_head, group, D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,
     )
     t = _tile("attention_dkdv", qkv, D)
     attention_dkdv[_grid(B, n_head, T, t.n)](
-        _operand(qkv, t.m, D, t.tma), _operand(qkv, t.n, D, t.tma), _operand(dout, t.m, D, t.tma),
-        lse, delta, dqkv, T, n_head,
+        operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), operand(dout, t.m, D, t.tma),
+        lse, delta, dqkv, T, n_head, group,
         D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,
     )
     return dqkv
+
+
+_backward = torch.library.custom_op("gpt2::attention_backward", launch_backward, mutates_args=())
 
 
 @_backward.register_fake

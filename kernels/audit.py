@@ -48,11 +48,12 @@ MUFU_LANES, ISSUES = 16, 4
 # each of; layer_norm_backward's are one number for all threads, qk_norm_rotary_backward's for 4
 # or 8 of them. Through a tensor descriptor dkdv's pass is longer: 350 instructions for 321 on
 # sm_90, 363 for 356 on sm_100.
-STATISTICS = {"attention_dkdv": 2, "layer_norm_backward": 2, "qk_norm_rotary_backward": 1}
+STATISTICS = {"attention_dkdv": 2, "layer_norm_backward": 2, "layer_norm_backward_bias": 2,
+              "qk_norm_rotary_backward": 1}
 
 
 def compile_offline(case: Case):
-    """Triton's compiled kernel. Pointers, C and count are multiples of 16, as in training."""
+    """Triton's compiled kernel. Pointers, widths and count are multiples of 16, as in training."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -64,7 +65,7 @@ def compile_offline(case: Case):
     aligned = [
         i
         for i, name in enumerate(fn.arg_names)
-        if signature[name][0] == "*" or name in ("C", "count")
+        if signature[name][0] == "*" or name in ("C", "W", "W1", "W2", "width", "count")
     ]
     source = ASTSource(
         fn=fn,
@@ -217,7 +218,8 @@ def cache_file() -> Path:
     import triton
 
     here = Path(__file__).parent
-    kernels = "attention layernorm cross_entropy qk_norm_rotary relu_squared"
+    kernels = ("attention columns column_sums cross_entropy gelu layernorm qk_norm_rotary "
+               "relu_squared")
     names = f"{kernels} tiles cards sass launches audit".split()
     sources = b"".join((here / f"{name}.py").read_bytes() for name in names)
     key = hashlib.sha256(sources + triton.__version__.encode()).hexdigest()[:16]

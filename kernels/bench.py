@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from kernels import reference, tiles
+from kernels import passes, reference, tiles
 from kernels.cards import Card, by_name
 from kernels.launches import SOFTCAP, VOCAB
 from kernels.roofline import GPT2, Shape, Work, floor, work
@@ -161,6 +161,37 @@ def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callab
     return rows
 
 
+def contestants_by_hand(s: Shape) -> list[tuple[str, str, Callable, Work]]:
+    """The passes of a block by hand that no operator above launches, as contestants()."""
+    N, W = s.B * s.T, 4 * s.C
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=dtype)
+
+    x, branch, dy = random(N, s.C, dtype=torch.float32), random(N, s.C), random(N, s.C)
+    vectors = random(3, s.C, dtype=torch.float32)
+    wide, gradient, qkv = random(N, W), random(N, W), random(N, 3 * s.C)
+    bias = random(W, dtype=torch.float32)
+    statistics = x.mean(-1), x.var(-1).rsqrt()
+    rows: list[tuple[str, str, Callable, Work]] = []
+    for by, p in (("triton", passes.triton_passes()), ("torch", passes.REFERENCE)):
+        sums = random(min(N, p.programs(x.device)), W, dtype=torch.float32)
+        norm = partial(p.layer_norm_forward, x, branch, *vectors, 1e-5, torch.bfloat16)
+        norm_backward = partial(p.layer_norm_backward, dy, x, x, vectors[1], *statistics,
+                                sums[:, : 3 * s.C], torch.float32, torch.bfloat16, True)
+        timed = {
+            "layer_norm_forward_bias": norm,
+            "layer_norm_backward_bias": norm_backward,
+            "gelu_forward": partial(p.gelu_forward, wide, bias),
+            "gelu_backward": partial(p.gelu_backward, wide, bias, gradient, sums),
+            "column_sums": partial(p.column_sums, qkv, dy, sums),
+        }
+        for kernel, function in timed.items():
+            prepare = partial(no_grad, function, [])
+            rows.append((CALLED_BY[kernel], by, prepare, work(kernel, s)))
+    return rows
+
+
 def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
     def run() -> Tensor:
         with torch.no_grad():
@@ -171,7 +202,7 @@ def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
 
 def measure(ops: kernels.Operators, s: Shape) -> list[Timing]:
     timings = []
-    for operator, by, prepare, needed in contestants(ops, s):
+    for operator, by, prepare, needed in contestants(ops, s) + contestants_by_hand(s):
         try:
             milliseconds = median(prepare())
         except RuntimeError as error:  # no cuDNN, too little memory: the others still count
@@ -214,6 +245,11 @@ CALLED_BY = {  # what launches a kernel
     "qk_norm_rotary_backward": "qk_norm_rotary + backward",
     "relu_squared_forward": "relu_squared",
     "relu_squared_backward": "relu_squared + backward",
+    "layer_norm_forward_bias": "layer_norm with bias",
+    "layer_norm_backward_bias": "its backward alone",
+    "gelu_forward": "gelu with bias",
+    "gelu_backward": "its backward alone, and y",
+    "column_sums": "column sums",
 }
 
 
@@ -236,7 +272,9 @@ def tune(ops: kernels.Operators, s: Shape) -> None:
     rows = [key for key in tiles.TABLE if key[0] in CALLED_BY and key[1] == here]
     for key in rows:
         kernel, arch, size = key
-        calls = {row[:2]: row[2] for row in contestants(ops, sized(kernel, size, s))}
+        shape = sized(kernel, size, s)
+        timed = contestants(ops, shape) + contestants_by_hand(shape)
+        calls = {row[:2]: row[2] for row in timed}
         shipped, ranked = tiles.TABLE[key], []
         for tile in shipped:
             tiles.TABLE[key] = (tile,)

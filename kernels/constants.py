@@ -12,4 +12,8 @@ SHORT = 256
 CHUNK_ELEMENTS = 2**25
 TRITON_CHUNK_ELEMENTS = 2**28
 
+# The widest C of a block whose backward pass is by hand (model/fused_block.py): LayerNorm's keeps
+# three sums of a row's length in registers there.
+FUSED_WIDTH = 2048
+
 CACHED_ROWS = 16  # rows of GPT-2's logits whose fp32 copy (3 MiB) stays in a CPU's cache

@@ -42,7 +42,15 @@ def cases(archs: list[str]) -> list[Case]:
 
 def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, its arguments' types and its constants, as training launches it."""
-    from kernels import attention, cross_entropy, layernorm, qk_norm_rotary, relu_squared
+    from kernels import (  # fmt: skip
+        attention,
+        column_sums,
+        cross_entropy,
+        gelu,
+        layernorm,
+        qk_norm_rotary,
+        relu_squared,
+    )
 
     kernel, _, size, tile, _ = case
     bf16, fp32, i32, i64 = "*bf16", "*fp32", "i32", "i64"
@@ -55,7 +63,8 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
         x = f"*{kind}"
         q, k = tiled(tile.m), tiled(tile.n)
-        types = dict(queries=q, keys=k, out=x, dout=x, lse=fp32, delta=fp32, dqkv=x, T=i32, H=i32)
+        types = dict(queries=q, keys=k, out=x, dout=x, lse=fp32, delta=fp32, dqkv=x)
+        types |= dict(T=i32, H=i32, group=i32)
         if "dkdv" in kernel:
             types["dout"] = q
         fn = getattr(attention, kernel.removesuffix("_fp32"))
@@ -76,12 +85,23 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         fn = getattr(relu_squared, kernel)
         types = dict.fromkeys(("x", "y", "dx", "dy"), bf16) | dict(count=i32)
         constants = dict(BLOCK=tile.n)
+    elif kernel.startswith("gelu"):
+        fn = getattr(gelu, kernel)
+        types = dict.fromkeys(("x", "y", "dx", "dy"), bf16) | dict(bias=fp32, partial=fp32)
+        types |= dict(width=i32, N=i32, W=i32)
+        constants = dict(BLOCK_M=tile.m, BLOCK_N=tile.n)
+    elif kernel == "column_sums":
+        fn = column_sums.column_sums
+        types = dict(first=bf16, second=bf16, partial=fp32, width=i32, N=i32, W1=i32, W2=i32)
+        constants = dict(BLOCK_M=tile.m, BLOCK_N=tile.n)
     else:
-        fn = getattr(layernorm, kernel)
-        wide = ("x", "total", "weight", "bias", "mean", "rstd", "dtotal", "dx", "dweight", "dbias")
+        fn = getattr(layernorm, kernel.removesuffix("_bias"))
+        wide = ("x", "total", "weight", "bias", "branch_bias", "mean", "rstd", "dtotal", "dx",
+                "partial")
         types = dict.fromkeys(wide, fp32) | dict.fromkeys(("branch", "y", "dy", "dbranch"), bf16)
-        types |= dict(C=i32, N=i32, eps="fp32")
+        types |= dict(C=i32, N=i32, width=i32, eps="fp32")
         constants = dict(BLOCK=size, BRANCH=True, DTOTAL=True, DBRANCH=True)
+        constants["BRANCH_BIAS"] = kernel.endswith("_bias")
     names = fn.arg_names
     return (
         fn,

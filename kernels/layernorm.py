@@ -1,6 +1,7 @@
 """LayerNorm fused with the residual add in Triton, forward and backward.
 
-With s = x + r (r the branch that joins the residual stream), for every row of C values:
+With s = x + r (r the branch that joins the residual stream; its bias c too, where the product that
+made it left that to us), for every row of C values:
 
     mean = sum s / C,   rstd = 1 / sqrt(sum (s - mean)^2 / C + eps)
     n = (s - mean) rstd,   y = n w + b
@@ -8,11 +9,11 @@ With s = x + r (r the branch that joins the residual stream), for every row of C
 and backward, with g = dy w and the means taken over the row:
 
     ds = rstd (g - mean(g) - n mean(g n)) + ds_residual
-    dw = sum dy n,   db = sum dy   (over rows)
+    dw = sum dy n,   db = sum dy,   dc = sum ds   (over rows)
 
 LayerNorm: arXiv 1607.06450. One pass over memory in each direction: a row stays in registers. All
-arithmetic and both statistics are fp32, whatever is stored. dw and db are summed per program and
-then over programs, without atomics: every run gives the same bits.
+arithmetic and both statistics are fp32, whatever is stored. dw, db and dc are summed per program
+and then over programs, without atomics: every run gives the same bits.
 
 Shapes: N rows (B * T), C width, BLOCK the power of two that holds C, P programs backward.
 """
@@ -30,13 +31,13 @@ MAX_WIDTH = 8192  # a row is held in registers: 16 values in each of 512 threads
 
 @triton.jit
 def layer_norm_forward(
-    x, branch, weight, bias, total, y, mean, rstd, C, eps,
-    BLOCK: tl.constexpr, BRANCH: tl.constexpr,
+    x, branch, branch_bias, weight, bias, total, y, mean, rstd, C, eps,
+    BLOCK: tl.constexpr, BRANCH: tl.constexpr, BRANCH_BIAS: tl.constexpr,
 ):
     """One program, one row: grid (N,). It alone writes this row of total, y, mean and rstd.
 
-    x, branch, total, y: (N, C); weight, bias: (C,); mean, rstd: (N,). total = x + branch is
-    written only where there is a branch.
+    x, branch, total, y: (N, C); branch_bias, weight, bias: (C,); mean, rstd: (N,). total = x +
+    branch (+ branch_bias) is written only where there is a branch.
     """
     row = tl.program_id(0).to(tl.int64)  # N * C passes 2^31 at 2.8 million tokens of width 768
     columns = tl.arange(0, BLOCK)
@@ -45,6 +46,8 @@ def layer_norm_forward(
     s = tl.load(x + cells, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
         s += tl.load(branch + cells, mask=inside, other=0.0).to(tl.float32)  # s = x + r
+        if BRANCH_BIAS:
+            s += tl.load(branch_bias + columns, mask=inside, other=0.0).to(tl.float32)  # + c
         stored = s.to(total.dtype.element_ty)
         tl.store(total + cells, stored, mask=inside)
         s = stored.to(tl.float32)  # what backward will read, and what the next layer adds to
@@ -61,14 +64,15 @@ def layer_norm_forward(
 
 @triton.jit
 def layer_norm_backward(
-    dy, dtotal, total, weight, mean, rstd, dx, dbranch, dweight, dbias, N, C,
-    BLOCK: tl.constexpr, DTOTAL: tl.constexpr, DBRANCH: tl.constexpr,
+    dy, dtotal, total, weight, mean, rstd, dx, dbranch, partial, width, N, C,
+    BLOCK: tl.constexpr, DTOTAL: tl.constexpr, DBRANCH: tl.constexpr, BRANCH_BIAS: tl.constexpr,
 ):
     """One program, every P-th row: grid (P,).
 
-    It alone writes those rows of dx and dbranch (N, C), and its own row of the partial sums dweight
-    and dbias (P, C). dtotal, the gradient that comes down the residual stream, may be absent;
-    dbranch is dx in the branch's dtype, written only where the two differ.
+    It alone writes those rows of dx and dbranch (N, C), and its own row of the partial sums, whose
+    rows are `width` apart: dw, db and with BRANCH_BIAS dc, C of each. dtotal, the gradient that
+    comes down the residual stream, may be absent; dbranch is dx in the branch's dtype, written only
+    where the two differ.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < C
@@ -76,6 +80,7 @@ def layer_norm_backward(
         w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
     db = tl.zeros([BLOCK], tl.float32)
+    dc = tl.zeros([BLOCK], tl.float32)
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         cells = tl.cast(row, tl.int64) * C + columns
         s = tl.load(total + cells, mask=inside, other=0.0).to(tl.float32)
@@ -91,12 +96,58 @@ def layer_norm_backward(
         ds = (g - tl.sum(g) / C - n * (tl.sum(g * n) / C)) * rstd_row
         if DTOTAL:
             ds += tl.load(dtotal + cells, mask=inside, other=0.0).to(tl.float32)
+        if BRANCH_BIAS:
+            dc += tl.where(inside, ds, 0.0)  # dc = sum ds
         tl.store(dx + cells, ds.to(dx.dtype.element_ty), mask=inside)
         if DBRANCH:
             tl.store(dbranch + cells, ds.to(dbranch.dtype.element_ty), mask=inside)
-    partial = tl.program_id(0) * C + columns
-    tl.store(dweight + partial, dw, mask=inside)
-    tl.store(dbias + partial, db, mask=inside)
+    sums = partial + tl.program_id(0) * width + columns
+    tl.store(sums, dw, mask=inside)
+    tl.store(sums + C, db, mask=inside)
+    if BRANCH_BIAS:
+        tl.store(sums + 2 * C, dc, mask=inside)
+
+
+def launch_forward(
+    x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, weight: Tensor, bias: Tensor,
+    eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x + branch + branch_bias, y, mean, rstd); without a branch the first is empty. y: dtype."""
+    total, y, mean, rstd = _forward_outputs(x, weight, bias, branch, eps, dtype)
+    block = triton.next_power_of_2(x.shape[-1])
+    kernel = "layer_norm_forward" if branch_bias is None else "layer_norm_forward_bias"
+    tile = tiles.pick(kernel, tiles.arch(x.device), block)
+    layer_norm_forward[(mean.numel(),)](
+        x.contiguous(), None if branch is None else branch.contiguous(), branch_bias,
+        weight.contiguous(), bias.contiguous(), total, y, mean, rstd, x.shape[-1], eps,
+        BLOCK=block, BRANCH=branch is not None, BRANCH_BIAS=branch_bias is not None,
+        num_warps=tile.warps,
+    )
+    return total, y, mean, rstd
+
+
+def launch_backward(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    partial: Tensor, dtype: torch.dtype, branch_dtype: torch.dtype, branch_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dbranch); dbranch is empty where it is dx.
+
+    partial: (P, 2C), with branch_bias (P, 3C), perhaps columns of a wider one: takes the sums of P
+    shares of the rows, dw, db and dc side by side.
+    """
+    dx = total.new_empty(total.shape, dtype=dtype)
+    dbranch = total.new_empty(total.shape if dtype != branch_dtype else 0, dtype=branch_dtype)
+    N, C = mean.numel(), total.shape[-1]
+    block = triton.next_power_of_2(C)
+    kernel = "layer_norm_backward_bias" if branch_bias else "layer_norm_backward"
+    tile = tiles.pick(kernel, tiles.arch(total.device), block)
+    layer_norm_backward[(len(partial),)](
+        dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total.contiguous(),
+        weight.contiguous(), mean, rstd, dx, dbranch, partial, partial.stride(0), N, C,
+        BLOCK=block, DTOTAL=dtotal is not None, DBRANCH=dtype != branch_dtype,
+        BRANCH_BIAS=branch_bias, num_warps=tile.warps,
+    )
+    return dx, dbranch
 
 
 @torch.library.custom_op("gpt2::layer_norm_forward", mutates_args=())
@@ -104,16 +155,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x + branch, y, mean, rstd); without a branch the first is empty. y is of dtype."""
-    total, y, mean, rstd = _forward_outputs(x, weight, bias, branch, eps, dtype)
-    N, C = mean.numel(), x.shape[-1]
-    block = triton.next_power_of_2(C)
-    tile = tiles.pick("layer_norm_forward", tiles.arch(x.device), block)
-    layer_norm_forward[(N,)](
-        x.contiguous(), None if branch is None else branch.contiguous(),
-        weight.contiguous(), bias.contiguous(), total, y, mean, rstd, C, eps,
-        BLOCK=block, BRANCH=branch is not None, num_warps=tile.warps,
-    )
-    return total, y, mean, rstd
+    return launch_forward(x, branch, None, weight, bias, eps, dtype)
 
 
 @_forward.register_fake
@@ -134,23 +176,12 @@ def _backward(
     dtype: torch.dtype, branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dbranch, dweight, dbias); dbranch is empty where it is dx."""
-    dx, dbranch, dweight, dbias = _backward_outputs(
-        dy, dtotal, total, weight, mean, rstd, dtype, branch_dtype
+    P, C = min(mean.numel(), tiles.programs(total.device)), total.shape[-1]
+    partial = total.new_empty((P, 2 * C), dtype=torch.float32)
+    dx, dbranch = launch_backward(
+        dy, dtotal, total, weight, mean, rstd, partial, dtype, branch_dtype, branch_bias=False
     )
-    N, C = mean.numel(), total.shape[-1]
-    block = triton.next_power_of_2(C)
-    tile = tiles.pick("layer_norm_backward", tiles.arch(total.device), block)
-    P = min(N, tiles.programs(total.device))
-    partial = total.new_empty((2, P, C), dtype=torch.float32)
-    layer_norm_backward[(P,)](
-        dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total.contiguous(),
-        weight.contiguous(), mean, rstd, dx, dbranch, partial[0], partial[1], N, C,
-        BLOCK=block, DTOTAL=dtotal is not None, DBRANCH=dtype != branch_dtype,
-        num_warps=tile.warps,
-    )
-    torch.sum(partial[0], 0, out=dweight)
-    torch.sum(partial[1], 0, out=dbias)
-    return dx, dbranch, dweight, dbias
+    return dx, dbranch, partial[:, :C].sum(0), partial[:, C:].sum(0)
 
 
 @_backward.register_fake

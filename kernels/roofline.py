@@ -58,6 +58,15 @@ def work(kernel: str, s: Shape) -> Work:
         "relu_squared_forward": Work(8 * activation, 0.0),
         # reads dy and x; writes dx
         "relu_squared_backward": Work(12 * activation, 0.0),
+        # as without the bias, which is a row
+        "layer_norm_forward_bias": Work(6 * activation, 0.0),
+        "layer_norm_backward_bias": Work(8 * activation, 0.0),
+        # reads and writes (N, 4C)
+        "gelu_forward": Work(8 * activation, 0.0),
+        # reads dy and x; writes dx and y
+        "gelu_backward": Work(16 * activation, 0.0),
+        # reads (N, 3C) and (N, C)
+        "column_sums": Work(4 * activation, 0.0),
         # the logits, dh and dW
         "lm_head": Work(6.0 * N * s.V, 3 * 2.0 * N * s.V * s.C),
     }[kernel]
@@ -70,21 +79,32 @@ def floor(work: Work, card: Card) -> tuple[float, str]:
     return (memory, "memory") if memory > tensor else (tensor, "tensor")
 
 
+class Passes(NamedTuple):
+    """How often one program of an attention kernel goes through its inner loops."""
+
+    whole: int  # the loop without a mask
+    masked: int  # the one across the diagonal
+
+
+def passes(kernel: str, T: int, m: int, n: int) -> list[Passes]:
+    """Of each tile of one head, from its first rows on. (m, n): the tile, of kernels/tiles.py."""
+    transposed = kernel == "attention_dkdv"  # a tile of keys, and steps of queries
+    rows, step = (n, m) if transposed else (m, n)
+    found = []
+    for start in range(0, T, rows):
+        end = min(start + rows, T)
+        # The queries after these keys, or the keys before these queries.
+        whole = math.ceil((T - end) / step) if transposed else start // step
+        found.append(Passes(whole, math.ceil((end - start) / step)))
+    return found
+
+
 def loop_floor(kernel: str, s: Shape, m: int, n: int, loops: list[float], card: Card) -> float:
     """Seconds that an attention kernel's inner loops take, with all SMs busy and nothing else.
 
     loops: cycles of one pass of the unmasked loop and of the one across the diagonal, or of the
     one loop that does both.
     """
-    transposed = kernel == "attention_dkdv"  # a tile of keys, and steps of queries
-    rows, step = (n, m) if transposed else (m, n)
-    whole = masked = 0
-    for start in range(0, s.T, rows):
-        end = min(start + rows, s.T)
-        masked += math.ceil((end - start) / step)  # across the diagonal
-        if transposed:
-            whole += math.ceil((s.T - end) / step)  # the queries after these keys
-        else:
-            whole += start // step  # the keys before these queries
-    cycles = s.B * s.H * (whole * loops[0] + masked * loops[-1])
-    return cycles / card.sms / card.clock_hz
+    head = passes(kernel, s.T, m, n)
+    cycles = sum(tile.whole * loops[0] + tile.masked * loops[-1] for tile in head)
+    return s.B * s.H * cycles / card.sms / card.clock_hz

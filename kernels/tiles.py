@@ -9,9 +9,12 @@ nothing here was timed on a GPU.
 A search at run time would make two runs of one configuration differ, and needs a GPU to test.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
+
+from kernels import cards
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,6 +43,8 @@ _ATTENTION = {
     ("attention_forward", "sm_90", 64): (
         Tile(128, 64, 4, 2, True),
         Tile(128, 64, 4, 3, True),
+        Tile(128, 64, 4, 4, True),
+        Tile(128, 128, 8, 2, True),  # one CTA of 184 registers
         Tile(64, 64, 4, 2, True),
     ),
     ("attention_forward", "sm_90", 128): (Tile(64, 64, 4, 2, True), Tile(128, 128, 8, 2, True)),
@@ -70,7 +75,8 @@ _ATTENTION = {
     # The second: 111 us of loops for 140 (audit's floor, GPT-2 124M), but one CTA of 210 registers.
     ("attention_dkdv", "sm_100", 64): (Tile(64, 64, 4, 2, True), Tile(64, 128, 4, 2, True)),
     ("attention_dkdv", "sm_100", 128): (Tile(32, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),
-    ("attention_dkdv", "sm_120", 64): (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+    # Without TMA: 255 registers and 14 spills, since tiles go through the heads in groups.
+    ("attention_dkdv", "sm_120", 64): (Tile(32, 64, 4, 2, True), Tile(32, 128, 8, 2)),
     ("attention_dkdv", "sm_120", 128): (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
     ("attention_dkdv", "gfx942", 64): (Tile(32, 64, 4, 1), Tile(64, 64, 4, 1)),
     ("attention_dkdv", "gfx942", 128): (Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
@@ -95,6 +101,11 @@ _ROWS = {
     ("layer_norm_backward", EVERY, 4096): (Tile(1, 4096, 16), Tile(1, 4096, 8)),
     ("layer_norm_backward", EVERY.replace("sm_100 ", ""), 8192): (Tile(1, 8192, 16),),
     ("layer_norm_backward", "sm_100", 8192): (Tile(1, 8192, 8),),  # 16 warps spill there
+    # With the bias of the branch, and its gradient: three sums of a row's length.
+    ("layer_norm_forward_bias", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 2)),
+    ("layer_norm_forward_bias", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 4)),
+    ("layer_norm_backward_bias", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 8)),
+    ("layer_norm_backward_bias", EVERY, 2048): (Tile(1, 2048, 8), Tile(1, 2048, 16)),
     ("cross_entropy", EVERY, 65536): (Tile(1, 4096, 8), Tile(1, 8192, 8), Tile(1, 8192, 16)),
     ("cross_entropy_softcap", EVERY, 65536): (Tile(1, 4096, 8), Tile(1, 4096, 16)),
     # Tokens and head width: 8 values of each half of a head in each thread.
@@ -104,6 +115,10 @@ _ROWS = {
     ("qk_norm_rotary_backward", EVERY, 128): (Tile(16, 128, 4), Tile(32, 128, 8)),
     ("relu_squared_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
     ("relu_squared_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
+    # Rows and columns: 8 values of a row in each thread.
+    ("gelu_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
+    ("gelu_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
+    ("column_sums", EVERY, 1): (Tile(4, 256, 4), Tile(2, 512, 4)),
 }
 
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
@@ -149,6 +164,17 @@ def programs(device: torch.device) -> int:
     if device.type != "cuda":
         return PROGRAMS_PER_SM  # the interpreter's time goes by programs
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def l2_bytes(device: torch.device) -> int:
+    """The size of a GPU's L2 cache; under the interpreter on a CPU, an A100's."""
+    if device.type != "cuda":
+        return cards.CARDS["a100"].l2_bytes
+    card = cards.by_name(torch.cuda.get_device_name(device))
+    if card is None:
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return card.l2_bytes  # of all dies; the driver of an MI300X names one die's
 
 
 def check_dtype(operator: str, dtype: torch.dtype) -> None:

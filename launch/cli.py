@@ -32,6 +32,7 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
     preset or an unreadable file; a wrong flag ends the program with tyro's box and exit code 2.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    words = list(given)  # what was typed, without a file's settings
     default = config_class()
     if given and not given[0].startswith("-"):
         source = given.pop(0)
@@ -59,6 +60,8 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
         prog="train_gpt2.py [PRESET | RUN | config.json]",
         description=f"Presets: {', '.join(presets)}.\nRUN: a run's folder; that run goes on.",
     )
+    if config.minutes:  # type: ignore[attr-defined]
+        _refuse_two_lengths(words)
     if is_given("steps", given) and not is_given("optim.warmup_steps", given):
         config = scale_warmup(config, default)
     warn_of_warmup(config)
@@ -78,6 +81,14 @@ def _refuse_names_of_others(given: Sequence[str]) -> None:
     names = [flags.name_of(word.partition("=")[0]) for word in given]
     if line := hints.translate(names):
         raise BadInput(line)
+
+
+def _refuse_two_lengths(words: Sequence[str]) -> None:
+    """Raises BadInput where --minutes isn't all that was typed of the run's length."""
+    for name in ("steps", "optim.warmup_steps"):
+        if is_given(name, words):
+            raise BadInput(f"--minutes plans the steps, and the preset's share of them for the "
+                           f"warm-up: leave out --{name}, or --minutes")
 
 
 def is_given(name: str, given: Sequence[str]) -> bool:

@@ -71,6 +71,20 @@ def prepare(path: Path, description: dict[str, Any], last_step: int) -> list[dic
     return [row for row in read_rows(path / "metrics.jsonl") if "val_loss" in row]
 
 
+def change_steps(run: Path, steps: int, warmup_steps: int, resolved: dict[str, Any]) -> None:
+    """Writes into a run's config.json with how many steps it goes on (model/pace.py).
+
+    resolved: what follows from them.
+    """
+    description = json.loads((run / "config.json").read_bytes())
+    for settings in (description["config"], description["must_match"]):
+        settings["steps"] = steps
+        settings["optim"]["warmup_steps"] = warmup_steps
+    description["config"]["minutes"] = 0.0
+    description["resolved"] |= resolved
+    atomic_write(run / "config.json", json.dumps(description, indent=2) + "\n")
+
+
 def summary(description: dict[str, Any], T: int) -> str:
     """Three lines on what is about to happen."""
     config, resolved = description["config"], description["resolved"]

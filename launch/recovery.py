@@ -1,4 +1,5 @@
-"""What follows a step that would do harm, as --on_spike says: skip it, roll back, or end the run.
+"""What follows data that can't be read, and a step that would do harm: as --on_spike says, skip it,
+roll back, or end the run.
 
 `run` is train_gpt2.py's Run: this room knows no model and no data, and asks the run's saver,
 loader, tracker and spike detector to do it. All ranks come here together, with one verdict.
@@ -8,6 +9,16 @@ from typing import Any, NoReturn
 
 from launch import console
 from launch.errors import Failed
+
+
+def get_batch(run: Any, step: int) -> Any:
+    """This rank's tokens of a step, (micro-steps, B, T + 1), on its device. Data that can't be read
+    on any rank stops them all, after a save."""
+    batch, error = run.loader.try_get_batch(step)
+    if run.world.all_reduce_max(error is not None):
+        run.save(step, wait=True)
+        run.world.raise_on_all_ranks(error)  # of the first rank that has one; the others have None
+    return batch.to(run.world.device, non_blocking=True)
 
 
 def after_bad_step(run: Any, step: int, problem: str, loss: float, norm: float) -> int:

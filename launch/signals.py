@@ -14,6 +14,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from launch import orphan
 from launch.files import atomic_write
@@ -101,6 +102,14 @@ class DistributedSignalHandler:
 def was_stopped(run: Path) -> bool:
     """Whether a signal stopped this run and it has not gone on since."""
     return (run / STOPPED_FILE).exists()
+
+
+def record_stop(run: Any, step: int) -> None:
+    """Says that a signal has stopped a run, train_gpt2.py's Run: here, in its metrics, in STOPPED.
+    All ranks call it together."""
+    reason = f"stopped by {run.signals.name} at step {step}"
+    run.world.broadcast_from_rank0(write_stopped_file, run.path, reason)
+    run.tracker.log_event(step, f"{reason}; the same command goes on from there")
 
 
 def write_stopped_file(run: Path, reason: str) -> None:

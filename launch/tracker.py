@@ -67,6 +67,7 @@ class Tracker:
         val_set = resolved.get("val_set")
         self.val_losses: dict[int, float] = {
             row["step"]: row["val_loss"] for row in evaluations if row.get("val_set") == val_set}
+        self.last_seconds = 0.0  # of the latest step
         self.smooth_seconds = 0.0  # a step, for the first ones are slow
         self.eval_every = config.get("evaluation", {}).get("eval_every", self.steps)
         self.evaluation_seconds = 0.0  # of the latest evaluation; 0: there was none yet
@@ -130,6 +131,7 @@ class Tracker:
 
         diagnosis: what model/diagnostics.py found in it, if it was recorded.
         """
+        self.last_seconds = seconds
         if self.smooth_seconds:
             self.smooth_seconds = 0.8 * self.smooth_seconds + 0.2 * seconds
         else:

@@ -73,6 +73,11 @@ class Diagnostics:
         self._listen(missed or self._is_due(step + 1))
         return row
 
+    def go_back(self, step: int) -> None:
+        """The run returns to `step`, of finished ones, as if it had begun there."""
+        self.recorded = False
+        self._listen(self._is_due(step + 1))
+
     def _is_due(self, step: int) -> bool:
         return bool(self.every) and (step == 1 or step % self.every == 0)
 

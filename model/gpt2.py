@@ -12,7 +12,7 @@ Shapes: B batch, T time, C width, H heads, D = C / H head width, V vocabulary, V
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -32,6 +32,8 @@ LARGEST = dict(n_layer=1000, n_head=1000, n_embd=100_000, n_ctx=1_000_000, n_voc
 # within a row: a cache's (model/generate.py), or that of several requests in one row
 # (model/packed.py).
 Attend = Callable[[int, Tensor, int], Tensor]
+# fused(x, branch): what Block.forward computes, by model/fused_block.py.
+Fused = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # watch(layer, x, branch): told behind each block what it returns (model/diagnostics.py).
 Watch = Callable[[int, Tensor, Tensor], None]
 
@@ -168,15 +170,26 @@ class Block(nn.Module):
         self.attn = Attention(config, ops, layer)
         self.ln_2 = LayerNorm(config, ops)
         self.mlp = MLP(config)
+        self.fused: Fused | None = None  # on a GPU: the same lines and their derivatives by hand
 
     def forward(
         self, x: Tensor, branch: Tensor | None, attend: Attend | None = None
     ) -> tuple[Tensor, Tensor]:
+        if self.fused is not None and attend is None:
+            return self.fused(x, branch)
         x, normed = self.ln_1.fused_add(x, branch)  # x = x + branch; normed = ln_1(x)
         branch = self.attn(normed, attend)
         x, normed = self.ln_2.fused_add(x, branch)  # x = x + branch; normed = ln_2(x)
         branch = self.mlp(normed)
         return x, branch  # each (B, T, C)
+
+
+def run_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
+    """block(*inputs). With model.checkpoint_activations only the inputs are kept, and the block is
+    computed once more in the backward pass."""
+    if model.checkpoint_activations and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 class GPT(nn.Module):
@@ -187,6 +200,7 @@ class GPT(nn.Module):
         self.config, self.ops = config, ops
         self.checkpoint_activations = False  # keep a block's input only, and compute it twice
         self.watch: Watch | None = None
+        self.before_blocks: Callable[[], None] | None = None  # model/fused_block.py: copy_weights
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd)  # also the output head
         self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
         self.h = nn.ModuleList(Block(config, ops, i) for i in range(config.n_layer))
@@ -229,12 +243,11 @@ class GPT(nn.Module):
             position_embedding = self.wpe.weight[positions]  # (T, C) or (B, T, C)
         x = token_embedding + position_embedding  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
+        if self.before_blocks is not None:
+            self.before_blocks()
         branch = None
         for layer, block in enumerate(self.h):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x, branch = checkpoint(block, x, branch, attend, use_reentrant=False)
-            else:
-                x, branch = block(x, branch, attend)
+            x, branch = run_block(self, block, x, branch, attend)
             if self.watch is not None:
                 self.watch(layer, x, branch)
         _, normed = self.ln_f.fused_add(x, branch)

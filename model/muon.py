@@ -10,19 +10,17 @@ on every rank the iterations would take 3 % of a step on 8 GPUs. Equal shapes ar
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from launch.world import DTYPES
-from model.parallel import ParallelModel, ParamShard
+from model.parallel import ParallelModel, ParamShard, buckets
 
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic: steepest at 0, for five steps (Jordan, 2024)
 STEPS = 5
 EPS = 1e-7  # a matrix of zeros stays one
-BUCKET = 1 << 27  # numbers that are gathered at once: 256 MiB in bf16
 
 
 def orthogonalise(U: Tensor) -> Tensor:
@@ -75,7 +73,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of this rank's rows."""
         [group] = self.param_groups
-        for shards in self._buckets():
+        for shards in buckets(self.shards):
             full = self.model.gather_rows(shards, [self._momentum(shard) for shard in shards])
             for shard, direction in zip(shards, self._orthogonalise(shards, full), strict=True):
                 first, p = shard.optim_start, shard.optim_param
@@ -109,16 +107,3 @@ class Muon(torch.optim.Optimizer):
             found |= {place: done[n] * scale for n, place in enumerate(places)}
         numbers = iter(range(len(flat)))
         return [torch.cat([found[next(numbers)] for _ in matrices]) for matrices in parts]
-
-    def _buckets(self) -> Iterator[list[ParamShard]]:
-        """The shards, so many at once that they fit into BUCKET numbers."""
-        bucket: list[ParamShard] = []
-        size = 0
-        for shard in self.shards:
-            if bucket and size + shard.param.numel() > BUCKET:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(shard)
-            size += shard.param.numel()
-        if bucket:
-            yield bucket

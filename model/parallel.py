@@ -31,6 +31,8 @@ from model.gpt2 import GPT
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 
+BUCKET = 1 << 27  # numbers that are gathered at once: 512 MiB in fp32, all of 124M's weights
+
 
 @dataclass(frozen=True)
 class ParamShard:
@@ -66,7 +68,9 @@ class ParallelModel:
             _shard(module, self.mesh, dtype)
         elif world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            # Gradients live inside the communication buckets: no copy, no second set of them.
+            # DDP copies each gradient into its communication buckets, which stay for the whole run
+            # (124M: 148 copies, 475 MiB), and leaves the averages there, with gradients as views.
+            # Gradients that were kept and zeroed would be added to: as many launches, more bytes.
             self.forward = DistributedDataParallel(
                 module, device_ids=ids, gradient_as_bucket_view=True
             )
@@ -137,7 +141,10 @@ class ParallelModel:
             self._all_gather_rows()
 
     def zero_grad(self) -> None:
-        """Frees the gradients until the next backward pass, with which a step begins."""
+        """Drops the gradients until the next backward pass, with which a step begins.
+
+        Under ddp and zero1 their memory is that of the buckets, and stays.
+        """
         self.steps_begun += 1
         for shard in self.shards:
             shard.param.grad = None
@@ -181,18 +188,39 @@ class ParallelModel:
         """
         if self.mode == "ddp":
             return rows  # all of them are updated here
+        full = [rows[0].new_empty(shard.param.shape) for shard in shards]
+        self._gather_into(full, rows)
+        return full
+
+    def _gather_into(self, full: list[Tensor], rows: list[Tensor]) -> None:
+        """Fills each full[i] (all rows, ...) with rows[i] (this rank's rows, ...) of every rank.
+
+        Rows travel packed: two launches and one all-gather, however many tensors there are. Takes
+        1 + 1 / ranks times their memory for as long as it lasts.
+        """
         group = self.mesh.get_group("shard") if self.mesh is not None else None
         ranks = dist.get_world_size(group)
-        # Every rank sends ceil(rows / ranks) rows of each, the last ranks partly zeros.
-        each = [-(-len(shard.param) // ranks) * shard.param[:1].numel() for shard in shards]
-        sent = rows[0].new_zeros(sum(each))
-        for part, own in zip(sent.split(each), rows, strict=True):
-            part[: own.numel()] = own.flatten()
+        # Every rank sends ceil(rows / ranks) rows of each; the last ranks have fewer, and what they
+        # send in place of the rest is thrown away.
+        share = [-(-len(x) // ranks) for x in full]
+        each = [n * math.prod(x.shape[1:]) for n, x in zip(share, full, strict=True)]
+        sent = rows[0].new_empty(sum(each))
+        parts = zip(sent.split(each), rows, strict=True)
+        torch._foreach_copy_([part[: own.numel()].view_as(own) for part, own in parts], rows)
         gathered = sent.new_empty(ranks * len(sent))
         dist.all_gather_into_tensor(gathered, sent, group=group)
-        parts = gathered.view(ranks, -1).split(each, dim=1)  # each (ranks, rows a rank * columns)
-        return [part.reshape(-1, *shard.param.shape[1:])[: len(shard.param)]
-                for part, shard in zip(parts, shards, strict=True)]
+        # Rows that the ranks share out evenly arrive in their place, others beside it.
+        arrived, uneven = [], []
+        for x, n in zip(full, share, strict=True):
+            place = x
+            if len(x) < ranks * n:
+                place = x.new_empty(ranks * n, *x.shape[1:])
+                uneven.append((x, place))
+            arrived.append(place.view(ranks, -1))  # (ranks, n * columns)
+        gathered = gathered.view(ranks, -1)  # (ranks, all of that side by side)
+        torch.split_with_sizes_copy(gathered, each, dim=1, out=arrived)
+        for x, place in uneven:
+            x.copy_(place[: len(x)])
 
     def share_out(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         """function(batch), where it treats the entries of its first dimension alike: each rank
@@ -212,9 +240,9 @@ class ParallelModel:
 
     def _all_gather_rows(self) -> None:
         """Every rank gets the rows of each parameter that the others have updated."""
-        for shard in self.shards:
-            [full] = self.gather_rows([shard], [shard.optim_param.detach()])
-            shard.local.copy_(full)
+        for shards in buckets(self.shards):
+            self._gather_into([shard.local for shard in shards],
+                              [shard.optim_param.detach() for shard in shards])
 
     def _shard_of(self, name: str, param: nn.Parameter) -> ParamShard:
         """Who holds, updates and saves which rows."""
@@ -234,6 +262,20 @@ class ParallelModel:
             optim_param = nn.Parameter(local[rows.start : rows.stop])
             return ParamShard(name, param, local, 0, optim_param, rows.start, save_rows=rows)
         return ParamShard(name, param, local, 0, param, 0, save_rows=rows)
+
+
+def buckets(shards: list[ParamShard]) -> Iterator[list[ParamShard]]:
+    """The shards in their order, so many at once that their parameters fit into BUCKET numbers."""
+    bucket: list[ParamShard] = []
+    size = 0
+    for shard in shards:
+        if bucket and size + shard.param.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(shard)
+        size += shard.param.numel()
+    if bucket:
+        yield bucket
 
 
 def rows_of(count: int, rank: int, ranks: int) -> range:

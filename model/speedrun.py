@@ -13,13 +13,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import Operators
-from kernels.reference import rotary_angles
+from kernels.reference import at_least_fp32, rotary_angles
 from model.document_mask import DocumentMask
-from model.gpt2 import Attend, GPTConfig
+from model.gpt2 import Attend, GPTConfig, run_block
+from model.value_embeddings import ValueEmbeddings
 
 SOFTCAP = 15.0  # logits stay within it: no run-away confidence (record 18; Gemma 2, 2408.00118)
 ROPE_BASE = 1024.0  # longest wavelength over 2 pi: the context (RoPE, 2104.09864; track 3)
@@ -76,10 +76,8 @@ class Block(nn.Module):
         self.attn = Attention(config, ops, layer)
         self.mlp = MLP(config, ops)
 
-    def forward(
-        self, x: Tensor, x0: Tensor, mix: Tensor, rotary: Rotary, values: Tensor | None,
-        attend: Attend | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, mix: Tensor, rotary: Rotary, values: Tensor | None,
+                attend: Attend | None) -> Tensor:
         x = mix[0] * x + mix[1] * x0  # (B, T, C): learned, at first 1 and 0 (record 9)
         x = x + self.attn(norm(x), rotary, values, attend)
         x = x + self.mlp(norm(x))
@@ -96,10 +94,7 @@ class SpeedrunGPT(nn.Module):
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd)
         self.h = nn.ModuleList(Block(config, ops, i) for i in range(config.n_layer))
         self.x0_mix = nn.Parameter(torch.empty(config.n_layer, 2))  # of each block: of x, of x0
-        # Option (record 14): every other layer's values have an embedding of their own.
-        layers = range(1, config.n_layer, 2) if config.value_embeddings else ()
-        self.value_embeddings = nn.ModuleDict(
-            {str(i): nn.Embedding(config.padded_vocab, config.n_embd) for i in layers})
+        self.value_embeddings = ValueEmbeddings(config)  # an option, empty where it is off
         # Not tied to wte: each has its own learning rate (record 8).
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=False)
         self.init_weights()
@@ -129,11 +124,8 @@ class SpeedrunGPT(nn.Module):
         # The stream keeps the weights' master dtype, also where the embedding is stored in bf16.
         x = x0 = norm(self.wte(idx).to(self.x0_mix.dtype))  # (B, T, C), (record 8)
         for i, block in enumerate(self.h):
-            table = self.value_embeddings[str(i)] if str(i) in self.value_embeddings else None
-            values = table(idx) if table else None  # (B, T, C)
-            inputs = (x, x0, self.x0_mix[i], rotary, values, attend)
-            twice = self.checkpoint_activations and torch.is_grad_enabled()
-            x = checkpoint(block, *inputs, use_reentrant=False) if twice else block(*inputs)
+            values = self.value_embeddings.of_layer(i, idx)  # (B, T, C) or None
+            x = run_block(self, block, x, x0, self.x0_mix[i], rotary, values, attend)
         return norm(x)
 
     def forward(
@@ -153,5 +145,4 @@ class SpeedrunGPT(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., V); the padding is cut off, so it can never be sampled."""
         z = self.lm_head(x)[..., : self.config.n_vocab]
-        wide = z.to(torch.promote_types(z.dtype, torch.float32))
-        return SOFTCAP * torch.tanh(wide / SOFTCAP)
+        return SOFTCAP * torch.tanh(z.to(at_least_fp32(z.dtype)) / SOFTCAP)

@@ -8,9 +8,11 @@ import torch
 
 import kernels
 from kernels import Choice, selfcheck
+from kernels.passes import triton_passes
 from launch.errors import BadInput
 from launch.world import Dtype, World
-from model import checkpoint
+from model import checkpoint, fused_block
+from model.fused_block import fuse_blocks
 from model.gpt2 import GPT, GPTConfig
 from model.network import compile_blocks, new_network
 from model.optim import LossScaler, OptimConfig, configure_optimizers
@@ -25,7 +27,7 @@ class ComputeConfig:
     dtype: Dtype = "auto"
     """Format of the matrix products. Weights and optimizer are fp32 (fp64 for fp64)."""
     compile: bool | None = None
-    """torch.compile the blocks; None: on CUDA only."""
+    """torch.compile the blocks; None: on CUDA, unless they have a backward pass by hand."""
     kernels: Choice = "auto"
     """Who computes attention, LayerNorm and the loss."""
     parallel: Mode = "ddp"
@@ -59,7 +61,10 @@ def build_train_state(
             checkpoint.copy_weights(module, given, characters)
     if given:
         world.print0(f"starts from the weights of {given} (--init {init})")
-    if compute.compiled(world.device):
+    if compute.compile is None and blocks_by_hand(shape, ops, world):
+        sharded = compute.parallel == "fsdp" and world.size > 1
+        fuse_blocks(module, triton_passes(), copies=not sharded)
+    elif compute.compiled(world.device):
         compile_blocks(module)
     model = ParallelModel(module, compute.parallel, world, dtype)
     optimizer = configure_optimizers(model, optim)
@@ -95,6 +100,21 @@ def choose_operators(
         line += "; attention by torch while training, for --model.dropout: the kernel has none"
     world.print0(line)
     return ops
+
+
+def blocks_by_hand(shape: GPTConfig, ops: kernels.Operators, world: World) -> bool:
+    """Whether blocks compute themselves by model/fused_block.py: on GPUs with our kernels, where
+    every rank finds that they are right."""
+    if world.device.type != "cuda" or ops is kernels.TORCH or not fused_block.fits(shape):
+        return False
+    errors, faults = fused_block.check(
+        triton_passes(), world.device, shape.n_embd // shape.n_head)
+    all_faults = [faults for faults in world.all_gather(faults) if faults]
+    if all_faults:
+        world.print0(f"blocks: compiled, for written by hand they are wrong here: {all_faults[0]}")
+        return False
+    world.print0(f"blocks: backward pass by hand, checked (largest errors: {errors})")
+    return True
 
 
 def new_model(

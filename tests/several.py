@@ -3,7 +3,8 @@
     torchrun --standalone --nproc_per_node=2 -m tests.several CONFIGS.json
 
 CONFIGS.json: a list of the flags of each run. STOP_AT=N in the environment: rank 1 gets a SIGTERM
-in step N. PRETEND_LOCAL_WORLD_SIZE=N: the ranks are told that a node has N of them.
+in step N. PRETEND_LOCAL_WORLD_SIZE=N: the ranks are told that a node has N of them. BY_HAND=1:
+blocks have their backward pass by hand, as on a GPU, out of the reference's passes.
 """
 
 import json
@@ -15,9 +16,11 @@ from pathlib import Path
 import torch
 
 import train_gpt2
+from kernels.passes import REFERENCE
 from launch import cli
 from launch.errors import exit_process, one_line_errors
 from launch.world import World, init_distributed
+from model import training
 from train_gpt2 import PRESETS, TrainConfig, train
 
 
@@ -45,6 +48,9 @@ if __name__ == "__main__":
     os.environ["LOCAL_WORLD_SIZE"] = os.environ.get(
         "PRETEND_LOCAL_WORLD_SIZE", os.environ["LOCAL_WORLD_SIZE"]
     )
+    if "BY_HAND" in os.environ:
+        training.blocks_by_hand = lambda *_: True
+        training.triton_passes = lambda: REFERENCE
     if "STOP_AT" in os.environ:
         stop_at(int(os.environ["STOP_AT"]))
     world = init_distributed()

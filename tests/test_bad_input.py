@@ -55,6 +55,8 @@ from train_gpt2 import PRESETS, TrainConfig, train
         (["demo", "--model.n_embd", "0"], "n_embd 0: expected a whole number, 1 to"),
         (["demo", "--model.n_ctx", str(10**9)], "n_ctx 1000000000: expected a whole number"),
         (["demo", "--model.n_vocab", "-1"], "n_vocab -1: expected a whole number, 1 to"),
+        (["demo", "--model.n_embd", "1", "--model.n_head", "1", "--optim.optimizer", "muon"],
+         "--optim.optimizer muon needs matrices, and this model's have a side of 1: a larger"),
         (["demo", "--optim.lr", "high"], "--optim.lr"),
         (["demo", "--steps", "1e3"], "--steps"),
     ],
@@ -75,6 +77,7 @@ def test_one_clear_line(arguments, words, tmp_path, capsys):
 # negative, zero where it divides, more than the type behind it holds.
 OUT_OF_BOUNDS = {
     "steps": (["0", "-5", "100000000", str(10**400)], "1 to 99,999,999"),
+    "minutes": (["-1.0", "nan", "inf", "525601.0"], "0 to 525,600"),
     "batch_tokens": (["0", "-128", str(10**30)], "1 to 1,000,000,000"),
     "micro_batch": (["0", "-1"], "at least 1"),
     "seed": (["-1", str(2**32)], "0 to 4,294,967,295"),

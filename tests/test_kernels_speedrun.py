@@ -17,6 +17,10 @@ from torch import Tensor
 
 import kernels
 from kernels import cross_entropy, reference
+from launch.plan import memory
+from launch.plan.job import Job
+from model.gpt2 import GPTConfig
+from model.network import new_network
 from tests.exact import compare, gradients, loss_inputs, poison, unfused  # noqa: F401
 
 OPS = kernels.operators("triton", torch.device("cpu"))
@@ -173,3 +177,30 @@ def test_every_kernel_repeats_itself_bit_for_bit():
         )
 
     assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_keep_what_the_plan_says():
+    """Of two blocks: what torch.compile's partitioner saves for their backward pass, casts of the
+    weights included, and the angles' cosines and sines. The first block's x is x0."""
+    shape = GPTConfig(arch="speedrun", n_layer=2, n_head=2, n_embd=128, n_ctx=32, n_vocab=65)
+    model = new_network(shape, OPS)
+    for block in model.h:
+        block.compile(backend="aot_eager_decomp_partition")
+    with torch.autocast("cpu", torch.bfloat16):
+        x = model.hidden(torch.zeros(1, 32, dtype=torch.long))
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved, nodes, seen = {}, [x.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [after for after, _ in node.next_functions]
+        if node.name().startswith("CompiledFunction"):
+            saved |= {t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+                      for t in node.saved_tensors}
+    job = Job(n_layer=2, n_head=2, n_embd=128, n_ctx=32, n_vocab=65, parameters=0, steps=1,
+              flops_per_token=0, batch_tokens=32, micro_batch=1, arch="speedrun")
+    kept = sum(size for storage, size in saved.items() if storage not in own)
+    assert kept == memory.activations(job, 1) + 2 * 4 * 32 * 64 // 2

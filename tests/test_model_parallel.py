@@ -1,16 +1,24 @@
 """ddp, zero1 and fsdp train the same model on any number of ranks, and read each other's runs."""
 
+import functools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from launch.tracker import read_rows
-from model.parallel import rows_of
+from model import parallel
+from model.gpt2 import GPTConfig
+from model.network import compile_blocks, new_network, without_weights
+from model.parallel import ParallelModel, buckets, rows_of
 from model.training import ComputeConfig
-from tests.running import losses, run_several, weights
-from train_gpt2 import train
+from tests.running import ALONE, ROOT, environment, losses, run_several, wait_for_ranks, weights
+from train_gpt2 import PRESETS, train
 
 # fp64: another order of summation moves a sum by some 1e-16 of itself, Adam's division and five
 # steps by a few hundred times that; a fault in scaling, or a row left out, moves it by 1e-3.
@@ -47,6 +55,31 @@ def test_every_mode_trains_the_model_of_one_rank(tiny, tmp_path, ranks):
         assert row["val_loss"] == pytest.approx(val, abs=EQUAL), name
 
 
+def test_blocks_by_hand_train_the_same_model_in_every_mode(tiny, tmp_path):
+    """model/fused_block.py's lines under DDP, ZeRO-1 and FSDP2, accumulated and computed again.
+
+    In bf16 they read copies, which have to be of the weights that the step before has made: with
+    the first step's the losses would stay near where they began. Their blocks round in other places
+    than autograd's, by 2^-9 of a number each, which moves a loss by less than 2^-11 of itself.
+    """
+    bf16 = dict(dtype="bf16", steps=6, eval_every=6, save_every=6)
+    exact, rough = tiny(name="autograd", **START), tiny(name="autograd-bf16", **bf16)
+    train(exact), train(rough)
+    runs = [tiny(name=mode, parallel=mode, micro_batch=2, **START) for mode in MODES]
+    runs.append(tiny(name="again", parallel="fsdp", activation_checkpointing=True, **START))
+    rounded = [tiny(name=f"{mode}-bf16", parallel=mode, **bf16) for mode in ("ddp", "zero1")]
+    done = run_several(runs + rounded, tmp_path, 2, BY_HAND="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = weights(tmp_path / exact.name, 5)
+    for config in runs:
+        assert difference(expected, weights(tmp_path / config.name, 5)) < EQUAL, config.name
+    first, *_, last = [loss for _, loss in losses(tmp_path / rough.name)]
+    assert last < first * (1 - 2**-7)  # it learns more than the tolerance
+    for config in rounded:
+        own_first, *_, own_last = [loss for _, loss in losses(tmp_path / config.name)]
+        assert (own_first, own_last) == pytest.approx((first, last), rel=2**-11), config.name
+
+
 def test_a_run_changes_ranks_and_mode_and_stays_the_same(tiny, tmp_path):
     """4 ranks in ddp, then 2 in fsdp, 3 in zero1, and 1: as if nothing had happened."""
     whole = tiny(name="whole", dtype="fp64", steps=8, eval_every=8, save_every=2)
@@ -68,6 +101,72 @@ def test_a_run_changes_ranks_and_mode_and_stays_the_same(tiny, tmp_path):
     assert [e.split(" from ")[0] for e in events if e.startswith("resumed")] == [
         "resumed on 2 ranks", "resumed on 3 ranks", "resumed on 1 ranks",
     ]
+
+
+def test_zero1_exchanges_its_rows_in_three_operations(tmp_path):
+    """Packed, sent, unpacked; one after the other it was four for each of 148 parameters. What two
+    ranks can't share out evenly takes a copy more; what is too much for one buffer, one more turn.
+    """
+    code, printed = wait_for_ranks(subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "-m", "tests.exchange"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment(),
+    ), timeout=100)
+    assert code == 0, printed
+    [line] = [line for line in printed.splitlines() if line.startswith("{")]
+    found = json.loads(line)
+    send = "c10d._allgather_base_"
+    exchange = ["aten._foreach_copy_", send, "aten.split_with_sizes_copy"]
+    assert found["even"]["operators"] == exchange
+    assert found["uneven"]["operators"][:3] == exchange
+    assert set(found["uneven"]["operators"][3:]) == {"aten.copy_"}
+    assert found["small buckets"]["operators"].count(send) > 5
+    for name, run in found.items():
+        assert run["equal"], name
+        assert run["moved"], name
+
+
+def test_buckets_hold_every_parameter_once_and_are_bounded():
+    """124M's fit in one; 1558m's, 6 GB in fp32, in 12."""
+    counts = {}
+    for name in ("gpt2-124m", "gpt2-1558m"):
+        model = ParallelModel(without_weights(PRESETS[name].model), "ddp", ALONE, "fp32")
+        found = list(buckets(model.shards))
+        assert [shard for bucket in found for shard in bucket] == model.shards
+        sizes = [sum(shard.param.numel() for shard in bucket) for bucket in found]
+        assert max(sizes) <= parallel.BUCKET
+        counts[name] = len(found)
+    assert counts == {"gpt2-124m": 1, "gpt2-1558m": 12}
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it meets
+def test_compiled_blocks_stay_whole_under_ddp(monkeypatch):
+    """A block of 1.7 MB is larger than DDP's first bucket, where Dynamo would cut its graph."""
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        counts = {}
+        for whole in (True, False):
+            torch._dynamo.reset()
+            graphs.clear()
+            module = new_network(GPTConfig(n_layer=1, n_head=2, n_embd=192, n_ctx=16))
+            compile_blocks(module)
+            if not whole:
+                torch._dynamo.config.optimize_ddp = True  # as PyTorch has it
+            idx = torch.zeros(1, 16, dtype=torch.long)
+            DistributedDataParallel(module)(idx, idx).backward()
+            counts[whole] = len(graphs)
+    finally:
+        dist.destroy_process_group()
+    assert counts[True] == 1
+    assert counts[False] > 1
 
 
 def test_fsdp_in_bf16_is_near_to_ddp_in_bf16(tiny, tmp_path):
@@ -102,8 +201,6 @@ def test_fp16s_scale_leaves_the_gradient_as_it_is():
     """In fp32 a power of two goes into a sum and out of it without a rounding."""
     from model.gpt2 import GPT
     from model.optim import LossScaler
-    from model.parallel import ParallelModel
-    from tests.running import ALONE
     from tests.saved import CONFIG
 
     idx = torch.randint(50257, (2, 17), generator=torch.Generator().manual_seed(0))

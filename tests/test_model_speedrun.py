@@ -14,7 +14,7 @@ from model.generate import SampleConfig, generate
 from model.gpt2 import GPTConfig
 from model.network import get_num_params, new_network, parameter_count
 from model.speedrun import SOFTCAP
-from tests.running import ALONE
+from tests.running import ALONE, ROOT
 from train_gpt2 import train
 
 EOT = 50256
@@ -163,3 +163,26 @@ def test_a_run_of_it_is_saved_sampled_and_exported_as_our_own_alone(tiny, tmp_pa
 def test_what_the_other_network_has_not_is_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         replace(SHAPE, **wrong)
+
+
+def test_a_faithful_run_does_not_go_on_as_a_speedrun(tiny, tmp_path):
+    """Nor the other way round; each is as it was."""
+    shape = replace(SHAPE, n_layer=2)
+    for name, model in (("faithful", tiny().model), ("speedrun", shape)):
+        train(tiny(name=name, steps=1, model=model))
+    with pytest.raises(BadInput, match="other run: model.arch gpt2 there, speedrun asked. `python"):
+        train(tiny(name="faithful", steps=1, model=shape))
+    with pytest.raises(BadInput, match="other run: model.arch speedrun there, gpt2 asked. `python"):
+        train(tiny(name="speedrun", steps=1))
+    with pytest.raises(SystemExit, match="0"):  # finished, and nothing lost
+        train(tiny(name="faithful", steps=1))
+
+
+def test_a_head_width_that_no_kernel_has_is_refused(tiny):
+    pytest.importorskip("triton")
+    with pytest.raises(BadInput, match="--kernels triton: .*64 or 128 wide, not 16: use --kernels"):
+        train(tiny(model=SHAPE, kernels="triton"))
+
+
+def test_its_file_is_short_enough_to_be_read_at_once():
+    assert len((ROOT / "model" / "speedrun.py").read_text().splitlines()) < 150

@@ -5,6 +5,7 @@ import math
 import shlex
 import signal
 import subprocess
+import threading
 from dataclasses import asdict
 
 import pytest
@@ -14,7 +15,8 @@ import tyro
 import train_gpt2
 from eval.sample import Arguments, continue_prompts
 from eval.wrap import indented
-from launch.tracker import read_rows
+from launch import recovery
+from launch.tracker import Tracker, read_rows
 from model.checkpoint import load_model
 from model.generate import SampleConfig
 from model.gpt2 import GPTConfig
@@ -188,10 +190,18 @@ def test_compiled_steps_are_the_eager_steps(tiny, tmp_path):
 
 
 def test_deterministic_algorithms_train_the_same_model(tiny, tmp_path):
-    train(tiny(name="usual", steps=2, eval_every=2))
-    done = run_program(flags(tiny(name="strict", steps=2, eval_every=2, deterministic=True)))
+    """And launch nothing more: PyTorch would fill every new tensor with NaN."""
+    train(tiny(name="usual", profile=1))
+    done = run_program(flags(tiny(name="strict", profile=1, deterministic=True)))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "usual") == losses(tmp_path / "strict")
+    fills = {}
+    for name in ("usual", "strict"):
+        trace = json.loads((tmp_path / name / "profile" / "trace.json").read_text())
+        names = [event["name"] for event in trace["traceEvents"]]
+        assert names.count("aten::addmm") > 0
+        fills[name] = names.count("aten::fill_")
+    assert fills["strict"] == fills["usual"]
 
 
 def test_profile_writes_a_trace(tiny, tmp_path):
@@ -217,3 +227,33 @@ def test_a_file_is_read_in_one_sitting():
     lengths = {name: (ROOT / name).read_text(encoding="utf-8").count("\n") for name in listed
                if not name.startswith("tests/")}
     assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
+def test_a_step_waits_for_its_numbers_once(tiny, monkeypatch):
+    """On a GPU every tensor that the host reads makes it wait for all that was launched: of a step
+    loss and norm are read, together, before the update, and nothing behind it."""
+    read, steps = [], []
+
+    def counted(name, original):
+        def reads(tensor, *rest):
+            if threading.current_thread() is threading.main_thread():  # not the one that saves
+                read.append((name, tensor.numel()))
+            return original(tensor, *rest)
+        return reads
+
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    get_batch, log_step = recovery.get_batch, Tracker.log_step
+
+    def begin(*arguments):
+        read.clear()
+        return get_batch(*arguments)
+
+    def end(self, step, **values):
+        steps.append(list(read))
+        log_step(self, step, **values)
+
+    monkeypatch.setattr(recovery, "get_batch", begin)
+    monkeypatch.setattr(Tracker, "log_step", end)
+    assert train(tiny(micro_batch=3)) == 0
+    assert steps == [[("tolist", 2)]] * 6

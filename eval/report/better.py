@@ -114,7 +114,7 @@ def _losses(record: Record) -> dict[int, float]:
 
 def _settings(records: list[Record], losses: list[float]) -> list[Setting]:
     """The runs, gathered by what they were told but for the seed; the lowest mean first."""
-    told = [_told(record) for record in records]
+    told = [settings_but_seed(record) for record in records]
     groups: dict[str, list[int]] = {}
     seen: dict[str, int] = {}  # a seed that was run twice is no further seed
     for i, record in enumerate(records):
@@ -135,7 +135,7 @@ def _settings(records: list[Record], losses: list[float]) -> list[Setting]:
     return sorted(settings, key=lambda setting: setting.loss)
 
 
-def _told(record: Record) -> dict[str, object]:
+def settings_but_seed(record: Record) -> dict[str, object]:
     """What may make a run better or worse, flat, without the seed: {"optim.lr": 0.0006, ...}."""
     if not record.config:
         return {}
@@ -258,14 +258,14 @@ def student_t(level: float, freedom: int) -> float:
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
-        if _within(angle, freedom) < 1 - level:
+        if probability_within(angle, freedom) < 1 - level:
             low = angle
         else:
             high = angle
     return math.sqrt(freedom) * math.tan(low)
 
 
-def _within(angle: float, freedom: int) -> float:
+def probability_within(angle: float, freedom: int) -> float:
     """The probability that |T| is below sqrt(freedom) tan(angle)."""
     odd = freedom % 2
     term = math.cos(angle) if odd else 1.0

@@ -8,6 +8,9 @@ and step time, tokens/s, hours and cost as a range with the assumptions beside i
     own_card.py     a GPU that kernels/cards.py doesn't know
     job.py          the numbers of a run, and how many of which GPU it gets
     memory.py       bytes of one GPU, tensor by tensor
+    speedrun.py     what its network keeps and moves
+    muon.py         what Muon keeps, computes and sends
+    tables.py       the rows that these sums are made of
     step_time.py    seconds of a step: what is computed, read, written and sent
     report.py       what is printed
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kernels.cards import CARDS, Card
+from kernels.constants import FUSED_WIDTH
 from launch.errors import BadInput
 
 NODE = 8  # GPUs joined by the card's own link; DGX and HGX nodes, and the usual rented machine
@@ -33,9 +34,13 @@ class Job:
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
     checkpointing: bool = False  # blocks computed again in the backward pass
     compile: bool = True
+    by_hand: bool = False  # blocks with a backward pass by hand, where the kernels run
     kernels: str = "auto"  # auto, triton or torch
     gelu: str = "tanh"  # or exact: the same bytes and about the same time
     dropout: float = 0.0
+    arch: str = "gpt2"  # or speedrun
+    tables: int = 1  # (V, C) each: embedding, head where it's another, value embeddings
+    optimizer: str = "adamw"  # or muon
 
     @classmethod
     def of(cls, settings: Mapping, parameters: int, flops_per_token: int) -> "Job":
@@ -44,10 +49,12 @@ class Job:
         dtype = compute["dtype"]
         if dtype == "auto":
             dtype = "bf16"
-        arch = model["arch"]
-        if arch != "gpt2":
-            raise BadInput(f"--plan counts GPT-2's network, and not --model.arch {arch}'s: measure "
-                           "a few steps with --steps 20")
+        if model["document_mask"]:
+            raise BadInput("--plan doesn't know the masked attention of --model.document_mask: "
+                           "plan without it, and measure with --steps 20 what it costs")
+        tables = 1
+        if model["arch"] == "speedrun":
+            tables = 2 + model["value_embeddings"] * (model["n_layer"] // 2)
         return cls(
             n_layer=model["n_layer"],
             n_head=model["n_head"],
@@ -63,8 +70,14 @@ class Job:
             parallel=compute["parallel"],
             checkpointing=compute["activation_checkpointing"],
             compile=compute["compile"] is not False,
+            by_hand=(compute["compile"] is None and model["arch"] == "gpt2"
+                     and model["gelu"] == "tanh" and not model["dropout"]
+                     and model["n_embd"] <= FUSED_WIDTH),
             kernels=compute["kernels"],
             dropout=model["dropout"],
+            arch=model["arch"],
+            tables=tables,
+            optimizer=settings["optim"]["optimizer"],
         )
 
     def __post_init__(self) -> None:
@@ -91,20 +104,26 @@ class Job:
         return self.kernels != "torch" and self.n_embd // self.n_head in (64, 128)
 
     @property
+    def blocks_by_hand(self) -> bool:
+        """Whether model/fused_block.py computes the blocks."""
+        return self.by_hand and self.fused
+
+    @property
     def padded_vocab(self) -> int:
         """V: rows of the embedding matrix in memory."""
         return math.ceil(self.n_vocab / 128) * 128
 
     @property
     def embeddings(self) -> int:
-        """Numbers in both embeddings, padding rows included."""
-        return (self.padded_vocab + self.n_ctx) * self.n_embd
+        """Numbers in all embeddings and the head, padding rows included."""
+        positions = self.n_ctx if self.arch == "gpt2" else 0
+        return (self.tables * self.padded_vocab + positions) * self.n_embd
 
     @property
     def stored(self) -> int:
         """Parameters with padding rows."""
         padding = self.padded_vocab - self.n_vocab
-        return self.parameters + padding * self.n_embd
+        return self.parameters + self.tables * padding * self.n_embd
 
     def peak_flops(self, card: Card) -> float:
         """FLOP/s of this dtype that the card's maker promises."""

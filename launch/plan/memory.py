@@ -6,11 +6,11 @@ Shapes: B micro-batch, T time, N = B * T tokens, C width, H heads, L blocks, V v
 e: bytes of a number in the matrix products (Job.itemsize).
 """
 
-from typing import NamedTuple
-
 from kernels.cards import MIB, Card
 from kernels.constants import CHUNK_ELEMENTS, TRITON_CHUNK_ELEMENTS
+from launch.plan import by_hand, muon, speedrun
 from launch.plan.job import FP32, Job, gpus_of_moments, gpus_of_shard, sequences_per_gpu
+from launch.plan.tables import Held, total
 
 # Peak reserved over peak allocated by PyTorch's caching allocator in nine runs of GPT-2 (124M to
 # 1558M, eager, compiled, FSDP2) on a stand-in for an H100, which allocates and computes nothing:
@@ -23,24 +23,16 @@ LOGITS_TORCH = CHUNK_ELEMENTS  # by the reference
 TILE_ROWS = 128  # the Triton loss holds its logits in whole tiles of so many tokens
 
 
-class Held(NamedTuple):
-    """Tensors that are in memory at the same time."""
-
-    what: str
-    numbers: int
-    itemsize: int  # bytes of one
-
-
-def total(tensors: list[Held]) -> int:
-    """Bytes."""
-    return sum(tensor.numbers * tensor.itemsize for tensor in tensors)
-
-
 # ---- what the blocks keep for their backward pass ----
 
 def kept_by_block(job: Job, B: int) -> list[Held]:
-    """One block, eager or compiled."""
+    """One block of GPT-2, by hand, eager or compiled; the speedrun's: speedrun.py."""
+    if job.arch == "speedrun":
+        return speedrun.kept_by_block(job, B)
     N, C, H, e = B * job.n_ctx, job.n_embd, job.n_head, job.itemsize
+    mlp = Held("the MLP's 4C before and after GELU", N * 2 * 4 * C, e)
+    if job.blocks_by_hand:
+        mlp = by_hand.kept_of_mlp(job, B)
     masks = []
     if job.dropout:  # CUDA's native_dropout keeps a byte a number; flash attention keeps a seed
         masks = [Held("masks of two branches", N * 2 * C, 1)]
@@ -50,7 +42,7 @@ def kept_by_block(job: Job, B: int) -> list[Held]:
         Held("outputs of two LayerNorms", N * 2 * C, e),
         Held("q, k, v", N * 3 * C, e),
         Held("attention's output", N * C, e),
-        Held("the MLP's 4C before and after GELU", N * 2 * 4 * C, e),
+        mlp,
         Held("attention's log-sum-exp", N * H, FP32),
         Held("means and deviations of two LayerNorms", N * 2 * 2, FP32),
     ]
@@ -59,10 +51,10 @@ def kept_by_block(job: Job, B: int) -> list[Held]:
 def kept_when_checkpointing(job: Job, B: int) -> list[Held]:
     """One block that will be computed again: its inputs alone."""
     N, C, e = B * job.n_ctx, job.n_embd, job.itemsize
-    return [
-        Held("residual stream", N * C, FP32),
-        Held("the branch that is added to it next", N * C, e),
-    ]
+    stream = Held("residual stream", N * C, FP32)
+    if job.arch == "speedrun":
+        return [stream]
+    return [stream, Held("the branch that is added to it next", N * C, e)]
 
 
 def cast_weights(job: Job) -> list[Held]:
@@ -88,17 +80,20 @@ def activations(job: Job, B: int) -> int:
 # ---- what is there beside it, at each moment that may be the peak ----
 
 def head_gradient(job: Job) -> Held:
-    """The tied embedding's gradient, which the loss makes in its forward pass."""
-    return Held("the embedding's gradient", job.padded_vocab * job.n_embd, FP32)
+    """Of the head, which is GPT-2's embedding: the loss makes it in its forward pass."""
+    return Held("the head's gradient", job.padded_vocab * job.n_embd, FP32)
 
 
 def kept_by_loss(job: Job, B: int) -> list[Held]:
     """From the loss's forward pass to its backward pass."""
     N, C = B * job.n_ctx, job.n_embd
+    norms = [Held("last LayerNorm's input", N * C, FP32),
+             Held("its mean and deviation", N * 2, FP32)]
+    if job.arch == "speedrun":
+        norms = speedrun.kept_around_blocks(job, B)
     return [
-        Held("last LayerNorm's input", N * C, FP32),
-        Held("its mean and deviation", N * 2, FP32),
-        Held("gradient of its output", N * C, FP32 if job.fused else job.itemsize),
+        *norms,
+        Held("gradient of what the head reads", N * C, FP32 if job.fused else job.itemsize),
         head_gradient(job),
     ]
 
@@ -118,6 +113,10 @@ def loss_workspace(job: Job, B: int) -> int:
         Held("their fp32 copy", chunk, FP32),
         Held("its softmax", chunk, FP32),
     ]
+    if job.arch == "speedrun":  # while logits are capped: their fp32 copy twice, which are padding
+        capped = [Held("the cap's slope", chunk, e), Held("another fp32 copy", chunk, FP32),
+                  Held("where the padding is", chunk, 1)]
+        softmax += capped
     gradient = [embedding, logits, Held("this chunk's share of the embedding's gradient", V * C, e)]
     return max(total(softmax), total(gradient))
 
@@ -127,42 +126,55 @@ def peaks(job: Job, B: int) -> dict[str, int]:
     N, C, e = B * job.n_ctx, job.n_embd, job.itemsize
     last = total(kept_by_loss(job, B))
     head = head_gradient(job)
-    output = Held("last LayerNorm's output", N * C, e)
+    output = Held("last LayerNorm's output", N * C, e if job.arch == "gpt2" else FP32)
     # dh and dW are multiplied by the gradient that comes in: first one has a copy, then the other.
     scaled = [
         total([output, Held("gradient of that, scaled", N * C, FP32)]),
         total([output, head._replace(what="the embedding's gradient, scaled")]),
     ]
+    tied = [head] if job.arch == "gpt2" else []  # another head's is added up before the blocks
     block = [
-        head,
+        *tied,
         Held("gradient of the residual stream", N * C, FP32),
         Held("gradient of the branch", N * C, e),
         # before and after GELU; its output, which the block kept, is let go of in between
         Held("gradients of the MLP's 4C, less what is let go of", N * (2 - 1) * 4 * C, e),
         Held("gradient of one of the MLP's weights", 4 * C * C, e),
     ]
-    embedding = [
-        head,
-        head._replace(what="the same from the tokens"),
-        head._replace(what="their sum"),
-    ]
+    gone = activations(job, B)  # when the blocks' backward passes are done
+    in_block = total(block)
+    if job.blocks_by_hand:
+        gone -= job.n_layer * total(cast_weights(job))  # they are kept to the next forward pass
+        in_block = total(tied) + by_hand.backward_peak(job, B)
+    embedding = [head._replace(what="the embedding's gradient, from the tokens")]
+    if tied:
+        embedding += [head, head._replace(what="their sum")]
+    update = muon.workspace(job) if job.optimizer == "muon" else 0
     return {
         "loss": last + loss_workspace(job, B) + total([output]),
         "loss backward": last + max(scaled),
-        "block backward": total(block),
-        "embedding backward": total(embedding) - activations(job, B),  # the blocks' are gone
+        "block backward": in_block,
+        "embedding backward": total(embedding) - gone,
+        "update": update - gone,
     }
 
-
 # ---- one GPU ----
+
+def optimizer_state(job: Job) -> tuple[str, int]:
+    """What the optimizer keeps, and its bytes on all GPUs that share it out."""
+    if job.optimizer == "muon":
+        return "optimizer (a momentum; beside matrices, two)", muon.state(job)
+    return "optimizer (two moments)", 2 * FP32 * job.stored
+
 
 def memory(job: Job, gpus: int, B: int) -> dict[str, float]:
     """Bytes of one GPU at the worst moment of a step, by part."""
     shard = gpus_of_shard(job, gpus)
+    kept, state = optimizer_state(job)
     parts = {
         "weights (fp32)": FP32 * job.stored / shard,
         "gradients (fp32; DDP's buckets are the same)": FP32 * job.stored / shard,
-        "optimizer (two moments)": 2 * FP32 * job.stored / gpus_of_moments(job, gpus),
+        kept: state / gpus_of_moments(job, gpus),
         "activations": activations(job, B),
         "loss and workspace": max(peaks(job, B).values()),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from kernels.cards import CARDS, Card
 from launch.errors import BadInput
 from launch.files import human_size
-from launch.plan import step_time
+from launch.plan import muon, step_time
 from launch.plan.job import NODE, Job, parse_cluster, sequences_per_gpu
 from launch.plan.memory import largest_micro_batch, memory
 from launch.plan.own_card import read_card
@@ -119,6 +119,9 @@ def describe_memory(job: Job, gpus: int, card: Card, B: int, largest: int) -> li
 def describe_traffic(job: Job, gpus: int, card: Card, B: int) -> str:
     micro_steps = sequences_per_gpu(job, gpus) // B
     link, network = step_time.traffic(job, gpus, micro_steps)
+    if job.optimizer == "muon":
+        more_link, more_network = muon.traffic(job, gpus)
+        link, network = link + more_link, network + more_network
     return (f"traffic    a GPU sends {human_size(link)} over {card.link} and "
             f"{human_size(network)} over the network a step")
 
@@ -171,7 +174,7 @@ def describe_assumptions(gpus: int, card: Card) -> list[str]:
              f"attention at {step_time.attention_rate(card):.0%}, "
              f"memory at {step_time.MEMORY:.0%}; {card.link} at {step_time.link_rate(card):.0%} "
              f"of {card.link_bandwidth / 1e9:g} GB/s")
-    slow_end = f"           slow end: x {SLOWEST}, the slowest published run of twelve"
+    slow_end = f"           slow end: x {SLOWEST}, the slowest published run of fourteen"
     if card.key not in VALIDATED:
         slow_end += f"; none of them was on a {card.key}"
     if gpus > NODE:

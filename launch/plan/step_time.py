@@ -9,10 +9,11 @@ a number in the matrix products (Job.itemsize).
 """
 
 import math
-from typing import NamedTuple
 
 from kernels.cards import Card
+from launch.plan import by_hand, muon, speedrun
 from launch.plan.job import FP32, NODE, Job, gpus_of_moments, sequences_per_gpu
+from launch.plan.tables import Pass, total_bytes
 
 # ---- rates, as a fraction of what kernels/cards.py says ----
 # Matrix products: the best that was measured in bf16 over many shapes (github.com/stas00/
@@ -115,21 +116,6 @@ def attention(job: Job, card: Card, B: int) -> float:
 
 # ---- memory-bound kernels ----
 
-class Pass(NamedTuple):
-    """An operation that waits for the memory."""
-
-    operation: str
-    reads: float  # bytes of each number
-    writes: float
-    numbers: float  # in a micro-step
-    why: str
-
-
-def total_bytes(passes: list[Pass]) -> float:
-    """Bytes that cross the memory bus."""
-    return sum((row.reads + row.writes) * row.numbers for row in passes)
-
-
 def layer_norms(job: Job, B: int) -> list[Pass]:
     """Two LayerNorms a block and the last one, each with the addition to the residual stream.
 
@@ -159,6 +145,8 @@ def pointwise(job: Job, B: int) -> list[Pass]:
     e, each = job.itemsize, B * job.n_ctx * job.n_embd * job.n_layer
     again = each * forward_passes(job)
     biases = 3 + 1 + 4 + 1  # C of them: q, k, v; projection; the MLP's two
+    if job.blocks_by_hand:
+        return by_hand.pointwise(job, B, forward_passes(job))
     return [
         Pass("GELU forward", e, e, 4 * again, "x -> y"),
         Pass("GELU backward", e + e, e, 4 * each, "dy, x -> dx"),
@@ -184,26 +172,36 @@ def loss(job: Job, B: int) -> list[Pass]:
 def casts(job: Job) -> list[Pass]:
     """Each parameter, once a micro-step; counted with 2 bytes, also under fp32."""
     e = 2
+    gradient = [Pass("gradient cast", e, FP32, job.stored, "from them")]
+    if job.blocks_by_hand and job.parallel != "fsdp":  # products write it in fp32
+        gradient = []
     return [
         Pass("weight cast", FP32, e, job.stored, "for the products"),
-        Pass("gradient cast", e, FP32, job.stored, "from them"),
+        *gradient,
         Pass("gradient added", FP32 + FP32, FP32, job.stored, "to those of earlier micro-steps"),
     ]
 
 
 def optimizer(job: Job, gpus: int) -> list[Pass]:
-    """Clipping and AdamW, once a step; numbers: parameters of one GPU."""
-    owned = job.stored / gpus_of_moments(job, gpus)
+    """Clipping and update, once a step; numbers: parameters of one GPU."""
+    adamw, rest = job.stored, []
+    if job.optimizer == "muon":
+        adamw, rest = job.stored - muon.matrices(job), muon.passes(job, gpus)
+    owned = adamw / gpus_of_moments(job, gpus)
     return [
         Pass("norm", FP32, 0, job.stored, "gradient"),
         Pass("clipping", FP32, FP32, job.stored, "gradient"),
         Pass("AdamW", 4 * FP32, 3 * FP32, owned, "w, dw, two moments -> w, two moments"),
+        *rest,
     ]
 
 
 def micro_step(job: Job, card: Card, B: int) -> dict[str, float]:
     """Seconds of one forward and backward pass of B sequences, by part."""
-    passes = layer_norms(job, B) + pointwise(job, B) + loss(job, B) + casts(job)
+    blocks = layer_norms(job, B) + pointwise(job, B)
+    if job.arch == "speedrun":
+        blocks = speedrun.block_passes(job, B)
+    passes = blocks + loss(job, B) + casts(job)
     return {
         "matrix products": matrix_products(job, card, B),
         "attention": attention(job, card, B),
@@ -235,7 +233,11 @@ def traffic(job: Job, gpus: int, micro_steps: int) -> tuple[float, float]:
 
 def communication(job: Job, card: Card, gpus: int, micro_steps: int, net: float) -> float:
     """Seconds of all of it, one after the other. net: the share of the network's bandwidth."""
-    link, network = traffic(job, gpus, micro_steps)
+    return sending(*traffic(job, gpus, micro_steps), card, net)
+
+
+def sending(link: float, network: float, card: Card, net: float) -> float:
+    """Seconds that these bytes take, inside the node and then between nodes."""
     inside = link / (card.link_bandwidth * link_rate(card))
     between = network / (card.network_bandwidth * net)
     return inside + between
@@ -267,8 +269,12 @@ def step(job: Job, card: Card, gpus: int, B: int, net: float = NETWORK) -> dict[
     launches = LAUNCH * LAUNCHES * job.n_layer * micro_steps
     parts["waiting for launches"] = max(0.0, launches - compute)
     parts["optimizer"] = copy_seconds(total_bytes(optimizer(job, gpus)), card)
+    if job.optimizer == "muon":
+        parts["optimizer"] += muon.seconds(job, card, gpus, matmul_rate(card))
     if gpus > 1:
         seconds = communication(job, card, gpus, micro_steps, net)
         left = seconds - hidden(job, seconds, compute, micro_steps)
         parts["communication not hidden"] = max(0.0, left)
+        if job.optimizer == "muon":  # after the backward pass, with nothing to hide behind
+            parts["communication not hidden"] += sending(*muon.traffic(job, gpus), card, net)
     return parts

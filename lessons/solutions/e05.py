@@ -10,7 +10,8 @@ from torch import Tensor
 with contextlib.suppress(ImportError):  # Triton, which there is for Linux
     import triton.language as tl
 
-    from kernels.attention import IEEE, LOG2E, _load
+    from kernels.attention import IEEE, LOG2E
+    from kernels.columns import load
 
 
 def cross_entropy_backward(logits: Tensor, targets: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def dkdv_step(
     BLOCK_N: tl.constexpr = k.shape[0]
     D: tl.constexpr = k.shape[1]
     SCALE: tl.constexpr = LOG2E / D**0.5
-    q = _load(queries, q_start, BLOCK_M, D, EDGE=True)
+    q = load(queries, q_start, BLOCK_M, D, EDGE=True)
     s_t = tl.dot(k, q.T, input_precision=IEEE)
     rows = q_start + tl.arange(0, BLOCK_M)
     lse_i = tl.load(lse + rows, mask=rows < queries.T, other=0.0)
@@ -52,7 +53,7 @@ def dkdv_step(
     if DIAGONAL:
         i, j = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
         p_t = tl.where(q_start - k_start + i >= j, p_t, 0.0)
-    do = _load(douts, q_start, BLOCK_M, D, EDGE=True)
+    do = load(douts, q_start, BLOCK_M, D, EDGE=True)
     delta_i = tl.load(delta + rows, mask=rows < queries.T, other=0.0)
     dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=IEEE)
     dp_t = tl.dot(v, do.T, input_precision=IEEE)

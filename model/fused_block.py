@@ -1,0 +1,247 @@
+"""GPT-2's block with its backward pass written by hand, for the step on a GPU.
+
+    fuse_blocks(model, passes, copies=True)      # blocks then compute themselves this way
+
+model/gpt2.py's Block is the definition; here stand the same lines and their derivatives, so that
+what autograd can't know is used: a bias is added by the pass that comes next and its gradient comes
+out of a pass that reads the same numbers anyway; GELU's output is made again and never kept; the
+gradients of matrices leave the matrix product in fp32; all vectors of a block are summed at once.
+A step of GPT-2 124M launches 347 kernels so, 653 with the block that torch.compile makes.
+
+Forward, on the stream x and the branch u that is yet to be added to it (all (B, T, C) but where it
+is said otherwise; W and b are nn.Linear's, LN is LayerNorm):
+
+    s1 = x + u
+    y1 = LN1(s1)
+    qkv = y1 W_attn^T + b_attn             (B, T, 3C)
+    o = attention(qkv)
+    a = o W_proj^T
+    s2 = s1 + a + b_proj
+    y2 = LN2(s2)
+    f = y2 W_fc^T                          (B, T, 4C)
+    g = gelu(f + b_fc)                     (B, T, 4C)
+    m = g W_out^T + b_out                  and the block returns s2, m
+
+Backward, with d for the derivative of the loss by what follows, and sums over all B T rows:
+
+    dg = dm W_out                          dW_out = dm^T g,    db_out = sum dm
+    df = dg gelu'(f + b_fc)                                    db_fc = sum df
+    dy2 = df W_fc                          dW_fc = df^T y2
+    ds2 += LN2's part of dy2                                   db_proj = sum ds2
+    do = ds2 W_proj                        dW_proj = ds2^T o
+    dqkv = attention's part of do                              db_attn = sum dqkv
+    dy1 = dqkv W_attn                      dW_attn = dqkv^T y1
+    ds1 = ds2 + LN1's part of dy1          and dx = du = ds1
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels.constants import FUSED_WIDTH
+from kernels.passes import Passes
+from kernels.reference import at_least_fp32, product_dtype
+from model.gpt2 import Block, GPTConfig
+
+# Relative errors (Frobenius) of a block's outputs and gradients against autograd's in fp64. The
+# interpreter shows up to 9e-3 in bf16, as autograd's own block does, and 6e-7 in fp32; a GPU's own
+# exponentials and order of summation may double that, a wrong tile gives 0.1 and more.
+LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+
+
+class _Block(torch.autograd.Function):
+    """The lines above. low: weights and biases of the products in the products' dtype."""
+
+    @staticmethod
+    def forward(ctx, x, branch, n_head, eps, passes, low, *parameters):
+        ln_1, b_1, _, _, _, b_proj, ln_2, b_2, _, b_fc, _, _ = parameters
+        W_attn, b_attn, W_proj, W_fc, W_out, b_out = low
+        B, T, C = x.shape
+        dtype = W_attn.dtype
+        s1, y1, mean_1, rstd_1 = passes.layer_norm_forward(x, branch, None, ln_1, b_1, eps, dtype)
+        if branch is None:
+            s1 = x
+        qkv = torch.addmm(b_attn, y1.view(-1, C), W_attn.t()).view(B, T, 3 * C)
+        o, lse = passes.attention_forward(qkv, n_head)
+        a = torch.mm(o.view(-1, C), W_proj.t()).view(B, T, C)
+        s2, y2, mean_2, rstd_2 = passes.layer_norm_forward(s1, a, b_proj, ln_2, b_2, eps, dtype)
+        f = torch.mm(y2.view(-1, C), W_fc.t())  # (B T, 4C)
+        g = passes.gelu_forward(f, b_fc)
+        m = torch.addmm(b_out, g, W_out.t()).view(B, T, C)
+        ctx.save_for_backward(s1, y1, mean_1, rstd_1, qkv, o, lse, s2, y2, mean_2, rstd_2, f,
+                              ln_1, ln_2, b_fc, W_attn, W_proj, W_fc, W_out)
+        ctx.n_head, ctx.passes, ctx.dtypes = n_head, passes, [p.dtype for p in parameters]
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.set_materialize_grads(False)  # a stream that nobody read further has no gradient
+        return s2, m
+
+    @staticmethod
+    def backward(ctx, ds2, dm):
+        (s1, y1, mean_1, rstd_1, qkv, o, lse, s2, y2, mean_2, rstd_2, f,
+         ln_1, ln_2, b_fc, W_attn, W_proj, W_fc, W_out) = ctx.saved_tensors
+        passes, dtypes = ctx.passes, ctx.dtypes
+        B, T, C = s1.shape
+        stream, low = s1.dtype, W_attn.dtype
+        # Sums of shares of the rows, a block's vectors side by side: LN1, LN2 and b_proj, b_fc,
+        # b_attn and b_out.
+        P = min(B * T, passes.programs(s1.device))
+        partial = s1.new_empty((P, 13 * C), dtype=at_least_fp32(stream))
+        of_ln_1, of_ln_2, of_fc, of_rest = partial.split([2 * C, 3 * C, 4 * C, 4 * C], 1)
+
+        dm = dm.reshape(-1, C).contiguous()
+        dg = torch.mm(dm, W_out)  # (B T, 4C)
+        df, g = passes.gelu_backward(f, b_fc, dg, of_fc)  # df takes dg's place
+        dW_out = _weight_gradient(dm, g, dtypes[10])
+        del dg, g
+        dy2 = torch.mm(df, W_fc)
+        dW_fc = _weight_gradient(df, y2.view(-1, C), dtypes[8])
+        del df
+        ds2, da = passes.layer_norm_backward(
+            dy2, ds2, s2, ln_2, mean_2, rstd_2, of_ln_2, stream, low, True)
+        del dy2
+        da = (da if low != stream else ds2).view(-1, C)
+        do = torch.mm(da, W_proj).view(B, T, C)
+        dW_proj = _weight_gradient(da, o.view(-1, C), dtypes[4])
+        del da
+        dqkv = passes.attention_backward(do, qkv, o, lse, ctx.n_head).view(-1, 3 * C)
+        del do
+        passes.column_sums(dqkv, dm, of_rest)
+        dy1 = torch.mm(dqkv, W_attn)
+        dW_attn = _weight_gradient(dqkv, y1.view(-1, C), dtypes[2])
+        del dqkv
+        branch_dtype = ctx.branch_dtype or stream
+        dx, du = passes.layer_norm_backward(
+            dy1, ds2, s1, ln_1, mean_1, rstd_1, of_ln_1, stream, branch_dtype, False)
+        if ctx.branch_dtype is None:
+            du = None
+        elif branch_dtype == stream:
+            du = dx
+
+        vectors = partial.sum(0).split([C, C, C, C, C, 4 * C, 3 * C, C])
+        dln_1, db_1, dln_2, db_2, db_proj, db_fc, db_attn, db_out = vectors
+        in_order = (dln_1, db_1, dW_attn, db_attn, dW_proj, db_proj, dln_2, db_2, dW_fc, db_fc,
+                    dW_out, db_out)
+        gradients = [d.to(dtype) for d, dtype in zip(in_order, dtypes, strict=True)]
+        return dx, du, None, None, None, None, *gradients
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy^T x. (N, O), (N, I) -> (O, I); for fp32 weights never rounded to bf16 on the way."""
+    if dy.dtype == dtype:
+        return torch.mm(dy.t(), x)
+    if dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return torch.mm(dy.t().to(dtype), x.to(dtype))  # CPUs have no product with an output so wide
+
+
+class FusedBlock:
+    """What a Block of model/gpt2.py asks instead of its own lines, where it has been given one."""
+
+    def __init__(self, block: Any, passes: Passes) -> None:
+        self.block, self.passes = block, passes
+        self.low: list[Tensor] | None = None  # see copy_weights()
+
+    def product_weights(self) -> list[nn.Parameter]:
+        """What matrix products read, in the order of _Block's low."""
+        attn, mlp = self.block.attn, self.block.mlp
+        return [attn.c_attn.weight, attn.c_attn.bias, attn.c_proj.weight, mlp.c_fc.weight,
+                mlp.c_proj.weight, mlp.c_proj.bias]
+
+    def __call__(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As Block.forward: (stream, branch) each (B, T, C)."""
+        low = self.low
+        if low is None:  # under fsdp they come in that dtype; and fp32 needs no copy
+            dtype = product_dtype(x.dtype, x.device)
+            low = [weight.to(dtype) for weight in self.product_weights()]
+        block = self.block
+        with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
+            return _Block.apply(x, branch, block.attn.n_head, block.ln_1.eps, self.passes, low,
+                                *block.parameters())
+
+
+def fuse_blocks(model: Any, passes: Passes, copies: bool) -> None:
+    """Lets every block of a GPT compute itself by the lines of this file.
+
+    copies: of weights that are fp32 here; under fsdp they are put together in the products' dtype.
+    """
+    for block in model.h:
+        block.fused = FusedBlock(block, passes)
+    if copies:
+        model.before_blocks = functools.partial(copy_weights, [block.fused for block in model.h])
+
+
+@torch.no_grad()
+def copy_weights(blocks: list[FusedBlock]) -> None:
+    """Rounds all blocks' matrices to the products' dtype in a few launches, at the beginning of a
+    forward pass: always of the weights as they are, so nobody has to say when those change.
+
+    Read and written: 6 bytes a parameter, 0.2 ms of an H100's bandwidth at 124M (computed).
+    """
+    weights: list[Tensor] = [weight for block in blocks for weight in block.product_weights()]
+    first = weights[0]
+    dtype = product_dtype(first.dtype, first.device)
+    if dtype == first.dtype:
+        return
+    buffer = torch.empty(sum(w.numel() for w in weights), dtype=dtype, device=first.device)
+    copies = [part.view(weight.shape) for part, weight in zip(
+        buffer.split([w.numel() for w in weights]), weights, strict=True)]
+    torch._foreach_copy_(copies, weights)
+    for i, block in enumerate(blocks):
+        block.low = copies[6 * i : 6 * i + 6]
+
+
+def fits(config: GPTConfig) -> bool:
+    """Whether these lines are this network's, and its rows short enough."""
+    return (config.arch == "gpt2" and config.gelu == "tanh" and not config.dropout
+            and config.n_embd <= FUSED_WIDTH)
+
+
+def check(passes: Passes, device: torch.device, head_width: int) -> tuple[str, str]:
+    """Holds a block on this very device against autograd's in fp64: (errors, faults), to print.
+
+    Of the sizes of kernels/selfcheck.py: T = 77 leaves every tile a ragged end.
+    """
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=2 * head_width, n_ctx=77, n_vocab=1)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        block = Block(config, kernels.TORCH, 0)
+        for parameter in block.parameters():  # so that no LayerNorm has weight 1 and bias 0
+            scale = 0.02 if parameter.dim() == 2 else 0.1
+            parameter.add_(torch.randn(parameter.shape), alpha=scale)
+        inputs = torch.randn(4, 1, 77, config.n_embd)  # x, branch, and the outputs' gradients
+    block.to(device)
+    exact = _outputs_and_gradients(block.double(), inputs.to(device).double(), None)
+    block.float().fused = FusedBlock(block, passes)
+    worst, faults = {}, []
+    for dtype, limit in LIMITS.items():
+        name = str(dtype).removeprefix("torch.")
+        try:
+            got = _outputs_and_gradients(block, inputs.to(device), dtype)
+        except Exception as error:  # a kernel that does not compile or launch is a fault too
+            faults.append(f"in {name}: {type(error).__name__}: {error}")
+            continue
+        errors = {what: (got[what].cpu().double() - right.cpu()).norm() / right.cpu().norm()
+                  for what, right in exact.items()}
+        worst[name] = max(errors.values())
+        faults += [f"{what} in {name} is off by {off:.1e}"
+                   for what, off in errors.items() if not off <= limit]  # NaN too
+    shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
+    return shown, "; ".join(faults)
+
+
+def _outputs_and_gradients(
+    block: Block, inputs: Tensor, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """By name. inputs: x, branch and the gradients of both outputs, (4, B, T, C)."""
+    x, branch = (inputs[i].clone().requires_grad_() for i in (0, 1))
+    block.zero_grad(set_to_none=True)
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        stream, m = block(x, branch)
+    torch.autograd.backward((stream, m), (inputs[2], inputs[3].to(m.dtype)))
+    wanted = dict(block.named_parameters()) | {"dx": x, "dbranch": branch}
+    gradients = {name: t.grad for name, t in wanted.items() if t.grad is not None}
+    assert gradients.keys() == wanted.keys()
+    return gradients | {"stream": stream.detach(), "branch": m.detach()}

@@ -1,0 +1,90 @@
+"""The block whose backward pass is written by hand, held against the block that autograd derives.
+
+    pytest tests/test_model_fused_block.py
+"""
+
+import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
+
+import pytest
+import torch
+
+import kernels
+from kernels.passes import REFERENCE, triton_passes
+from model.fused_block import check, fuse_blocks
+from model.gpt2 import GPT, GPTConfig
+from tests.exact import poison  # noqa: F401
+
+SHAPE = GPTConfig(n_layer=2, n_head=1, n_embd=64, n_ctx=33, n_vocab=100)
+
+
+def model_and_batch(dtype=torch.float32, ops=kernels.TORCH, **changes):
+    """The same weights each time, none of them 0 or 1; 33 tokens."""
+    torch.manual_seed(0)
+    model = GPT(SHAPE, ops).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    idx, targets = torch.randint(0, 100, (2, 1, 33))
+    return model, idx, targets
+
+
+def losses_and_gradients(model, idx, targets, autocast=None):
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = model(idx, targets)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def relative(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """In fp64, by autograd."""
+    return losses_and_gradients(*model_and_batch(torch.float64))
+
+
+def test_every_gradient_is_autograds_in_fp64(exact):
+    """Both sum in fp64, in other orders: chains of a few thousand terms, 1e-16 each."""
+    model, *batch = model_and_batch(torch.float64)
+    fuse_blocks(model, REFERENCE, copies=True)
+    for name, got in losses_and_gradients(model, *batch).items():
+        assert relative(got, exact[name]) < 1e-12, name
+
+
+def test_every_gradient_in_fp32_by_the_kernels(exact):
+    ops = kernels.operators("triton", torch.device("cpu"))
+    model, *batch = model_and_batch(ops=ops)
+    fuse_blocks(model, triton_passes(), copies=True)
+    for name, got in losses_and_gradients(model, *batch).items():
+        print(name, relative(got, exact[name]))
+        assert relative(got, exact[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize("passes", ["reference", "triton"])
+def test_every_gradient_in_bf16(exact, passes):
+    """No farther from fp64 than autograd's block with the same operators, and a fifth.
+
+    The loss is a single number, off by chance: a mean of 33 tokens', each by some 2^-9 of a nat.
+    """
+    ops = kernels.operators("triton" if passes == "triton" else "torch", torch.device("cpu"))
+    own = losses_and_gradients(*model_and_batch(ops=ops), torch.bfloat16)
+    model, *batch = model_and_batch(ops=ops)
+    fuse_blocks(model, triton_passes() if passes == "triton" else REFERENCE, copies=True)
+    for name, got in losses_and_gradients(model, *batch, torch.bfloat16).items():
+        print(name, relative(got, exact[name]), relative(own[name], exact[name]))
+        assert got.dtype == torch.float32
+        limit = 2**-9 / 33**0.5 if name == "loss" else 1.2 * relative(own[name], exact[name])
+        assert relative(got, exact[name]) < limit, name
+
+
+def test_the_check_on_a_device_passes_and_names_what_is_wrong():
+    """As it runs before a training on a GPU, on the interpreter; then with two planted faults."""
+    device = torch.device("cpu")
+    errors, faults = check(REFERENCE, device, 64)
+    assert faults == "" and errors.startswith("bfloat16")
+    _, faults = check(REFERENCE._replace(gelu_backward=lambda x, b, dy, sums: (dy, x)), device, 64)
+    assert "mlp.c_fc.weight in float32 is off by" in faults
+    _, faults = check(REFERENCE._replace(column_sums=lambda *_: 1 / 0), device, 64)
+    assert faults.startswith("in bfloat16: ZeroDivisionError")
