@@ -119,7 +119,13 @@ class Runs:
         self.out, self.path = out, out / "results.json"
         self.data = ["--data.text", text] if text else []
         self.text_hash = sha256(Path(text)) if Path(text).is_file() else ""
-        self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        except OSError as error:
+            raise BadInput(f"--out {out}: {error.strerror}") from None
+        except ValueError:
+            raise BadInput(f"{self.path} is damaged: remove it, and all is trained anew") from None
 
     def train(self, wanted: list[Training]) -> list[Result]:
         """The results of these runs, after training those that have none: one on each core."""
@@ -154,7 +160,8 @@ class Runs:
         with (self.out / f"{run.name}.log").open("wb") as log:
             return subprocess.Popen(
                 [*run.command(self.out), *self.data], stdout=log, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
     def _record(self, run: Training, exit_code: int, cpu_seconds: float) -> None:
         """Keeps a run's result. Raises BadInput or Failed, with the run's own last line."""
@@ -295,9 +302,8 @@ def draw(goal: Point, points: list[Point], path: Path) -> None:
 
 def main(arguments: Arguments) -> None:
     plan = SHORT if arguments.short else FULL
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    runs = Runs(arguments.out, arguments.text)
     with folder_lock(arguments.out):
-        runs = Runs(arguments.out, arguments.text)
         rate, warmup = tune(runs, plan)
 
         def tuned(steps: int, seed: int) -> Training:
