@@ -174,8 +174,9 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any], in_decay: bool = F
     if not asked["config"].get("data", {}).get("val_text"):  # runs older than this flag don't say
         old.setdefault("validation data", new.get("validation data"))
     more_steps = new.get("steps", 0) > old.get("steps", 0)
-    if more_steps and new["optim.schedule"] != "cosine":
-        _require_full_rate(checkpoint, saved, in_decay)
+    schedule = new.get("optim.schedule")
+    longer = more_steps and schedule == old.get("optim.schedule") != "cosine"
+    if longer:
         old["steps"] = new["steps"]
     different = [
         f"{key} {old.get(key)} there, {new.get(key)} asked"
@@ -203,6 +204,8 @@ def require_same_run(checkpoint: Path, asked: dict[str, Any], in_decay: bool = F
             f"{checkpoint} belongs to another run: {'; '.join(different)}. {_go_on(checkpoint)}"
             "Choose another --name for a new run (with --init to start from these weights)"
         )
+    if longer:
+        _require_full_rate(checkpoint, saved, in_decay)
 
 
 def _require_full_rate(checkpoint: Path, saved: dict[str, Any], in_decay: bool) -> None:

@@ -25,7 +25,7 @@ from launch.plan import memory, muon, report, speedrun, step_time
 from launch.plan.job import Job, parse_cluster
 from launch.plan.own_card import read_card
 from launch.world import World
-from model import fused_block
+from model import fused_block, parallel
 from model.gpt2 import GPTConfig
 from model.muon import orthogonalise
 from model.network import flops_per_token, new_network, parameter_count
@@ -324,6 +324,7 @@ def test_muons_workspace_is_what_the_plan_says():
     most = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - before
     job = job_of(config, optimizer="muon", dtype="fp32")
     assert most == pytest.approx(muon.workspace(job), rel=1e-3)
+    assert parallel.BUCKET == muon.BUCKET
 
 
 def test_muons_results_are_sent_round():

@@ -78,6 +78,8 @@ def test_what_can_not_be_made_longer_says_why_and_is_left_alone(tiny, tmp_path):
     train(tiny(name="cosine", steps=4))
     with pytest.raises(BadInput, match=r"a cosine falls towards its last step.*--init"):
         train(tiny(name="cosine", steps=6))
+    with pytest.raises(BadInput, match="optim.schedule cosine there, wsd asked; steps 4 there, 6"):
+        train(tiny(name="cosine", steps=6, optim=replace(tiny().optim, schedule="wsd")))
     train(tiny(name="wsd", steps=8, optim=WSD, save_every=100))
     with pytest.raises(BadInput, match="of 8 steps, and 6 are asked: fewer can't"):
         train(tiny(name="wsd", steps=6, optim=WSD))

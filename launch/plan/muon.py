@@ -10,7 +10,7 @@ from launch.plan.tables import Held, Pass, total
 
 ITERATIONS = 5
 BF16 = 2
-BUCKET = 1 << 27  # numbers at once: model/muon.py
+BUCKET = 1 << 27  # numbers at once: model/parallel.py
 SQUARE, WIDE = 4, 2  # matrices of a block, (C, C) and (C, 4C)
 
 
