@@ -1,4 +1,4 @@
-# make train | test | lint | audit | lessons: each sets up .venv by itself first.
+# make train | test | lint | audit | lessons | speedrun-cpu: each sets up .venv by itself first.
 # make train ARGS='--steps 100' passes flags on; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ RUNTIME := .venv/runtime
 READY := .venv/ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: train test lint audit lessons clean
+.PHONY: train test lint audit lessons speedrun-cpu clean
 
 train: $(RUNTIME)
 	@$(BIN)/python train_gpt2.py demo $(ARGS)
@@ -26,6 +26,9 @@ audit: $(READY)
 
 lessons: $(READY)
 	@$(BIN)/python -m lessons.render $(ARGS)
+
+speedrun-cpu: $(RUNTIME)
+	@$(BIN)/python -m eval.speedrun_cpu $(ARGS)
 
 clean:
 	rm -rf .venv
