@@ -4,9 +4,9 @@
 
 The backward pass makes relu(x) anew from x. Bytes a value in bf16: 4 forward, 6 backward. In
 PyTorch's eager mode, 8 and 16 or so: relu and square are a pass each. torch.compile fuses both
-itself in as few, and keeps x alone for the backward pass, where c_proj's input y is kept beside it
-here: under torch.compile this operator saves no time, and costs 2 bytes a value (8 C a token and
-layer) of memory. Primer: arXiv 2109.08668.
+itself in as few, and keeps x and y as well: under it launches and memory of a step are the same
+(counted: docs/decisions.md), so this operator is for blocks that aren't compiled. Primer: arXiv
+2109.08668.
 """
 
 import torch
