@@ -152,9 +152,10 @@ class FusedBlock:
 
     def __call__(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """As Block.forward: (stream, branch) each (B, T, C)."""
-        low = self.low
-        if low is None:  # under fsdp they come in that dtype; and fp32 needs no copy
-            dtype = product_dtype(x.dtype, x.device)
+        low, dtype = self.low, product_dtype(x.dtype, x.device)
+        # Under fsdp they come in that dtype, and fp32 needs no copy; a block that is computed again
+        # may have copies of a later forward pass, outside autocast or inside.
+        if low is None or low[0].dtype != dtype:
             low = [weight.to(dtype) for weight in self.product_weights()]
         block = self.block
         with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
@@ -184,6 +185,8 @@ def copy_weights(blocks: list[FusedBlock]) -> None:
     first = weights[0]
     dtype = product_dtype(first.dtype, first.device)
     if dtype == first.dtype:
+        for block in blocks:
+            block.low = None  # of an earlier pass, in autocast or before model.to(): no longer true
         return
     buffer = torch.empty(sum(w.numel() for w in weights), dtype=dtype, device=first.device)
     copies = [part.view(weight.shape) for part, weight in zip(

@@ -88,3 +88,35 @@ def test_the_check_on_a_device_passes_and_names_what_is_wrong():
     assert "mlp.c_fc.weight in float32 is off by" in faults
     _, faults = check(REFERENCE._replace(column_sums=lambda *_: 1 / 0), device, 64)
     assert faults.startswith("in bfloat16: ZeroDivisionError")
+
+
+def test_copies_are_never_of_another_forward_pass(exact):
+    """Outside autocast and behind model.to() there are no copies; those that stood from the pass
+    before would be read for the weights, whatever had become of these."""
+    model, *batch = model_and_batch()
+    fuse_blocks(model, REFERENCE, copies=True)
+    losses_and_gradients(model, *batch, torch.bfloat16)
+    model.zero_grad()
+    for name, got in losses_and_gradients(model, *batch).items():
+        assert relative(got, exact[name]) < 2e-6, name
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch)
+    model.double().load_state_dict({name: w.double() for name, w in model_and_batch(
+        torch.float64)[0].state_dict().items()})
+    model.zero_grad()
+    for name, got in losses_and_gradients(model, *batch).items():
+        assert relative(got, exact[name]) < 1e-12, name
+
+
+def test_what_is_computed_again_takes_the_dtype_of_its_own_pass():
+    model, *batch = model_and_batch()
+    fuse_blocks(model, REFERENCE, copies=True)
+    expected = losses_and_gradients(model, *batch)
+    model.zero_grad()
+    model.checkpoint_activations = True
+    loss = model(*batch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # an evaluation in between
+        model(*batch)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
