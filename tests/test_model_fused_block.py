@@ -120,3 +120,14 @@ def test_what_is_computed_again_takes_the_dtype_of_its_own_pass():
     loss.backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_nothing_is_copied_where_another_attention_is_asked_for():
+    """As evaluations by likelihood and generation do, at every token."""
+    model, idx, _ = model_and_batch()
+    fuse_blocks(model, REFERENCE, copies=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.hidden(idx, attend=lambda layer, qkv, n_head: kernels.TORCH.attention(qkv, n_head))
+        assert model.h[0].fused.low is None
+        model.hidden(idx)
+    assert model.h[0].fused.low[0].dtype == torch.bfloat16
