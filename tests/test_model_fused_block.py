@@ -131,3 +131,13 @@ def test_nothing_is_copied_where_another_attention_is_asked_for():
         assert model.h[0].fused.low is None
         model.hidden(idx)
     assert model.h[0].fused.low[0].dtype == torch.bfloat16
+
+
+def test_a_second_derivative_is_an_error():
+    model, *batch = model_and_batch()
+    fuse_blocks(model, REFERENCE, copies=True)
+    stream, branch = model.h[0](torch.randn(1, 33, 64), None)
+    loss = (stream + branch).square().sum()
+    (gradient,) = torch.autograd.grad(loss, model.h[0].mlp.c_proj.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
