@@ -117,6 +117,11 @@ def blocks_by_hand(shape: GPTConfig, ops: kernels.Operators, world: World) -> bo
     return True
 
 
+def are_by_hand(state: TrainState) -> bool:
+    """Whether its blocks compute themselves by model/fused_block.py; nothing is compiled then."""
+    return any(getattr(block, "fused", None) for block in state.model.module.h)
+
+
 def new_model(
     shape: GPTConfig, compute: ComputeConfig, ops: kernels.Operators, weights: torch.dtype,
     seed: int, world: World,

@@ -5,14 +5,18 @@
 
 import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
 
+import json
+
 import pytest
 import torch
 
 import kernels
 from kernels.passes import REFERENCE, triton_passes
+from model import training
 from model.fused_block import check, fuse_blocks
 from model.gpt2 import GPT, GPTConfig
 from tests.exact import poison  # noqa: F401
+from train_gpt2 import train
 
 SHAPE = GPTConfig(n_layer=2, n_head=1, n_embd=64, n_ctx=33, n_vocab=100)
 
@@ -141,3 +145,14 @@ def test_a_second_derivative_is_an_error():
     (gradient,) = torch.autograd.grad(loss, model.h[0].mlp.c_proj.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+def test_a_run_by_hand_does_not_say_that_it_is_compiled(tiny, tmp_path, monkeypatch, capsys):
+    """As on a GPU, where --compile is on by itself."""
+    monkeypatch.setattr(training.ComputeConfig, "compiled", lambda *_: True)
+    monkeypatch.setattr(training, "blocks_by_hand", lambda *_: True)
+    monkeypatch.setattr(training, "triton_passes", lambda: REFERENCE)
+    assert train(tiny(steps=1)) == 0
+    assert "compiled" not in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "tiny" / "config.json").read_text())["resolved"]
+    assert recorded["compile"] is False
