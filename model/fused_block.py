@@ -204,12 +204,12 @@ def fits(config: GPTConfig) -> bool:
             and config.n_embd <= FUSED_WIDTH)
 
 
-def check(passes: Passes, device: torch.device, head_width: int) -> tuple[str, str]:
+def check(passes: Passes, device: torch.device, n_embd: int, n_head: int) -> tuple[str, str]:
     """Holds a block on this very device against autograd's in fp64: (errors, faults), to print.
 
-    Of the sizes of kernels/selfcheck.py: T = 77 leaves every tile a ragged end.
+    As wide as it will train, for kernels differ by width; T = 77 leaves every tile a ragged end.
     """
-    config = GPTConfig(n_layer=1, n_head=2, n_embd=2 * head_width, n_ctx=77, n_vocab=1)
+    config = GPTConfig(n_layer=1, n_head=n_head, n_embd=n_embd, n_ctx=77, n_vocab=1)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         block = Block(config, kernels.TORCH, 0)

@@ -6,13 +6,14 @@
 import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
 
 import json
+import types
 
 import pytest
 import torch
 
 import kernels
 from kernels.passes import REFERENCE, triton_passes
-from model import training
+from model import fused_block, training
 from model.fused_block import check, fuse_blocks
 from model.gpt2 import GPT, GPTConfig
 from tests.exact import poison  # noqa: F401
@@ -86,11 +87,12 @@ def test_every_gradient_in_bf16(exact, passes):
 def test_the_check_on_a_device_passes_and_names_what_is_wrong():
     """As it runs before a training on a GPU, on the interpreter; then with two planted faults."""
     device = torch.device("cpu")
-    errors, faults = check(REFERENCE, device, 64)
+    errors, faults = check(REFERENCE, device, 128, 2)
     assert faults == "" and errors.startswith("bfloat16")
-    _, faults = check(REFERENCE._replace(gelu_backward=lambda x, b, dy, sums: (dy, x)), device, 64)
+    _, faults = check(REFERENCE._replace(gelu_backward=lambda x, b, dy, sums: (dy, x)), device,
+                      128, 2)
     assert "mlp.c_fc.weight in float32 is off by" in faults
-    _, faults = check(REFERENCE._replace(column_sums=lambda *_: 1 / 0), device, 64)
+    _, faults = check(REFERENCE._replace(column_sums=lambda *_: 1 / 0), device, 128, 2)
     assert faults.startswith("in bfloat16: ZeroDivisionError")
 
 
@@ -156,3 +158,21 @@ def test_a_run_by_hand_does_not_say_that_it_is_compiled(tiny, tmp_path, monkeypa
     assert "compiled" not in capsys.readouterr().out
     recorded = json.loads((tmp_path / "tiny" / "config.json").read_text())["resolved"]
     assert recorded["compile"] is False
+
+
+def test_the_check_finds_what_is_wrong_at_a_runs_own_width_alone(monkeypatch):
+    """As GELU's second tile of columns, which a narrower block has not."""
+    def only_one_tile(x, bias):
+        y = REFERENCE.gelu_forward(x, bias)
+        y[:, 1024:] = 0
+        return y
+
+    wrong = REFERENCE._replace(gelu_forward=only_one_tile)
+    monkeypatch.setattr(training, "triton_passes", lambda: wrong)
+    world = types.SimpleNamespace(  # as rank 0 of one takes itself to be, on a GPU
+        device=types.SimpleNamespace(type="cuda"), all_gather=lambda x: [x], print0=print)
+    monkeypatch.setattr(fused_block, "check", lambda passes, device, *shape: check(
+        passes, torch.device("cpu"), *shape))
+    ops = kernels.operators("triton", torch.device("cpu"))
+    assert training.blocks_by_hand(GPTConfig(n_head=2, n_embd=128), ops, world)
+    assert not training.blocks_by_hand(GPTConfig(n_head=8, n_embd=512), ops, world)
