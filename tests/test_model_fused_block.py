@@ -176,3 +176,16 @@ def test_the_check_finds_what_is_wrong_at_a_runs_own_width_alone(monkeypatch):
     ops = kernels.operators("triton", torch.device("cpu"))
     assert training.blocks_by_hand(GPTConfig(n_head=2, n_embd=128), ops, world)
     assert not training.blocks_by_hand(GPTConfig(n_head=8, n_embd=512), ops, world)
+
+
+@pytest.mark.parametrize("read", [0, 1], ids=["stream", "branch"])
+def test_a_loss_may_read_one_output_alone(read):
+    model, *_ = model_and_batch(torch.float64)
+    by_hand, *_ = model_and_batch(torch.float64)
+    fuse_blocks(by_hand, REFERENCE, copies=True)
+    x = torch.randn(1, 33, 64, dtype=torch.float64)
+    for m in (model, by_hand):
+        m.h[0](x, None)[read].square().sum().backward()
+    for own, got in zip(model.h[0].parameters(), by_hand.h[0].parameters(), strict=True):
+        expected = torch.zeros_like(own) if own.grad is None else own.grad
+        assert torch.allclose(got.grad, expected, rtol=1e-12, atol=1e-12)
