@@ -37,7 +37,7 @@ from model.longer import set_aside_decayed
 from model.network import flops_per_token, parameter_count
 from model.optim import OptimConfig, decay_start, get_lr
 from model.saving import Saver, SavingConfig
-from model.training import ComputeConfig, TrainState, build_train_state
+from model.training import ComputeConfig, TrainState, are_by_hand, build_train_state
 from presets import presets
 
 
@@ -250,6 +250,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
 
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
                                      config.seed, config.init, source, world, characters)
+    description["resolved"]["compile"] &= not are_by_hand(state)  # checked by now, on the GPU
     spikes = SpikeDetector(config.spikes)
     newest_step = saved.get("step", -1)  # of source, or -1: a new run has saved nothing
     first_step = max(newest_step, 0)

@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import kernels
 from kernels.constants import FUSED_WIDTH
@@ -79,6 +80,7 @@ class _Block(torch.autograd.Function):
         return s2, m
 
     @staticmethod
+    @once_differentiable  # a second derivative would miss what the kernels compute: an error
     def backward(ctx, ds2, dm):
         (s1, y1, mean_1, rstd_1, qkv, o, lse, s2, y2, mean_2, rstd_2, f,
          ln_1, ln_2, b_fc, W_attn, W_proj, W_fc, W_out) = ctx.saved_tensors
@@ -91,6 +93,8 @@ class _Block(torch.autograd.Function):
         partial = s1.new_empty((P, 13 * C), dtype=at_least_fp32(stream))
         of_ln_1, of_ln_2, of_fc, of_rest = partial.split([2 * C, 3 * C, 4 * C, 4 * C], 1)
 
+        if dm is None:  # nor one for a branch that nobody added
+            dm = s2.new_zeros(s2.shape, dtype=low)
         dm = dm.reshape(-1, C).contiguous()
         dg = torch.mm(dm, W_out)  # (B T, 4C)
         df, g = passes.gelu_backward(f, b_fc, dg, of_fc)  # df takes dg's place
@@ -152,9 +156,10 @@ class FusedBlock:
 
     def __call__(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """As Block.forward: (stream, branch) each (B, T, C)."""
-        low = self.low
-        if low is None:  # under fsdp they come in that dtype; and fp32 needs no copy
-            dtype = product_dtype(x.dtype, x.device)
+        low, dtype = self.low, product_dtype(x.dtype, x.device)
+        # Under fsdp they come in that dtype, and fp32 needs no copy; a block that is computed again
+        # may have copies of a later forward pass, outside autocast or inside.
+        if low is None or low[0].dtype != dtype:
             low = [weight.to(dtype) for weight in self.product_weights()]
         block = self.block
         with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
@@ -184,6 +189,8 @@ def copy_weights(blocks: list[FusedBlock]) -> None:
     first = weights[0]
     dtype = product_dtype(first.dtype, first.device)
     if dtype == first.dtype:
+        for block in blocks:
+            block.low = None  # of an earlier pass, in autocast or before model.to(): no longer true
         return
     buffer = torch.empty(sum(w.numel() for w in weights), dtype=dtype, device=first.device)
     copies = [part.view(weight.shape) for part, weight in zip(
@@ -199,12 +206,12 @@ def fits(config: GPTConfig) -> bool:
             and config.n_embd <= FUSED_WIDTH)
 
 
-def check(passes: Passes, device: torch.device, head_width: int) -> tuple[str, str]:
+def check(passes: Passes, device: torch.device, n_embd: int, n_head: int) -> tuple[str, str]:
     """Holds a block on this very device against autograd's in fp64: (errors, faults), to print.
 
-    Of the sizes of kernels/selfcheck.py: T = 77 leaves every tile a ragged end.
+    As wide as it will train, for kernels differ by width; T = 77 leaves every tile a ragged end.
     """
-    config = GPTConfig(n_layer=1, n_head=2, n_embd=2 * head_width, n_ctx=77, n_vocab=1)
+    config = GPTConfig(n_layer=1, n_head=n_head, n_embd=n_embd, n_ctx=77, n_vocab=1)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         block = Block(config, kernels.TORCH, 0)

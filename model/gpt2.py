@@ -243,7 +243,7 @@ class GPT(nn.Module):
             position_embedding = self.wpe.weight[positions]  # (T, C) or (B, T, C)
         x = token_embedding + position_embedding  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        if self.before_blocks is not None:
+        if self.before_blocks is not None and attend is None:  # else blocks go by their own lines
             self.before_blocks()
         branch = None
         for layer, block in enumerate(self.h):

@@ -108,13 +108,18 @@ def blocks_by_hand(shape: GPTConfig, ops: kernels.Operators, world: World) -> bo
     if world.device.type != "cuda" or ops is kernels.TORCH or not fused_block.fits(shape):
         return False
     errors, faults = fused_block.check(
-        triton_passes(), world.device, shape.n_embd // shape.n_head)
+        triton_passes(), world.device, shape.n_embd, shape.n_head)
     all_faults = [faults for faults in world.all_gather(faults) if faults]
     if all_faults:
         world.print0(f"blocks: compiled, for written by hand they are wrong here: {all_faults[0]}")
         return False
     world.print0(f"blocks: backward pass by hand, checked (largest errors: {errors})")
     return True
+
+
+def are_by_hand(state: TrainState) -> bool:
+    """Whether its blocks compute themselves by model/fused_block.py; nothing is compiled then."""
+    return any(getattr(block, "fused", None) for block in state.model.module.h)
 
 
 def new_model(

@@ -5,14 +5,19 @@
 
 import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
 
+import json
+import types
+
 import pytest
 import torch
 
 import kernels
 from kernels.passes import REFERENCE, triton_passes
+from model import fused_block, training
 from model.fused_block import check, fuse_blocks
 from model.gpt2 import GPT, GPTConfig
 from tests.exact import poison  # noqa: F401
+from train_gpt2 import train
 
 SHAPE = GPTConfig(n_layer=2, n_head=1, n_embd=64, n_ctx=33, n_vocab=100)
 
@@ -82,9 +87,105 @@ def test_every_gradient_in_bf16(exact, passes):
 def test_the_check_on_a_device_passes_and_names_what_is_wrong():
     """As it runs before a training on a GPU, on the interpreter; then with two planted faults."""
     device = torch.device("cpu")
-    errors, faults = check(REFERENCE, device, 64)
+    errors, faults = check(REFERENCE, device, 128, 2)
     assert faults == "" and errors.startswith("bfloat16")
-    _, faults = check(REFERENCE._replace(gelu_backward=lambda x, b, dy, sums: (dy, x)), device, 64)
+    _, faults = check(REFERENCE._replace(gelu_backward=lambda x, b, dy, sums: (dy, x)), device,
+                      128, 2)
     assert "mlp.c_fc.weight in float32 is off by" in faults
-    _, faults = check(REFERENCE._replace(column_sums=lambda *_: 1 / 0), device, 64)
+    _, faults = check(REFERENCE._replace(column_sums=lambda *_: 1 / 0), device, 128, 2)
     assert faults.startswith("in bfloat16: ZeroDivisionError")
+
+
+def test_copies_are_never_of_another_forward_pass(exact):
+    """Outside autocast and behind model.to() there are no copies; those that stood from the pass
+    before would be read for the weights, whatever had become of these."""
+    model, *batch = model_and_batch()
+    fuse_blocks(model, REFERENCE, copies=True)
+    losses_and_gradients(model, *batch, torch.bfloat16)
+    model.zero_grad()
+    for name, got in losses_and_gradients(model, *batch).items():
+        assert relative(got, exact[name]) < 2e-6, name
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch)
+    model.double().load_state_dict({name: w.double() for name, w in model_and_batch(
+        torch.float64)[0].state_dict().items()})
+    model.zero_grad()
+    for name, got in losses_and_gradients(model, *batch).items():
+        assert relative(got, exact[name]) < 1e-12, name
+
+
+def test_what_is_computed_again_takes_the_dtype_of_its_own_pass():
+    model, *batch = model_and_batch()
+    fuse_blocks(model, REFERENCE, copies=True)
+    expected = losses_and_gradients(model, *batch)
+    model.zero_grad()
+    model.checkpoint_activations = True
+    loss = model(*batch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # an evaluation in between
+        model(*batch)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_nothing_is_copied_where_another_attention_is_asked_for():
+    """As evaluations by likelihood and generation do, at every token."""
+    model, idx, _ = model_and_batch()
+    fuse_blocks(model, REFERENCE, copies=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.hidden(idx, attend=lambda layer, qkv, n_head: kernels.TORCH.attention(qkv, n_head))
+        assert model.h[0].fused.low is None
+        model.hidden(idx)
+    assert model.h[0].fused.low[0].dtype == torch.bfloat16
+
+
+def test_a_second_derivative_is_an_error():
+    model, *batch = model_and_batch()
+    fuse_blocks(model, REFERENCE, copies=True)
+    stream, branch = model.h[0](torch.randn(1, 33, 64), None)
+    loss = (stream + branch).square().sum()
+    (gradient,) = torch.autograd.grad(loss, model.h[0].mlp.c_proj.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_a_run_by_hand_does_not_say_that_it_is_compiled(tiny, tmp_path, monkeypatch, capsys):
+    """As on a GPU, where --compile is on by itself."""
+    monkeypatch.setattr(training.ComputeConfig, "compiled", lambda *_: True)
+    monkeypatch.setattr(training, "blocks_by_hand", lambda *_: True)
+    monkeypatch.setattr(training, "triton_passes", lambda: REFERENCE)
+    assert train(tiny(steps=1)) == 0
+    assert "compiled" not in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "tiny" / "config.json").read_text())["resolved"]
+    assert recorded["compile"] is False
+
+
+def test_the_check_finds_what_is_wrong_at_a_runs_own_width_alone(monkeypatch):
+    """As GELU's second tile of columns, which a narrower block has not."""
+    def only_one_tile(x, bias):
+        y = REFERENCE.gelu_forward(x, bias)
+        y[:, 1024:] = 0
+        return y
+
+    wrong = REFERENCE._replace(gelu_forward=only_one_tile)
+    monkeypatch.setattr(training, "triton_passes", lambda: wrong)
+    world = types.SimpleNamespace(  # as rank 0 of one takes itself to be, on a GPU
+        device=types.SimpleNamespace(type="cuda"), all_gather=lambda x: [x], print0=print)
+    monkeypatch.setattr(fused_block, "check", lambda passes, device, *shape: check(
+        passes, torch.device("cpu"), *shape))
+    ops = kernels.operators("triton", torch.device("cpu"))
+    assert training.blocks_by_hand(GPTConfig(n_head=2, n_embd=128), ops, world)
+    assert not training.blocks_by_hand(GPTConfig(n_head=8, n_embd=512), ops, world)
+
+
+@pytest.mark.parametrize("read", [0, 1], ids=["stream", "branch"])
+def test_a_loss_may_read_one_output_alone(read):
+    model, *_ = model_and_batch(torch.float64)
+    by_hand, *_ = model_and_batch(torch.float64)
+    fuse_blocks(by_hand, REFERENCE, copies=True)
+    x = torch.randn(1, 33, 64, dtype=torch.float64)
+    for m in (model, by_hand):
+        m.h[0](x, None)[read].square().sum().backward()
+    for own, got in zip(model.h[0].parameters(), by_hand.h[0].parameters(), strict=True):
+        expected = torch.zeros_like(own) if own.grad is None else own.grad
+        assert torch.allclose(got.grad, expected, rtol=1e-12, atol=1e-12)
