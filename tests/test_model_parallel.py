@@ -140,7 +140,7 @@ def test_buckets_hold_every_parameter_once_and_are_bounded():
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of what it meets
-def test_compiled_blocks_stay_whole_under_ddp(monkeypatch):
+def test_compiled_blocks_stay_whole_under_ddp(monkeypatch, request):
     """A block of 1.7 MB is larger than DDP's first bucket, where Dynamo would cut its graph."""
     graphs = []
 
@@ -149,7 +149,9 @@ def test_compiled_blocks_stay_whole_under_ddp(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    # Not by monkeypatch, which would delete it afterwards: this module keeps its values elsewhere.
+    request.addfinalizer(functools.partial(
+        setattr, torch._dynamo.config, "optimize_ddp", torch._dynamo.config.optimize_ddp))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         counts = {}
