@@ -65,7 +65,8 @@ def compile_blocks(model: Any) -> None:
     gradients arrive block by block, so DDP can send them while the backward pass goes on.
     """
     # Under DDP it would cut each block's graph once more, at the borders of DDP's buckets, and
-    # pass by the cache of compiled graphs: a warm first step of 124M took 6.0 s for 1.5.
+    # pass by the cache of compiled graphs: a warm first step of 124M took 6.0 s for 1.5 (on a
+    # stand-in for a GPU).
     torch._dynamo.config.optimize_ddp = False
     for block in model.h:
         block.compile()

@@ -1,6 +1,6 @@
 """The memory of one GPU at the worst moment of a step, added up from tables of tensors.
 
-tests/test_launch_plan.py holds the sums to what this program allocates.
+tests/test_launch_plan_memory.py holds the sums to what this program allocates.
 
 Shapes: B micro-batch, T time, N = B * T tokens, C width, H heads, L blocks, V vocabulary padded;
 e: bytes of a number in the matrix products (Job.itemsize).

@@ -2,7 +2,7 @@
 
 No biases and no gains, the residual stream mixed with the embedding x0 before each block, queries
 and keys normalised and turned, relu squared, and a head that isn't the embedding.
-tests/test_launch_plan.py holds the tables of memory to what autograd saves.
+tests/test_launch_plan_memory.py holds the tables of memory to what autograd saves.
 
 Shapes: B micro-batch, T time, N = B * T tokens, C width, H heads, L blocks, V vocabulary padded;
 D head width; e: bytes of a number in the matrix products (Job.itemsize).
