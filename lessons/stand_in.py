@@ -4,7 +4,8 @@
 
 By lesson and the name that it prints; an indented figure hangs on the one above it. What is drawn
 and computed in a fixed order is exact. What a training ends at was measured once, with the
-lesson's seed, and its band is as wide as the one on the lecture's text, which several seeds gave.
+lesson's seed, and its band is as wide as the one on the lecture's text, which several seeds gave,
+or where that text has exact figures (lesson 4's batches) some 1 % wide, by choice.
 Figures that are the same on any text, or that have a band of their own beside them, aren't here.
 """
 
