@@ -53,7 +53,7 @@ def count(out: Path, parts: tuple[str, ...], cuobjdump: Path) -> dict[str, Any]:
     }
     for name in parts:
         counts[name] = count_part(cut(lines, PARTS[name]))
-        counts[name]["peak MiB"] = found["peaks"][name]
+        counts[name]["peak MiB"] = round(found["peaks"][name])
     return counts
 
 
@@ -74,7 +74,6 @@ def count_part(lines: list[str]) -> dict[str, Any]:
     launches: Counter[str] = Counter()
     waits: Counter[str] = Counter()
     collectives: Counter[str] = Counter()
-    sent: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     casts = 0
     for line in lines:
@@ -86,7 +85,7 @@ def count_part(lines: list[str]) -> dict[str, Any]:
             waits[words[0]] += 1
         elif kind == "mark" and words[0] == "collective":
             collectives[words[1]] += 1
-            sent[words[1]] += int(words[2])
+            collectives[f"{words[1]} bytes"] += int(words[2])
         elif kind == "call" and not HARMLESS.fullmatch(words[0]):
             unknown[words[0]] += 1
     del launches[""]
@@ -94,7 +93,7 @@ def count_part(lines: list[str]) -> dict[str, Any]:
         "launches": {"all": launches.total(), **dict(sorted(launches.items()))},
         "casts": casts,
         "waits": dict(sorted(waits.items())),
-        "collectives": {name: [times, sent[name]] for name, times in sorted(collectives.items())},
+        "collectives": dict(sorted(collectives.items())),
     }
     if unknown:
         counts["unknown calls"] = dict(sorted(unknown.items()))

@@ -38,7 +38,7 @@ def mark(text: str) -> None:
     marks[text] = marks.get(text, 0) + 1
     for name, part in PARTS.items():
         if text == part.end and marks[text] == part.nth_end:
-            peaks[name] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            peaks[name] = torch.cuda.max_memory_allocated() / 2**20
         if text == part.begin and marks[text] == part.nth:
             torch.cuda.reset_peak_memory_stats()
 

@@ -48,14 +48,9 @@ def differences(before: Counts, now: Counts) -> list[str]:
     return lines
 
 
-def shown(value: Any) -> str:
-    """A number as a line says it; of collective operations how many, and their bytes."""
-    if value is None:
-        return "none"
-    if isinstance(value, list):
-        times, sent = value
-        return f"{times} ({sent:,} bytes)"
-    return f"{value:,}"
+def shown(value: int | None) -> str:
+    """A number as a line says it."""
+    return "none" if value is None else f"{value:,}"
 
 
 def summary(counts: Counts) -> str:
@@ -64,7 +59,8 @@ def summary(counts: Counts) -> str:
     for name, part in counts.items():
         if isinstance(part, dict) and "launches" in part:
             waits = sum(part["waits"].values())
-            times = sum(times for times, _ in part["collectives"].values())
+            collectives = sum(times for operation, times in part["collectives"].items()
+                              if not operation.endswith("bytes"))
             parts.append(f"{name} {part['launches']['all']:,} launches, {waits} waits, "
-                         f"{times} collectives, {part['peak MiB']:,.0f} MiB")
+                         f"{collectives} collectives, {part['peak MiB']:,} MiB")
     return "; ".join(parts)
