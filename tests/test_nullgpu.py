@@ -12,7 +12,7 @@ import torch
 from kernels import cards
 from launch.errors import BadInput
 from tests.nullgpu import __main__ as command
-from tests.nullgpu import build, counts, rows, running, table, venv
+from tests.nullgpu import build, counts, largest, rows, running, table, venv
 
 # A step of a run, as the stand-in writes it down.
 STEP = """\
@@ -155,9 +155,27 @@ def test_the_table_has_the_rows_that_are_run_and_no_fault():
     counted = table.read()
     assert list(counted) == [row.name for row in rows.ROWS]
     for row in rows.ROWS:
+        if isinstance(row, rows.Largest):
+            assert list(counted[row.name]) == ["sequences"]
+            continue
         assert counted[row.name]["spills"] == {}
         assert counted[row.name]["graph breaks"] == 0
         assert set(row.parts) < set(counted[row.name])
+
+
+@pytest.mark.parametrize("border", [0, 1, 59, 60, 61, 200])
+@pytest.mark.parametrize("guess", [1, 60, 61])
+def test_the_largest_that_fits_is_found_from_any_guess(border, guess):
+    asked = []
+
+    def fits(n):
+        asked.append(n)
+        return n <= border
+
+    assert largest.largest(fits, guess) == border
+    assert min(asked) > 0
+    if guess == border:
+        assert asked == [guess, guess + 1]
 
 
 # ---- the stand-in ----
@@ -280,8 +298,8 @@ def workplace():
         pytest.skip(f"after make cuda-check: {reason}")
 
 
-def count(place: running.Workplace, *faults: str) -> table.Counts:
-    out, problem = running.start(rows.SMALL, place, *faults)
+def count(place: running.Workplace, fault: str = "") -> table.Counts:
+    out, problem = running.start(rows.SMALL, place, fault)
     assert problem == "", (out / "output").read_text()
     packages = build.site_packages(place.python)
     return counts.count(out, rows.SMALL.parts, packages / "triton/backends/nvidia/bin/cuobjdump")

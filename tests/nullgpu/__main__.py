@@ -19,12 +19,17 @@ from pathlib import Path
 from launch.errors import BadInput, exit_process, one_line_errors
 from tests.nullgpu import counts, table
 from tests.nullgpu.build import build, site_packages
-from tests.nullgpu.rows import ROWS, Row
+from tests.nullgpu.largest import OtherProblem, largest_batch
+from tests.nullgpu.rows import ROWS, Largest, Row
 from tests.nullgpu.running import Workplace, start, write_inputs
 from tests.nullgpu.venv import ROOT, cuda_python
 
 FOLDER = ROOT / "build" / "cuda-check"
 TABLE = table.TABLE.relative_to(ROOT)
+
+
+class Unable(Exception):
+    """Why a row has no counts."""
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -54,29 +59,47 @@ def prepared() -> Workplace:
     return place
 
 
-def count_row(row: Row, place: Workplace, cuobjdump: Path) -> table.Counts | str:
-    """The counts of a row, or what went wrong."""
-    started = time.monotonic()
-    out, problem = start(row, place)
-    if not problem:
+def count_row(row: Row, place: Workplace, cuobjdump: Path, before: table.Counts) -> table.Counts:
+    """The counts of a row; before: the table's. Raises Unable."""
+    if isinstance(row, Largest):
         try:
-            counted = counts.count(out, row.parts, cuobjdump)
-        except counts.Missing as missing:
-            problem = str(missing)
+            return {"sequences": largest_batch(row, place, before.get("sequences", row.batch))}
+        except OtherProblem as problem:
+            raise Unable(str(problem)) from None
+    out, problem = start(row, place)
     if problem:
-        print(f"{row.name}: {problem}", flush=True)
-        return problem
-    print(f"{row.name}: {table.summary(counted)} ({time.monotonic() - started:.0f} s)", flush=True)
+        raise Unable(problem)
+    try:
+        return counts.count(out, row.parts, cuobjdump)
+    except counts.Missing as missing:
+        raise Unable(str(missing)) from None
+
+
+def count_and_say(
+    row: Row, place: Workplace, cuobjdump: Path, before: table.Counts
+) -> table.Counts | str:
+    """The counts of a row, or why it has none; prints either."""
+    started = time.monotonic()
+    counted: table.Counts | str
+    try:
+        counted = count_row(row, place, cuobjdump, before)
+        line = table.summary(counted)
+    except Unable as reason:
+        counted = line = str(reason)
+    print(f"{row.name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
     return counted
 
 
-def count_all(rows: list[Row], place: Workplace) -> dict[str, table.Counts | str]:
-    """Row -> its counts, or what went wrong. As many at a time as there are cores, at most two:
+def count_all(
+    rows: list[Row], place: Workplace, before: dict[str, table.Counts]
+) -> dict[str, table.Counts | str]:
+    """Row -> its counts, or why it has none. As many at a time as there are cores, at most two:
     each takes some GB of memory."""
     cuobjdump = site_packages(place.python) / "triton/backends/nvidia/bin/cuobjdump"
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        counted = pool.map(lambda row: count_row(row, place, cuobjdump), rows)
-        return dict(zip([row.name for row in rows], counted, strict=True))
+        counted = [(row.name, pool.submit(count_and_say, row, place, cuobjdump,
+                                          before.get(row.name, {}))) for row in rows]
+        return {name: done.result() for name, done in counted}
 
 
 def report(counted: dict[str, table.Counts | str], before: dict[str, table.Counts]) -> int:
@@ -119,11 +142,10 @@ def main(words: list[str]) -> int:
             raise
         print(f"cuda-check is left out: {reason}")
         return 0
-    counted = count_all(rows, place)
+    before = table.read()
+    counted = count_all(rows, place, before)
     print(f"{time.monotonic() - started:.0f} s in all")
-    if arguments.update:
-        return update(counted, table.read())
-    return report(counted, table.read())
+    return update(counted, before) if arguments.update else report(counted, before)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """Runs a row of rows.py in a process that has the stand-in for a GPU: started by running.py.
 
-    python -m tests.nullgpu.inside 'gpt2-124m, h100' INPUTS OUT [FAULT]
+    python -m tests.nullgpu.inside 'gpt2-124m, h100' INPUTS OUT [--fault item] [--batch 32]
 
 The program is the unchanged one. What is replaced here, and why, is all that stands between it and
 a card that computes nothing; every patch has its reason beside it. OUT/found.json gets what the
-log can't tell. FAULT: of faults.py, for the tests.
+log can't tell.
 """
 
+import argparse
 import ctypes
 import json
 import os
 import runpy
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -175,13 +177,19 @@ def run(row: Row, inputs: Path, out: Path) -> NoReturn:
 
 
 def main() -> NoReturn:
-    name, inputs, out, *planted = sys.argv[1:]
-    for fault in planted:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("row")
+    parser.add_argument("inputs", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--fault", default="")
+    parser.add_argument("--batch", type=int)
+    arguments = parser.parse_args()
+    if arguments.fault:
         from tests.nullgpu import faults
 
-        getattr(faults, fault)()
-    (row,) = [row for row in [*ROWS, SMALL] if row.name == name]
-    run(row, Path(inputs), Path(out))
+        getattr(faults, arguments.fault)()
+    (row,) = [row for row in [*ROWS, SMALL] if row.name == arguments.row]
+    run(replace(row, batch=arguments.batch or row.batch), arguments.inputs, arguments.out)
 
 
 if __name__ == "__main__":

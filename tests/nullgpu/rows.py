@@ -9,6 +9,7 @@ from pathlib import Path
 
 STEPS = 14  # DDP times its first ten, and waits for the card to do so
 VAL_TOKENS = 65_536  # one batch of 64 sequences of 1,024
+SHORT = ("--steps", "2", "--val_tokens", "1024")  # enough to know whether a run fits
 QUESTIONS = 64  # of HellaSwag
 
 
@@ -67,6 +68,10 @@ class Evaluated(Row):
         return [*super().command(inputs, out), "--hellaswag", str(inputs / "questions.jsonl")]
 
 
+class Largest(Row):
+    """A row whose number is its largest batch: runs of it fit and don't (largest.py)."""
+
+
 # The longest first: two run at a time.
 ROWS = [
     Row("gpt2-1558m, fsdp, 8 h100", "h100", "gpt2-1558m", batch=8, ranks=8,
@@ -74,6 +79,8 @@ ROWS = [
     Row("gpt2-124m, --kernels torch, h100", "h100", arguments=("--kernels", "torch")),
     Row("speedrun, h100", "h100", "speedrun"),
     Row("gpt2-124m, --compile True, h100", "h100", arguments=("--compile", "True")),
+    Largest("largest micro-batch of gpt2-124m, h100", "h100", arguments=SHORT, parts=()),
+    Largest("largest micro-batch of gpt2-124m, 4090", "4090", arguments=SHORT, parts=()),
     Row("gpt2-124m, a100", "a100"),
     Row("gpt2-124m, b200", "b200"),
     Row("gpt2-124m, h100", "h100"),

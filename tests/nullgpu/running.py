@@ -59,16 +59,16 @@ def environment(row: Row, place: Workplace, out: Path) -> dict[str, str]:
     return kept
 
 
-def start(row: Row, place: Workplace, *faults: str) -> tuple[Path, str]:
+def start(row: Row, place: Workplace, fault: str = "", batch: int = 0) -> tuple[Path, str]:
     """Runs a row: the folder of its log, and what went wrong ("" if nothing did).
 
-    faults: of faults.py, to be planted.
+    fault: of faults.py, to be planted. batch: in place of the row's.
     """
-    out = place.out("_".join([row.name, *faults]))
+    out = place.out(f"{row.name} {fault or batch or ''}".strip())
     shutil.rmtree(out, ignore_errors=True)
     (out / "cubins").mkdir(parents=True)
     command = [place.python, "-m", "tests.nullgpu.inside", row.name, str(place.inputs), str(out),
-               *faults]
+               "--fault", fault, "--batch", str(batch or row.batch)]
     with (out / "output").open("w") as output:
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment(row, place, out),

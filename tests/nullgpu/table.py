@@ -57,7 +57,9 @@ def summary(counts: Counts) -> str:
     """A row in a line."""
     parts = []
     for name, part in counts.items():
-        if isinstance(part, dict) and "launches" in part:
+        if name == "sequences":
+            parts.append(f"{part} sequences")
+        elif isinstance(part, dict) and "launches" in part:
             waits = sum(part["waits"].values())
             collectives = sum(times for operation, times in part["collectives"].items()
                               if not operation.endswith("bytes"))
