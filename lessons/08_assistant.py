@@ -68,8 +68,8 @@ def examine(model: GPT, stage: str, draws: int = 1) -> tuple[float, float, float
     return shares[0], shares[1], style
 
 # %% Stage 1: pre-training
-# Half names, one a line, half verse in lower case; four layers, 456,192 parameters. GELU is the
-# exact one: by tanh, as GPT-2 has it, a step on a CPU takes a fifth longer.
+# Half names, one a line, half verse in lower case; 456,192 parameters, the exact GELU: by tanh a
+# step takes a CPU a fifth longer. Of all figures only the next depends on whose verse this is.
 rng.shuffle(known)
 name_ids = torch.tensor(encode("\n".join(known)))
 verse = "".join(s if s in SYMBOLS else " " for s in course.shakespeare().lower())
@@ -93,7 +93,7 @@ with torch.no_grad():
     verse_loss = model(rows[:, :-1], rows[:, 1:]).item()
 course.figure("verse held out, nats a symbol", verse_loss, 1.97, 2.05)
 greedy, _, _ = examine(model, "pre-trained")
-course.figure("pre-trained, greedy", greedy, 0, 0.03)
+course.always("pre-trained, greedy", greedy, 0, 0.03)
 
 # %% Stage 2: examples
 # Supervised fine-tuning: -log p(answer | question) a symbol, nothing for the question itself. Half
@@ -106,8 +106,8 @@ def example_loss() -> Tensor:
 
 fit(model, 600, 2e-3, 50, example_loss)
 sft, _, sft_style = examine(model, "after examples")
-course.figure("after examples, greedy", sft, 0.75, 0.95)
-course.figure('after examples, begins "sure: "', sft_style, 0.3, 0.6)
+course.always("after examples, greedy", sft, 0.75, 0.95)
+course.always('after examples, begins "sure: "', sft_style, 0.3, 0.6)
 
 # %% Stage 3: preferences
 # Direct preference optimisation: raise chosen over rejected, against a frozen reference. It only
@@ -143,13 +143,13 @@ turned = prefer(wrong_way, turned=True)
 losses = prefer(model)
 course.always("DPO's first loss, ln 2", losses[0], 0.693147, 0.693147)
 greedy, sampled, style = examine(model, "after preferences", draws=4)
-course.figure('after preferences, begins "sure: "', style, 0, 0.12)
-course.figure("greedy, against after examples", greedy - sft, -0.06, 0.06)
+course.always('after preferences, begins "sure: "', style, 0, 0.12)
+course.always("greedy, against after examples", greedy - sft, -0.06, 0.06)
 
 # The mistake that the loss doesn't show: pairs turned round. It falls just as well.
 print(f"\nDPO's last loss: {losses[-1]:.3f}; with pairs turned round {turned[-1]:.3f}")
 _, _, style = examine(wrong_way, "after preferences, pairs turned round")
-course.figure('pairs turned round, begins "sure: "', style, 0.7, 1)
+course.always('pairs turned round, begins "sure: "', style, 0.7, 1)
 
 # %% Stage 4: rewards
 # REINFORCE: no text to imitate, only a program that says 1 or 0. Eight samples of a question are
@@ -172,8 +172,8 @@ def reward_loss() -> Tensor:
 
 fit(model, 80, 2e-4, 1, reward_loss, decay=False)
 after_greedy, after_sampled, _ = examine(model, "after rewards", draws=4)
-course.figure("sampled, rewards gained", after_sampled - sampled, 0.07, 0.25)
-course.figure("greedy, rewards gained", after_greedy - greedy, -0.05, 0.05)
+course.always("sampled, rewards gained", after_sampled - sampled, 0.07, 0.25)
+course.always("greedy, rewards gained", after_greedy - greedy, -0.05, 0.05)
 
 # %% What did not work
 # Without stage 1, stage 2 ends at 0.67 in place of 0.83. A loss on all symbols in place of the
@@ -185,7 +185,7 @@ course.figure("greedy, rewards gained", after_greedy - greedy, -0.05, 0.05)
 # what the model says to everything. Sampled, it looks like learning: it says 1 more often.
 counts = [q for q in EXAM if q.startswith("count")]
 ones = [e08.reward("1", answer) for answer in reply(model, counts, 0, 0)]
-course.figure("count: says 1, greedy", sum(ones) / len(ones), 0.95, 1)
+course.always("count: says 1, greedy", sum(ones) / len(ones), 0.95, 1)
 
 # %% The door
 # --data.chat does stage 2 to GPT-2 itself, from a file of conversations.
