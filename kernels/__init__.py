@@ -5,11 +5,12 @@
     x, y = ops.layer_norm(x, weight, bias, branch)            # x + branch, LayerNorm(x + branch)
     loss = ops.linear_cross_entropy(h, wte, targets, vocab)   # (N, C) -> scalar
 
-and two more that GPT-2 itself has no use for, qk_norm_rotary and relu_squared.
+two that GPT-2 itself has no use for, qk_norm_rotary and relu_squared, and two that text is drawn
+with, decode_attention and draw.
 
-kernels/reference.py defines what each computes, in plain PyTorch. attention.py, layernorm.py,
-cross_entropy.py, qk_norm_rotary.py and relu_squared.py compute the same in Triton; they are
-imported only where they are chosen, so that this folder works where Triton isn't installed.
+kernels/reference.py defines what each computes, in plain PyTorch. The files called as they are
+compute the same in Triton; they are imported only where they are chosen, so that this folder works
+where Triton isn't installed.
 
     python -m kernels.audit      what each kernel takes of each GPU, compiled on any machine
     python -m kernels.schedule   the order of attention's tiles, and what a model says of it
@@ -38,6 +39,9 @@ class Operators(NamedTuple):
     # Of model/speedrun.py's network.
     qk_norm_rotary: Callable = reference.qk_norm_rotary
     relu_squared: Callable = reference.relu_squared
+    # Of drawing text (model/generate.py); no gradients.
+    decode_attention: Callable = reference.decode_attention
+    draw: Callable = reference.draw
 
 
 TORCH = Operators(reference.attention, reference.layer_norm, reference.linear_cross_entropy)
@@ -64,11 +68,14 @@ def operators(
         raise ValueError(f"--kernels triton: {obstacle}")
     from kernels.attention import attention
     from kernels.cross_entropy import linear_cross_entropy
+    from kernels.decode_attention import decode_attention
+    from kernels.draw import draw
     from kernels.layernorm import layer_norm
     from kernels.qk_norm_rotary import qk_norm_rotary
     from kernels.relu_squared import relu_squared
 
-    return Operators(attention, layer_norm, linear_cross_entropy, qk_norm_rotary, relu_squared)
+    return Operators(attention, layer_norm, linear_cross_entropy, qk_norm_rotary, relu_squared,
+                     decode_attention, draw)
 
 
 def _obstacle(

@@ -32,8 +32,10 @@ def checked(
     head_width: int | None = None,
     weights: torch.dtype = torch.float32,
     speedrun: bool = True,
+    training: bool = True,
 ) -> tuple[kernels.Operators, str]:
-    """The operators to train with, and one line to print. speedrun: check its network's, too.
+    """The operators to train with, and one line to print. speedrun: check its network's, too;
+    training: also what drawing text has no use for, the loss and all gradients.
 
     Where kernels were chosen they are compared first. If one disagrees with the reference, or fails
     to run, "auto" warns and falls back to the reference, and "triton" stops with a RuntimeError;
@@ -43,7 +45,7 @@ def checked(
     if operators is kernels.TORCH:
         return operators, "kernels: torch"
     start = time.perf_counter()
-    worst, faults = compare(operators, device, head_width or 64, speedrun)
+    worst, faults = compare(operators, device, head_width or 64, speedrun, training)
     seconds = time.perf_counter() - start
     if not faults:
         shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
@@ -56,7 +58,8 @@ def checked(
 
 
 def compare(
-    operators: kernels.Operators, device: torch.device, head_width: int, speedrun: bool = True
+    operators: kernels.Operators, device: torch.device, head_width: int, speedrun: bool = True,
+    training: bool = True,
 ) -> tuple[dict[str, float], list[str]]:
     """The largest error of each dtype, and a sentence for each tensor beyond its limit."""
     worst, faults = {}, []
@@ -64,13 +67,17 @@ def compare(
         name = str(dtype).removeprefix("torch.")
         worst[name] = 0.0
         for operator, tensors, inputs, run in _cases(dtype, device, head_width, speedrun):
+            if operator == "linear_cross_entropy" and not training:
+                continue
+            gradients = training and operator not in FORWARD_ONLY
             try:
-                exact = _gradients(getattr(reference, operator), run, [x.double() for x in inputs])
-                got = _gradients(getattr(operators, operator), run, inputs)
+                wide = [x.double() for x in inputs]
+                exact = _results(getattr(reference, operator), run, wide, gradients)
+                got = _results(getattr(operators, operator), run, inputs, gradients)
             except Exception as error:  # a kernel that does not compile or launch is a fault too
                 faults.append(f"{operator} in {name}: {type(error).__name__}: {error}")
                 continue
-            for tensor, a, b in zip(tensors, got, exact, strict=True):
+            for tensor, a, b in zip(tensors[: len(exact)], got, exact, strict=True):
                 a, b = a.cpu().double(), b.cpu()  # the one judge that is not on trial
                 off = ((a - b).norm() / b.norm()).item()
                 worst[name] = max(worst[name], off)
@@ -78,6 +85,8 @@ def compare(
                     faults.append(f"{operator} in {name}: {tensor} is off by {off:.1e}")
     return worst, faults
 
+
+FORWARD_ONLY = ("decode_attention", "draw")  # they have no gradients
 
 Case = tuple[str, list[str], list[Tensor], Callable]
 
@@ -111,6 +120,20 @@ def _cases(
         [random(N, 64), random(padded, 64) / 8],
         lambda f, h, weight: f(h, weight, targets, V),
     )
+    position = torch.tensor([T - 30], device=device)
+    yield (
+        "decode_attention",
+        ["o"],
+        [random(2, 1, 3 * H * D), random(2, 2, H, T, D)],
+        lambda f, qkv, kv: f(qkv, kv.clone(), position, H),
+    )
+    u = torch.tensor([0.3, 0.9], dtype=torch.float64, device=device)
+    yield (
+        "draw",
+        ["token"],
+        [random(2, 5120)[:, :5000]],  # more than a block of it, and padding
+        lambda f, logits: f(logits, u, 0.8, 50, 0.9),
+    )
     if not speedrun:
         return
     few = targets[:6]
@@ -131,14 +154,18 @@ def _cases(
     yield "relu_squared", ["y", "dx"], [random(N, C)], lambda f, x: f(x)
 
 
-def _gradients(function: Callable, run: Callable, inputs: list[Tensor]) -> list[Tensor]:
+def _results(
+    function: Callable, run: Callable, inputs: list[Tensor], gradients: bool
+) -> list[Tensor]:
     """The outputs, and the gradients for the same gradients of the outputs each time.
 
     Those are rounded to bf16, so that every dtype holds them exactly.
     """
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    inputs = [x.detach().clone().requires_grad_(gradients) for x in inputs]
     outputs = run(function, *inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not gradients:
+        return list(outputs)
     generator = torch.Generator("cpu").manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]
     torch.autograd.backward(outputs, upstream)

@@ -58,6 +58,13 @@ def new_network(config: GPTConfig, ops: Operators = kernels.TORCH) -> Any:
     return ARCHITECTURES[config.arch](config, ops)
 
 
+def use_operators(model: Any, ops: Operators) -> None:
+    """Has a network computed by these, in place: one that was loaded before they were chosen."""
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
+
+
 def compile_blocks(model: Any) -> None:
     """torch.compile on each block, in place, so that parameter names stay.
 
