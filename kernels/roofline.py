@@ -67,6 +67,10 @@ def work(kernel: str, s: Shape) -> Work:
         "gelu_backward": Work(16 * activation, 0.0),
         # reads (N, 3C) and (N, C)
         "column_sums": Work(4 * activation, 0.0),
+        # reads the keys and values of T positions of B streams
+        "decode_attention": Work(2 * activation, 0.0),
+        # reads the logits of B streams
+        "draw": Work(2.0 * s.B * s.V, 0.0),
         # the logits, dh and dW
         "lm_head": Work(6.0 * N * s.V, 3 * 2.0 * N * s.V * s.C),
     }[kernel]

@@ -29,6 +29,7 @@ from model.generate import (
 )
 from model.gpt2 import GPT
 
+CAPTURES = "cuda"  # ROCm too: torch calls it so
 AHEAD = 8  # tokens: enough that a GPU never waits for the host's answer to one
 
 
@@ -39,7 +40,7 @@ def fits(model: GPT) -> bool:
     """
     weight = model.wte.weight
     return (
-        weight.device.type == "cuda"
+        weight.device.type == CAPTURES
         and not any(parameter.requires_grad for parameter in model.parameters())
         and product_dtype(weight.dtype, weight.device) == weight.dtype
     )

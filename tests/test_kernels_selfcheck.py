@@ -51,6 +51,22 @@ def test_a_wrong_kernel_is_named_and_not_used(attention, said, monkeypatch):
         selfcheck.checked("triton", CPU)
 
 
+def test_a_wrong_draw_is_named():
+    wrong = kernels.TORCH._replace(draw=lambda *inputs: reference.draw(*inputs) + 1)
+    _, faults = selfcheck.compare(wrong, CPU, 64, speedrun=False)
+    assert len(faults) == 2 and faults[0].startswith("draw in bfloat16: token is off by")
+
+
+def test_for_drawing_text_the_loss_and_gradients_are_left_alone():
+    """A loss that crashes is no fault there, nor is an attention that has no gradient."""
+    crippled = kernels.TORCH._replace(
+        linear_cross_entropy=crashing, attention=lambda *z: reference.attention(*z).detach())
+    _, faults = selfcheck.compare(crippled, CPU, 64, speedrun=False, training=False)
+    assert faults == []
+    _, faults = selfcheck.compare(crippled, CPU, 64, speedrun=False)
+    assert len(faults) == 4
+
+
 def test_the_reference_is_not_checked_against_itself():
     assert selfcheck.checked("auto", CPU) == (kernels.TORCH, "kernels: torch")
 
