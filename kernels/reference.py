@@ -285,18 +285,19 @@ def draw(
     else:
         V = logits.shape[-1]
         k = min(top_k or V, V)
+        logits, largest = (x.to(at_least_fp32(x.dtype)) for x in (logits, largest))
+        weight = _weights(logits, largest, temperature)  # (B, V)
         if k < V or top_p < 1:
             best = logits.topk(k).values  # (B, k), the likeliest first
             least = best[:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
             if top_p < 1:
-                share = _units(best, largest, temperature)
+                total = (weight * (logits >= least)).long().sum(-1, keepdim=True)  # (B, 1)
+                share = _weights(best, largest, temperature).long()
                 before = share.cumsum(-1) - share  # of the likelier ones: 0 for the likeliest
-                total = _units(logits, largest, temperature).sum(-1, keepdim=True)
                 kept = (before < top_p * total.double()).sum(-1, keepdim=True)  # at least 1
                 least = best.gather(-1, (kept - 1).clamp(min=0))
-                logits = logits.masked_fill(logits < least, -math.inf)
-        sums = _units(logits, largest, temperature).cumsum(-1)  # (B, V)
+            weight *= logits >= least
+        sums = weight.long().cumsum(-1)  # (B, V)
         total = sums[:, -1:]  # (B, 1)
         # Below the total, should u be 1 or the product round up to it: the last that weighs
         # anything is drawn then.
@@ -305,9 +306,7 @@ def draw(
     return torch.where(largest.isfinite(), drawn, -1)[:, 0]
 
 
-def _units(logits: Tensor, largest: Tensor, temperature: float) -> Tensor:
-    """exp((logits - largest) / temperature) in whole DRAW_UNITS, int64."""
-    exact = at_least_fp32(logits.dtype)
-    # The largest becomes 0, which any temperature divides. A power of two times fp32 is exact.
-    below = logits.to(exact) - largest.to(exact)
-    return below.mul_(1 / temperature).exp_().mul_(DRAW_UNITS).long()
+def _weights(logits: Tensor, largest: Tensor, temperature: float) -> Tensor:
+    """exp((logits - largest) / temperature) in DRAW_UNITS, of which whole ones count."""
+    below = logits - largest  # the largest becomes 0, which any temperature divides
+    return below.mul_(1 / temperature).exp_().mul_(DRAW_UNITS)  # a power of two: exact
