@@ -71,6 +71,8 @@ def work(kernel: str, s: Shape) -> Work:
         "decode_attention": Work(2 * activation, 0.0),
         # reads the logits of B streams
         "draw": Work(2.0 * s.B * s.V, 0.0),
+        # two windows of 128 numbers, read and written in fp64
+        "judge_step": Work(2 * 2 * 128 * 8.0, 0.0),
         # the logits, dh and dW
         "lm_head": Work(6.0 * N * s.V, 3 * 2.0 * N * s.V * s.C),
     }[kernel]
