@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
-from kernels import passes, reference, tiles
+from kernels import operators, passes, reference, tiles
 from kernels.cards import Card, by_name
 from kernels.launches import SOFTCAP, VOCAB
 from kernels.roofline import GPT2, Shape, Work, floor, work
@@ -61,7 +60,7 @@ def sdpa(backend: SDPBackend, n_head: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
+def contestants(ops: operators.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
     """(operator, whose, what to time, its work); each makes its inputs only when asked for."""
     N = s.B * s.T
 
@@ -200,7 +199,7 @@ def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
     return run
 
 
-def measure(ops: kernels.Operators, s: Shape) -> list[Timing]:
+def measure(ops: operators.Operators, s: Shape) -> list[Timing]:
     timings = []
     for operator, by, prepare, needed in contestants(ops, s) + contestants_by_hand(s):
         try:
@@ -263,7 +262,7 @@ def sized(kernel: str, size: int, s: Shape) -> Shape:
     return s
 
 
-def tune(ops: kernels.Operators, s: Shape) -> None:
+def tune(ops: operators.Operators, s: Shape) -> None:
     """Times each candidate of each row of the table in the place where training calls it.
 
     Prints the row anew, best first. fp32's tiles are for checking, and have no rivals.
@@ -297,7 +296,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("kernels.bench needs a GPU; `python -m kernels.audit` needs none", file=sys.stderr)
         return 2
-    ops = kernels.operators("triton", torch.device("cuda"), head_width=64)
+    ops = operators.choose("triton", torch.device("cuda"), head_width=64)
     if args.tune:
         tune(ops, GPT2)
         return 0

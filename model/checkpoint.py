@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-import kernels
-from kernels import Operators
+from kernels import operators
+from kernels.operators import Operators
 from launch import console
 from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
@@ -296,7 +296,7 @@ def resolve(spec: str) -> str:
     return spec if spec.startswith("hf:") else str(find(spec))
 
 
-def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
+def load_resolved(source: str, ops: Operators = operators.TORCH) -> GPT:
     """The model of a checkpoint folder, whose hashes were checked, or of hf:DIR."""
     if source.startswith("hf:"):
         return without_padding(from_hf(source.removeprefix("hf:"), ops), source).eval()
@@ -309,7 +309,7 @@ def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
     return model.eval()  # without dropout
 
 
-def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
+def load_model(spec: str, ops: Operators = operators.TORCH) -> GPT:
     """The model of a checkpoint, a run folder (its newest) or hf:DIR, in its master dtype.
 
     Raises BadInput for another vocabulary than GPT-2's; padding rows of others are left out.

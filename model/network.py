@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-import kernels
-from kernels import Operators
+from kernels import operators
+from kernels.operators import Operators
 from model.gpt2 import GPT, Attend, GPTConfig
 from model.speedrun import SpeedrunGPT
 
@@ -53,7 +53,7 @@ def has_vocabulary_rows(name: str) -> bool:
 ARCHITECTURES: dict[str, Any] = {"gpt2": GPT, "speedrun": SpeedrunGPT}
 
 
-def new_network(config: GPTConfig, ops: Operators = kernels.TORCH) -> Any:
+def new_network(config: GPTConfig, ops: Operators = operators.TORCH) -> Any:
     """The network that config.arch names, with its first weights."""
     return ARCHITECTURES[config.arch](config, ops)
 

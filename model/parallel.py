@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from launch.world import DTYPES, World, autocast
+from model.config import Mode
 from model.gpt2 import GPT
-
-Mode = Literal["ddp", "zero1", "fsdp"]
 
 BUCKET = 1 << 27  # numbers that are gathered at once: 512 MiB in fp32, all of 124M's weights
 

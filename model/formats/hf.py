@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-import kernels
-from kernels import Operators
+from kernels import operators
+from kernels.operators import Operators
 from launch.errors import BadInput
 from launch.files import atomic_write, refuse_lfs_pointer
 from launch.progress import track
@@ -54,7 +54,7 @@ GELU = {
 }
 
 
-def from_hf(source: str, ops: Operators = kernels.TORCH, allow_pickle: bool = False) -> GPT:
+def from_hf(source: str, ops: Operators = operators.TORCH, allow_pickle: bool = False) -> GPT:
     """The model in a folder, or on the Hub under this name, in fp32.
 
     allow_pickle: read pytorch_model.bin where there is nothing else (without running its code).
