@@ -38,7 +38,7 @@ from model.formats.hf import from_hf
 from model.formats.tensors import check_fits, load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
 from model.manifest import MANIFEST, find_damage
-from model.network import new_network, without_weights
+from model.network import NoFirstWeights, new_network, without_weights
 from model.safetensors_layout import TensorFile
 
 NAME = re.compile(r"step_[0-9]{8}")
@@ -304,7 +304,8 @@ def load_resolved(source: str, ops: Operators = operators.TORCH) -> GPT:
     config = model_config(folder)
     with _open_weights(folder) as tensors:  # before a model of the size that config.json says
         check_fits(without_weights(config), _shapes(tensors), folder)
-    model = new_network(config, ops)
+    with NoFirstWeights():
+        model = new_network(config, ops)
     load_weights(model, folder)
     return model.eval()  # without dropout
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from model.parallel import ParamShard
@@ -106,11 +105,12 @@ class Diagnostics:
     def _hidden_units(self, layer: int, x: Tensor) -> Tensor:
         """What the block's GELU gets, computed once more: x is the stream that its MLP has read."""
         block: Any = self.module.h[layer]
-        if isinstance(block, FSDPModule):
+        sharded = self.model.mode == "fsdp"
+        if sharded:
             block.unshard()
         _, normed = block.ln_2.fused_add(x, None)
         units = block.mlp.c_fc(normed)  # (B, T, 4C)
-        if isinstance(block, FSDPModule):
+        if sharded:
             block.reshard()
         return units
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kernels import operators
 from kernels.operators import Operators
@@ -72,10 +73,23 @@ def compile_blocks(model: Any) -> None:
         block.compile()
 
 
+class NoFirstWeights(TorchFunctionMode):
+    """Inside it torch.nn.init draws nothing: a network has memory and, but for padding rows, any
+    numbers in it. For a network whose weights are about to be loaded; 124M numbers take a second,
+    and nn.Linear and nn.Embedding draw them once before GPT does."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]  # type: ignore[index]
+        return func(*args, **(kwargs or {}))
+
+
 @functools.lru_cache
 def without_weights(config: GPTConfig) -> Any:
     """The model with shapes and no numbers, for counting: what is counted is what is trained."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoFirstWeights():
         return new_network(config)
 
 

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -157,7 +156,11 @@ class ParallelModel:
         method of it. Takes the memory of the whole model in the compute dtype.
         """
         self.module.eval()
-        modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        modules: list[Any] = []
+        if self.mode == "fsdp":
+            from torch.distributed.fsdp import FSDPModule  # see _shard()
+
+            modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -306,6 +309,9 @@ def _shard(model: GPT, mesh: DeviceMesh, dtype: str) -> None:
     Embeddings, head and last LayerNorm travel in fp32, so that the residual stream is fp32 as it
     is without sharding.
     """
+    # Here, for it brings DTensor and SymPy: a second, which every sample would wait for.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     half = dtype in ("bf16", "fp16")
     blocks = MixedPrecisionPolicy(
         param_dtype=DTYPES[dtype] if half else None,

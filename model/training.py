@@ -1,5 +1,6 @@
 """Puts together what is trained: the model, its place on the ranks, its optimizer."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from model import checkpoint, fused_block
 from model.config import ComputeConfig
 from model.fused_block import fuse_blocks
 from model.gpt2 import GPT, GPTConfig
-from model.network import compile_blocks, new_network
+from model.network import NoFirstWeights, compile_blocks, new_network
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import ParallelModel
 from model.train_state import TrainState, load_train_state
@@ -34,7 +35,8 @@ def build_train_state(
     ops = choose_operators(shape, compute.kernels, weights, world)
     given = world.broadcast_from_rank0(checkpoint.resolve, init) if init and not source else ""
     with world.fail_together():
-        module = new_model(shape, compute, ops, weights, seed, world)
+        with NoFirstWeights() if source or given else nullcontext():
+            module = new_model(shape, compute, ops, weights, seed, world)
         if given:
             checkpoint.copy_weights(module, given, characters)
     if given:

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from model.config import GPTConfig
+from model.network import NoFirstWeights, new_network
 
 # By CPU seconds of their import here: torch 1.9, requests and the Hub 0.3, matplotlib 0.3, numpy
 # 0.1. tyro, which reads the command line, is 0.1 itself.
@@ -65,3 +69,28 @@ def test_the_program_answers_without_pytorch(words, exit_code, tmp_path):
 def test_data_that_is_not_there_is_seen_without_pytorch(words, tmp_path):
     found = heavy_modules([str(ROOT / "train_gpt2.py"), *words], 2, tmp_path)
     assert not found & DATA
+
+
+def test_sampling_imports_no_compiler_and_no_fsdp(run):
+    """Both bring SymPy: two seconds before the first token."""
+    found = set(subprocess.run(
+        [sys.executable, "-c", "import sys; from eval import sample; from model import checkpoint; "
+         f"checkpoint.load_model({str(run)!r}); print(*sys.modules)"],
+        capture_output=True, text=True, cwd=ROOT, check=True).stdout.split())
+    assert "torch" in found
+    assert not found & {"torch._dynamo", "torch.distributed.fsdp", "sympy"}
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "speedrun"])
+def test_a_network_that_will_be_loaded_is_not_drawn_and_its_padding_is_zero(arch):
+    config = GPTConfig(arch=arch, n_layer=2, n_head=2, n_embd=8, n_ctx=8, n_vocab=130)
+    drawn = new_network(config)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with NoFirstWeights():
+        loaded = new_network(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not loaded.wte.weight[130:].any()
+    loaded.load_state_dict(drawn.state_dict())
+    idx = torch.arange(8)[None]
+    assert torch.equal(loaded(idx), drawn(idx))

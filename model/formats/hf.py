@@ -33,6 +33,7 @@ from model.formats.tensors import (
     require_gpt2,
 )
 from model.gpt2 import GPT, GPTConfig
+from model.network import NoFirstWeights
 from model.safetensors_layout import save_tensors
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -76,7 +77,8 @@ def from_hf(source: str, ops: Operators = operators.TORCH, allow_pickle: bool = 
     for name, weight in weights.items():
         if name.endswith(CONV1D):
             weights[name] = weight.t()
-    model = GPT(config, ops)
+    with NoFirstWeights():
+        model = GPT(config, ops)
     load_named(model, weights, folder)
     return model
 
