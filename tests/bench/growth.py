@@ -9,12 +9,13 @@ says how straight the points lie in log-log, and with which slope: 1 where twice
 twice as much. Where they aren't straight it says why that is to be expected.
 """
 
+import itertools
 import json
 import math
 import os
 import resource
 import statistics
-import tempfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from data.stream import Stream
 from model.config import GPTConfig
 from model.saving import Saver
 from tests.bench import hellaswag
-from tests.bench.pairs import Done, Way, Work
+from tests.bench.pairs import Done, Way, Work, scratch
 from tests.bench.saving import state_of
 from tests.bench.training import our_steps
 from tests.running import Silent
@@ -161,8 +162,6 @@ def draw(one: Measured, path: Path) -> None:
 
 def wrapped(text: str, width: int = 70) -> list[str]:
     """In lines that fit over a picture."""
-    import textwrap
-
     return textwrap.wrap(text, width)
 
 
@@ -205,15 +204,14 @@ def against_threads(threads: int) -> Work:
 
 def against_shards(count: int) -> Work:
     """Opens a folder of so many shards, and takes ten batches."""
-    folder = tempfile.TemporaryDirectory()
+    folder = scratch()
     tokens = np.arange(4096, dtype=np.uint16)
     for number in range(count + 1):  # the first is for validation
         kind = "train" if number else "val"
-        path = Path(folder.name) / f"made_{kind}_{number:06d}.bin"
-        path.write_bytes(shard_bytes(tokens))
+        (folder / f"made_{kind}_{number:06d}.bin").write_bytes(shard_bytes(tokens))
 
     def work() -> Done:
-        shards, _, _ = open_folder(Path(folder.name))
+        shards, _, _ = open_folder(folder)
         loader = Loader(Stream(shards), T=256, batch_tokens=2048, micro_batch=8, seed=1)
         for step in range(10):
             loader.get_batch(step)
@@ -231,14 +229,14 @@ def against_questions(count: int) -> Work:
 def against_size(millions: int) -> Work:
     """A whole checkpoint, on the disk, flushed and hashed, of about so many parameters."""
     width = 64 * round(math.sqrt(millions * 1e6 / 48) / 64 + 0.5)
-    folder = tempfile.TemporaryDirectory()
-    (Path(folder.name) / "config.json").write_text("{}")
+    folder = scratch()
+    (folder / "config.json").write_text("{}")
     state = state_of(GPTConfig(4, width // 64, width, 128, 1000))
-    saver = Saver(Path(folder.name), state, Silent(), keep=1)  # type: ignore[arg-type]
-    steps = iter(range(1, 100))
+    saver = Saver(folder, state, Silent(), keep=1)  # type: ignore[arg-type]
+    steps = itertools.count(1)
 
     def work() -> Done:
         saver.save(next(steps), {"step": 1, "tokens": 0}, wait=True)
-        return Done(1, peak_mib(), None if folder.name else 0)
+        return Done(1, peak_mib())
 
     return work

@@ -8,12 +8,15 @@ Each way runs in a process of its own, which prepares itself once and then waits
 one sets (malloc's thresholds, threads, caches) doesn't help or hinder the other.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -151,6 +154,13 @@ def timed(work: Work) -> Turn:
     done = work()
     seconds = time.perf_counter() - began if done.seconds is None else done.seconds
     return Turn(done.work, done.value, seconds, cpu_seconds() - used)
+
+
+def scratch() -> Path:
+    """A folder for as long as this process lives."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def cpu_seconds() -> float:

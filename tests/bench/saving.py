@@ -6,10 +6,9 @@ The plain way is torch.save of a dict of state dicts. Ours waits for the copy in
 is written, flushed and hashed while training goes on, and no turn begins before it is.
 """
 
-import tempfile
+import itertools
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -20,7 +19,7 @@ from model.optim import LossScaler, configure_optimizers
 from model.parallel import ParallelModel
 from model.saving import Saver
 from model.train_state import TrainState
-from tests.bench.pairs import Done, Row, Work
+from tests.bench.pairs import Done, Row, Work, scratch
 from tests.bench.training import QUICK
 from tests.running import ALONE, Silent
 
@@ -41,12 +40,12 @@ def state_of(config: GPTConfig) -> TrainState:
 def torch_save(config: GPTConfig) -> Work:
     """The plain way."""
     state = state_of(config)
-    folder = tempfile.TemporaryDirectory()
+    folder = scratch()
 
     def work() -> Done:
         states = {"model": state.model.module.state_dict(),
                   "optimizer": state.optimizer.state_dict()}
-        torch.save(states, Path(folder.name) / "ckpt.pt")
+        torch.save(states, folder / "ckpt.pt")
         return Done(1)
 
     return work
@@ -55,16 +54,15 @@ def torch_save(config: GPTConfig) -> Work:
 def ours(config: GPTConfig) -> Work:
     """As train_gpt2.py does it: save() is timed, and what follows in its thread is not."""
     keep_freed_memory()
-    folder = tempfile.TemporaryDirectory()
-    run = Path(folder.name)
+    run = scratch()
     (run / "config.json").write_text("{}")
     saver = Saver(run, state_of(config), Silent(), keep=1)  # type: ignore[arg-type]
-    taken = {"step": 0, "folder": folder}
+    steps = itertools.count(1)
 
     def work() -> Done:
-        taken["step"] += 1
+        step = next(steps)
         began = time.perf_counter()
-        saver.save(taken["step"], {"step": taken["step"], "tokens": 0}, wait=False)
+        saver.save(step, {"step": step, "tokens": 0}, wait=False)
         stalled = time.perf_counter() - began
         saver.wait()
         return Done(1, seconds=stalled)
