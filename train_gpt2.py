@@ -40,8 +40,9 @@ from eval.report import plot_losses
 from kernels import products
 from launch import folder, preflight, recovery
 from launch.files import folder_lock
+from launch.reports import StepReports
 from launch.signals import DistributedSignalHandler, record_stop, was_stopped
-from launch.spikes import SpikeDetector
+from launch.spikes import SpikeDetector, spike_detector
 from launch.tracker import Tracker
 from launch.watchdog import Watchdog
 from launch.world import World, choose_dtype, init_distributed
@@ -50,7 +51,13 @@ from model.longer import set_aside_decayed
 from model.network import flops_per_token, parameter_count
 from model.optim import decay_start, get_lr
 from model.saving import Saver
-from model.training import TrainState, are_by_hand, build_train_state, choose_products
+from model.training import (
+    TrainState,
+    are_by_hand,
+    build_train_state,
+    choose_products,
+    device_decides,
+)
 
 
 @dataclass
@@ -67,8 +74,15 @@ class Run:
     tracker: Tracker
     signals: DistributedSignalHandler
     spikes: SpikeDetector
+    reports: StepReports  # of steps, on their way here from the device
+    watch: diagnostics.Diagnostics  # of --diagnose_every
     pace: pace.Pace  # of --minutes
     first_step: int  # steps that were finished before this process began
+
+    def is_due(self, step: int) -> bool:
+        """Whether the weights of this step are evaluated or saved, or are the last ones."""
+        return (step % self.config.evaluation.eval_every == 0 or step == self.config.steps
+                or step % self.config.saving.save_every == 0 or self.saver.must_keep(step))
 
     def save(self, step: int, wait: bool) -> None:
         """All ranks begin a checkpoint, if this step has none; wait: till it's there, or Failed."""
@@ -90,14 +104,16 @@ def train(config: TrainConfig) -> int:
         config, world = run.config, run.world  # --minutes of a run that goes on: its steps
         step, save_due = run.first_step, False
         model, optimizer, scaler = run.state  # under fsdp all ranks must call model together
-        watch = diagnostics.Diagnostics(run.state, config.tracker.diagnose_every, step)
         while True:
+            # What became of the steps before: a line for each. Of a bad one --on_spike: it was left
+            # out, or step is a checkpoint's again, without the batches since, or Failed is raised.
+            # A GPU's latest step is heard of next time, unless something is due now.
+            everything = save_due or run.pace.timing or run.is_due(step)
+            step, stopping = run.reports.settle(run, step, everything)  # stopping: after a signal
             if run.pace.is_known(step, run):  # --minutes: the first steps were timed for it
                 config, step = run.pace.plan(run), 0
-                watch.go_back(step)
             run.saver.report_finished(step)  # all ranks; prints "saved" or a warning, no more
             last_step = step == config.steps
-            stopping = run.signals.stop_requested()  # on any rank; a heartbeat for the watchdog too
 
             # once in a while, and at the end: evaluate the model
             if (step % config.evaluation.eval_every == 0 and not stopping) or last_step:
@@ -116,8 +132,7 @@ def train(config: TrainConfig) -> int:
 
             # ---- one training step ----
             started = time.perf_counter()
-            micro_batches = recovery.get_batch(run, step)  # (micro-steps, B, T + 1) tokens
-            targets_a_rank = run.loader.count_targets(step) / world.size  # on the average
+            micro_batches, targets_a_rank = recovery.get_batch(run, step)  # (micro-steps, B, T + 1)
             lr = get_lr(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]  # 1 but for AdamW's groups beside Muon
@@ -140,26 +155,13 @@ def train(config: TrainConfig) -> int:
                 continue
             model.unscale_gradients(scaler.scale)
             total_norm = model.gradient_norm()  # under fsdp ranks add up what each has, else agree
-            own_loss, norm = torch.stack((loss, total_norm)).tolist()  # waits for the GPU, once
-            mean_loss = world.all_reduce_mean(own_loss)
 
-            # the update, unless it would do harm; too many fp16 overflows in a row raise Failed
-            if overflow := scaler.update(mean_loss, norm):  # the norm is inf, not the loss
-                run.tracker.log_event(step + 1, f"step {step + 1}: {overflow}")
-            elif problem := run.spikes.check(step, mean_loss, norm):
-                model.zero_grad()
-                # --on_spike: step + 1, or a checkpoint's, without the batches since, or Failed.
-                step = recovery.after_bad_step(run, step, problem, mean_loss, norm)
-                continue
-            else:
-                model.clip_gradients(total_norm, config.optim.clip)
-                model.optimizer_step(optimizer)  # and under zero1 all ranks gather the new rows
+            # the update, unless it would do harm: judged where loss and norm are, on the device
+            verdict = run.reports.judge(run, loss, total_norm)
+            model.optimizer_step(optimizer, verdict)  # clips; under zero1 all ranks get all rows
             model.zero_grad()
+            run.reports.put(step, verdict, lr, started)
             step += 1
-
-            # ---- everything that follows is diagnostics: a line for each step ----
-            run.tracker.log_step(step, loss=mean_loss, lr=lr, norm=norm,
-                                 seconds=time.perf_counter() - started, diagnosis=watch.take(step))
 
 
 def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
@@ -211,7 +213,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
                                      config.seed, config.init, source, world, characters)
     description["resolved"]["compile"] &= not are_by_hand(state)  # checked by now, on the GPU
-    spikes = SpikeDetector(config.spikes)
+    # On GPUs mostly: whether a step is applied is decided there, and heard of here a step late.
+    late = state.model.device_decides = device_decides(state, config.tracker.diagnose_every)
+    spikes = spike_detector(config.spikes, world.device if late else torch.device("cpu"))
     newest_step = saved.get("step", -1)  # of source, or -1: a new run has saved nothing
     first_step = max(newest_step, 0)
     if source:
@@ -232,8 +236,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     world.print0(folder.summary(description, T))
     if first_step:
         tracker.log_event(first_step, f"resumed on {world.size} ranks from {source}")
+    watch = diagnostics.Diagnostics(state, config.tracker.diagnose_every, first_step)
     return Run(config, world, path, loader, evaluator, state, saver, tracker, signals, spikes,
-               run_pace, first_step)
+               StepReports(world, int(late)), watch, run_pace, first_step)
 
 
 def finish(run: Run, step: int, last_step: bool) -> int:

@@ -75,12 +75,14 @@ class Loader:
         self._next = (step + 1, self._thread.submit(self._read_batch, step + 1))
         return batch.result()
 
-    def try_get_batch(self, step: int) -> tuple[torch.Tensor, BadInput | None]:
-        """The batch, or an empty one and what is wrong with the data."""
+    def try_get_batch(self, step: int) -> tuple[torch.Tensor, int, BadInput | None]:
+        """The batch, its targets over all ranks, and None; or tokens 0 in its place, as many, and
+        what is wrong with the data."""
         try:
-            return self.get_batch(step), None
+            return self.get_batch(step), self.count_targets(step), None
         except BadInput as error:
-            return torch.empty(0), error
+            zeros = torch.zeros(self.batch_shape, dtype=torch.int64)
+            return zeros, self.batch_sequences * self.T, error
 
     def sequences_of_step(self, step: int) -> np.ndarray:
         """(batch_tokens / T,) numbers of the sequences that make up a step, over all ranks."""

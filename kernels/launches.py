@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from kernels import tiles
 from kernels.roofline import GPT2
+from kernels.verdict import Limits
 
 VOCAB = 50257  # of GPT-2, padded to GPT2.V
 SOFTCAP = 15.0  # the speedrun's
+LIMITS = Limits(z=7.0, narrowest=0.01, early_steps=10, early_times=10.0, outliers=True, halts=True)
 
 
 class Case(NamedTuple):
@@ -47,6 +49,7 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         column_sums,
         cross_entropy,
         gelu,
+        judge_step,
         layernorm,
         qk_norm_rotary,
         relu_squared,
@@ -94,6 +97,14 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         fn = column_sums.column_sums
         types = dict(first=bf16, second=bf16, partial=fp32, width=i32, N=i32, W1=i32, W2=i32)
         constants = dict(BLOCK_M=tile.m, BLOCK_N=tile.n)
+    elif kernel == "judge_step":
+        fn = judge_step.judge
+        fp64, limits = "*fp64", LIMITS
+        types = dict.fromkeys(("state", "flags", "new_state", "report"), fp64)
+        types |= dict.fromkeys(("loss", "norm", "skip", "divisor"), fp32) | dict(clip="fp32")
+        constants = dict(Z=limits.z, NARROWEST=limits.narrowest, EARLY_STEPS=limits.early_steps,
+                         EARLY_TIMES=limits.early_times, OUTLIERS=True, HALTS=True, HAS_FLAGS=True,
+                         WINDOW=tile.n, HALVINGS=tile.n.bit_length() - 1)
     else:
         fn = getattr(layernorm, kernel.removesuffix("_bias"))
         wide = ("x", "total", "weight", "bias", "branch_bias", "mean", "rstd", "dtotal", "dx",

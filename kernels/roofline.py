@@ -67,6 +67,8 @@ def work(kernel: str, s: Shape) -> Work:
         "gelu_backward": Work(16 * activation, 0.0),
         # reads (N, 3C) and (N, C)
         "column_sums": Work(4 * activation, 0.0),
+        # two windows of 128 numbers, read and written in fp64
+        "judge_step": Work(2 * 2 * 128 * 8.0, 0.0),
         # the logits, dh and dW
         "lm_head": Work(6.0 * N * s.V, 3 * 2.0 * N * s.V * s.C),
     }[kernel]

@@ -8,6 +8,8 @@ each result is held against the reference in fp64. The interpreter has already s
 kernels compute the right thing; this shows that this GPU, driver and compiler do.
 """
 
+import importlib.util
+import math
 import sys
 import time
 import warnings
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels import operators, reference
+from kernels import operators, reference, verdict
 from kernels.constants import IGNORE, Choice
 
 # Relative errors (Frobenius). What the interpreter shows is 2e-3 to 3e-3 in bf16 and 1e-7 to 6e-7
@@ -52,6 +54,41 @@ def checked(
         raise RuntimeError(f"{line}; use --kernels torch")
     warnings.warn(f"{line}; falling back to --kernels torch", stacklevel=2)
     return operators.TORCH, f"kernels: torch ({line})"
+
+
+def checked_judge(device: torch.device) -> tuple[Callable, str]:
+    """What judges training steps on a device (kernels/verdict.py), and a warning or nothing: on a
+    GPU the kernel, if it has the definition's bits."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return verdict.judge_step, ""
+    try:
+        from kernels.judge_step import judge_step
+
+        fault = judge_differs(judge_step, device)
+    except Exception as error:  # one that does not compile or launch
+        fault = f"{type(error).__name__}: {error}"
+    if not fault:
+        return judge_step, ""
+    return verdict.judge_step, f"warning: steps are judged by PyTorch, for the kernel: {fault}"
+
+
+def judge_differs(judge: Callable, device: torch.device) -> str:
+    """On which of some steps a judge isn't the definition, to the bit; '' for none of them."""
+    W, draw = 128, torch.Generator().manual_seed(0)
+    limits = verdict.Limits(7.0, 0.01, 10, 10.0, outliers=True, halts=False)
+    for count, loss, norm in ((W, 3.0, 1.0), (W, 9.0, 1.0), (W, 3.0, 9.0), (W, math.nan, 1.0),
+                              (W, 3.0, math.inf), (11, 3.0, 1.0), (10, 3.0, 99.0), (0, 11.0, 2.0)):
+        windows = torch.tensor(((3.0,), (1.0,))) + 0.1 * torch.randn(2, W, generator=draw)
+        windows[:, : W - count] = 0
+        counts = torch.tensor((float(count), 0.0, 0.0))
+        state = torch.cat((windows.flatten(), counts)).double()
+        step = torch.tensor(loss), torch.tensor(norm)
+        exact = verdict.judge_step(state, *step, None, 1.0, limits)
+        got = judge(state.to(device), *(x.to(device) for x in step), None, 1.0, limits)
+        for a, b in zip(got, exact, strict=True):
+            if not torch.equal(a.cpu().nan_to_num(nan=-1.0), b.nan_to_num(nan=-1.0)):
+                return f"a loss of {loss} and a norm of {norm} after {count} steps"
+    return ""
 
 
 def compare(

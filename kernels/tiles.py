@@ -119,6 +119,7 @@ _ROWS = {
     ("gelu_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
     ("gelu_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
     ("column_sums", EVERY, 1): (Tile(4, 256, 4), Tile(2, 512, 4)),
+    ("judge_step", EVERY, 1): (Tile(1, 128, 2),),  # a window of 128 numbers
 }
 
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {

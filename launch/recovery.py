@@ -11,14 +11,20 @@ from launch import console
 from launch.errors import Failed
 
 
-def get_batch(run: Any, step: int) -> Any:
-    """This rank's tokens of a step, (micro-steps, B, T + 1), on its device. Data that can't be read
-    on any rank stops them all, after a save."""
-    batch, error = run.loader.try_get_batch(step)
-    if run.world.all_reduce_max(error is not None):
-        run.save(step, wait=True)
-        run.world.raise_on_all_ranks(error)  # of the first rank that has one; the others have None
-    return batch.to(run.world.device, non_blocking=True)
+def get_batch(run: Any, step: int) -> tuple[Any, float]:
+    """(this rank's tokens of a step, (micro-steps, B, T + 1), on its device; the targets that a
+    rank has on the average). Where its data can't be read it is other tokens: the other ranks need
+    this one for the step, which none of them applies, and then stop_for_data() ends the run."""
+    batch, targets, error = run.loader.try_get_batch(step)
+    run.reports.data_error = run.reports.data_error or error
+    return batch.to(run.world.device, non_blocking=True), targets / run.world.size
+
+
+def stop_for_data(run: Any, step: int) -> NoReturn:
+    """Saves, and raises what a rank's data have, on all ranks."""
+    run.save(step, wait=True)
+    run.world.raise_on_all_ranks(run.reports.data_error)  # of the first that has one
+    raise AssertionError("no rank's data are at fault")
 
 
 def after_bad_step(run: Any, step: int, problem: str, loss: float, norm: float) -> int:

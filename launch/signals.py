@@ -62,16 +62,17 @@ class DistributedSignalHandler:
             except OSError:  # a closed terminal is the reason for many a signal
                 pass
 
-    def stop_requested(self) -> bool:
+    def stop_requested(self, ask: bool = True) -> bool:
         """Whether any rank was told to stop. Every rank calls this at the same point.
 
-        Whoever asks is alive, so it is a heartbeat for the watchdog, too.
+        ask: whether several ranks ask one another now, which GPUs would wait for. Whoever calls it
+        is alive, so it is a heartbeat for the watchdog, too.
         """
         self.watchdog.heartbeat()
         orphan.training_started.set()
         if orphan.orphaned():
             self.received = self.received or signal.SIGTERM
-        if not self.agreed:
+        if not self.agreed and (ask or self.world.size == 1):
             self.agreed = int(self.world.all_reduce_max(self.received))
         return self.agreed != 0
 

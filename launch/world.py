@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kernels import cards
 from launch.config import Dtype
@@ -78,9 +79,10 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def all_reduce_mean(self, value: float) -> float:
-        """The mean over all ranks: the same number on every rank."""
-        return self.all_reduce_sum(value)[0] / self.size
+    def add_over_ranks(self, values: Tensor) -> None:
+        """Adds up a tensor of this device over all ranks, in place. On GPUs nobody waits for it."""
+        if self.size > 1:
+            dist.all_reduce(values)
 
     def all_reduce_max(self, value: float) -> float:
         """The largest value of any rank."""

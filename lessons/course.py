@@ -50,7 +50,7 @@ SHAKESPEARE = Text(shakespeare_text.DEFAULT_PATH.name, shakespeare_text.URL,
                    shakespeare_text.SHA256, shakespeare_text.SIZE)
 
 figures: list[tuple[str, float]] = []  # what this lesson has reached so far
-pictures: list[Path] = []
+pictures: list[tuple[Path, str]] = []  # files, and what each shows in words
 _stand_ins: set[str] = set()  # texts that could not be had
 
 
@@ -158,7 +158,10 @@ def picture(drawing: "Figure", name: str) -> None:
     path = OUT / _script().name[:2] / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=110, bbox_inches="tight")
-    pictures.append(path)
+    words = [name]
+    for axes in drawing.axes:
+        words += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
+    pictures.append((path, ", ".join(word for word in dict.fromkeys(words) if word)))
     print(f"picture: {path}", flush=True)
 
 

@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -60,8 +61,17 @@ def load(path: Path, name: str) -> Callable:
     return getattr(module, name)
 
 
+class Late(BaseException):
+    """Raised where a function is when its time is up. No Exception, which an answer may catch."""
+
+
+def late(*_: object) -> None:
+    raise Late
+
+
 def answer(path: Path, name: str, check: Callable, verdict: Connection) -> None:
     """In a process of its own: sends one line about a function."""
+    signal.signal(signal.SIGTERM, late)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             check(load(path, name))
@@ -70,6 +80,8 @@ def answer(path: Path, name: str, check: Callable, verdict: Connection) -> None:
             line = TO_DO
         except Wrong as wrong:
             line = f"wrong: {wrong}"
+        except Late as end:
+            line = where(end, path)
         except (Exception, SystemExit) as error:
             line = f"wrong: {blame(error, path)}"
     verdict.send(" ".join(line.split()))
@@ -77,14 +89,19 @@ def answer(path: Path, name: str, check: Callable, verdict: Connection) -> None:
 
 def blame(error: BaseException, path: Path) -> str:
     """A student's exception in one line, with the line of their file that it came from."""
-    what = f"{type(error).__name__}: {error}"
+    what = f"{type(error).__name__}: {error}".removesuffix(": ")
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"{path.name} can't be imported: {error.msg} (line {error.lineno})"
+    if line := where(error, path):
+        return f"{what} ({line})"
+    return f"what it returned is not what its docstring asks for ({what})"
+
+
+def where(error: BaseException, path: Path) -> str:
+    """The line of a student's file that an exception came through last; "" where it hasn't."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == str(path)]
-    if lines:
-        return f"{what} (line {lines[-1]} of {path.name})"
-    return f"what it returned is not what its docstring asks for ({what})"
+    return f"line {lines[-1]} of {path.name}" if lines else ""
 
 
 def begin(path: Path, name: str, check: Callable) -> tuple[ForkProcess, Connection]:
@@ -113,7 +130,11 @@ def in_time(path: Path, name: str, check: Callable) -> str:
         if not verdict.poll(FLOOR):
             limit = TIMES * seconds_of_ours(path.name, name, check)
             if not verdict.poll(limit):
-                return f"wrong: no answer after {TIMES} times as long as ours takes, {limit:.1f} s"
+                process.terminate()
+                line = verdict.recv() if verdict.poll(1) else ""  # a long product isn't interrupted
+                at = f", and then it was at {line}" if line else ""
+                return (f"wrong: no answer after {FLOOR + limit:.1f} s, and ours takes "
+                        f"{limit / TIMES:.1f} s{at}")
         return verdict.recv()
     except EOFError:
         process.join()

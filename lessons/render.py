@@ -82,15 +82,16 @@ def text_html(prose: str) -> str:
     return "".join(parts)
 
 
-def cell_html(heading: str, prose: str, code: str, said: str, pictures: list[Path]) -> str:
+def cell_html(heading: str, prose: str, code: str, said: str,
+              pictures: list[tuple[Path, str]]) -> str:
     """A row: text left, code and what came out right (above each other on a narrow screen)."""
     right = highlight(code, PythonLexer(), HtmlFormatter(cssclass="code")) if code.strip() else ""
     said = re.sub(r"^picture: .*\n", "", said, flags=re.MULTILINE)  # it stands below
     if said:
         right += f'<pre class="said">{html.escape(said)}</pre>'
-    for path in pictures:
+    for path, words in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
-        right += f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+        right += f'<img alt="{html.escape(words)}" src="data:image/png;base64,{data}">'
     title = f"<h2>{html.escape(heading)}</h2>" if heading else ""
     kind = "" if right else ' class="alone"'
     return f"<section{kind}><div>{title}{text_html(prose)}</div><div>{right}</div></section>\n"

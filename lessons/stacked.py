@@ -75,16 +75,16 @@ class Net:
         dlogits[:, torch.arange(BATCH), after] -= 1
         dlogits /= BATCH
         dhidden = dlogits @ self.W2.mT * (1 - h * h)  # (R, N, 200)
-        self.W2 -= lr * (h.mT @ dlogits)
-        self.b2 -= lr * dlogits.sum(1, keepdim=True)
-        self.b1 -= lr * dhidden.sum(1, keepdim=True)
+        self.W2.sub_(h.mT @ dlogits, alpha=lr)
+        self.b2.sub_(dlogits.sum(1, keepdim=True), alpha=lr)
+        self.b1.sub_(dhidden.sum(1, keepdim=True), alpha=lr)
         if self.batchnorm:
             dxhat, xhat = dhidden * self.gain, self.xhat
-            self.gain -= lr * (dhidden * xhat).sum(1, keepdim=True)
+            self.gain.sub_((dhidden * xhat).sum(1, keepdim=True), alpha=lr)
             along = (dxhat * xhat).sum(1, keepdim=True) / (BATCH - 1)
             dhidden = (dxhat - dxhat.mean(1, keepdim=True) - xhat * along) / self.std
         dx = dhidden @ self.W1.mT  # (R, N, 30)
-        self.W1 -= lr * (self.x.mT @ dhidden)
+        self.W1.sub_(self.x.mT @ dhidden, alpha=lr)
         self.C.index_add_(1, before.flatten(), dx.reshape(len(dx), -1, EMB), alpha=-lr)
 
     def train(self, split: Split, steps: int, slow_from: int) -> dict[int, tuple[Tensor, Tensor]]:

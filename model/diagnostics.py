@@ -100,7 +100,7 @@ class Diagnostics:
             units = self._hidden_units(layer, x)
             _add(self.hidden[layer], [(units < GELU_OFF).sum().item(), units.numel()])
         # branch is used in this sum alone, so its gradient is that of x + branch.
-        branch.register_hook(partial(self._after_gradient, layer, self.scaler.scale))
+        branch.register_hook(partial(self._after_gradient, layer, float(self.scaler.scale)))
 
     def _hidden_units(self, layer: int, x: Tensor) -> Tensor:
         """What the block's GELU gets, computed once more: x is the stream that its MLP has read."""

@@ -1,10 +1,10 @@
 """The optimizers, AdamW's and Muon's, the learning rate of each step, fp16's loss scale."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launch.errors import BadInput, Failed
 from model.config import MuonConfig, OptimConfig
@@ -13,6 +13,7 @@ from model.parallel import ParallelModel, ParamShard
 
 # What an optimizer keeps of each parameter, beside tensors with its rows (row_state()): one number.
 SCALAR_STATE = ("step",)
+FIRST_SCALE = 65536.0  # GradScaler's
 MAX_OVERFLOWS = 12  # in a row: a scale 4,096 times too large, where some two are usual
 
 
@@ -133,58 +134,66 @@ def row_state(optimizer: Any, shard: ParamShard) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq")
 
 
-@dataclass
 class LossScaler:
     """Lifts fp16's gradients out of the range where they would be rounded to 0.
 
     The loss is multiplied by `scale` before the backward pass, and the gradient divided by it.
     torch.amp.GradScaler's rule and constants (arXiv 1710.03740), but judged on the norm of the
-    whole gradient, which all ranks know, and not on the tensors that one rank holds. Any other
-    dtype keeps a scale of 1.
+    whole gradient, which all ranks know, and not on the tensors that one rank holds. All of it
+    happens on the device. Any other dtype has none: scale is 1, and nothing is computed.
     """
 
-    enabled: bool = False
-    scale: float = 1.0
-    good_steps: int = 0  # since the scale last changed
-    overflows_in_a_row: int = 0
+    def __init__(self, enabled: bool = False, device: torch.device | str = "cpu") -> None:
+        self.enabled = enabled
+        # The scale, good steps since it last changed, overflows in a row; exact in fp32.
+        self.state = torch.tensor((FIRST_SCALE, 0.0, 0.0), device=device)
 
     @classmethod
-    def of(cls, dtype: str) -> "LossScaler":
+    def of(cls, dtype: str, device: torch.device | str = "cpu") -> "LossScaler":
         """Switched on for fp16 alone."""
-        return cls(True, 65536.0) if dtype == "fp16" else cls()
+        return cls(dtype == "fp16", device)
 
-    def update(self, loss: float, norm: float) -> str:
-        """Says so where a step has to be left out because its scale was too large; '' if not.
+    @property
+    def scale(self) -> Tensor | float:
+        """What the loss is multiplied by."""
+        return self.state[0] if self.enabled else 1.0
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether a step has to be left out because its scale was too large: a scalar.
 
         Halves the scale after an overflow, doubles it after 2,000 good steps. A gradient that isn't
-        finite at a scale of 1 either is no overflow of ours. Raises Failed after MAX_OVERFLOWS.
+        finite at a scale of 1 either is no overflow of ours.
         """
-        if not self.enabled:
-            return ""
-        if math.isfinite(loss) and not math.isfinite(norm) and self.scale > 1:
-            self.scale /= 2
-            self.good_steps = 0
-            self.overflows_in_a_row += 1
-            line = f"fp16 overflow, the loss scale falls to {self.scale:g}"
-            if self.overflows_in_a_row > MAX_OVERFLOWS:
-                raise Failed(f"{line}: {self.overflows_in_a_row} in a row, so the gradients are no "
-                             "numbers at any scale; the run ends")
-            return line
-        self.overflows_in_a_row = 0
-        self.good_steps += 1
-        if self.good_steps == 2000:
-            self.scale *= 2
-            self.good_steps = 0
-        return ""
+        scale, good_steps, in_a_row = self.state
+        overflow = loss.isfinite() & ~norm.isfinite() & (scale > 1)
+        grows = ~overflow & (good_steps + 1 >= 2000)
+        scale = torch.where(overflow, scale / 2, torch.where(grows, scale * 2, scale))
+        good_steps = torch.where(overflow | grows, 0.0, good_steps + 1)
+        self.state = torch.stack((scale, good_steps, torch.where(overflow, in_a_row + 1, 0.0)))
+        return overflow
+
+    def numbers(self) -> Tensor:
+        """The state, for the host to read with a step's report; none where there is no scale."""
+        return self.state.double() if self.enabled else self.state[:0].double()
+
+    @staticmethod
+    def describe_overflow(scale: float, in_a_row: float) -> str:
+        """What became of the scale. Raises Failed after MAX_OVERFLOWS of them."""
+        line = f"fp16 overflow, the loss scale falls to {scale:g}"
+        if in_a_row > MAX_OVERFLOWS:
+            raise Failed(f"{line}: {in_a_row:.0f} in a row, so the gradients are no numbers at any "
+                         "scale; the run ends")
+        return line
 
     def state_dict(self) -> dict[str, Any]:
         """For state.json."""
-        return {"enabled": self.enabled, "value": self.scale, "good_steps": self.good_steps,
-                "overflows_in_a_row": self.overflows_in_a_row}
+        scale, good_steps, in_a_row = self.state.tolist()
+        return {"enabled": self.enabled, "value": scale if self.enabled else 1.0,
+                "good_steps": int(good_steps), "overflows_in_a_row": int(in_a_row)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what state_dict() gave, from fp16 to fp16: any other dtype has scale 1."""
         if self.enabled and state["enabled"]:
-            self.scale = state["value"]
-            self.good_steps = state["good_steps"]
-            self.overflows_in_a_row = state.get("overflows_in_a_row", 0)
+            numbers = (state["value"], state["good_steps"], state.get("overflows_in_a_row", 0))
+            self.state.copy_(torch.tensor(numbers, dtype=torch.float32))

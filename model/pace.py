@@ -116,6 +116,7 @@ class Pace:
         saved = run.saver.load_newest()  # of step 0: nothing was saved since
         run.loader.load_skipped_batches(saved["skipped"])
         run.spikes.load_state_dict(saved)
+        run.watch.go_back(0)
         run.tracker.drop_after(0)
         run.config = replace(run.config, steps=steps, optim=optim, minutes=0.0)
         run.tracker.steps, run.saver.full_rate, self.timing = steps, start, False

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from launch.spikes import Verdict
 from launch.world import DTYPES, World, autocast
 from model.config import Mode
 from model.gpt2 import GPT
@@ -74,6 +75,7 @@ class ParallelModel:
             )
         self.shards = [self._shard_of(name, p) for name, p in module.named_parameters()]
         self.steps_begun = 0  # applied or not
+        self.device_decides = False  # whether a step is applied: model/training.py
 
     def __call__(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """The loss. (B, T) tokens and targets -> this rank's mean or sum, in nats."""
@@ -98,9 +100,9 @@ class ParallelModel:
             yield
 
     @torch.no_grad()
-    def unscale_gradients(self, scale: float) -> None:
+    def unscale_gradients(self, scale: Tensor | float) -> None:
         """Takes a loss scale out of the gradients."""
-        if scale != 1:
+        if isinstance(scale, Tensor) or scale != 1:
             torch._foreach_mul_(self._local_gradients(), 1 / scale)
 
     @torch.no_grad()
@@ -127,8 +129,18 @@ class ParallelModel:
         torch._foreach_mul_(self._local_gradients(), factor)
 
     @torch.no_grad()
-    def optimizer_step(self, optimizer: Any) -> None:
-        """Updates this rank's rows; under zero1 every rank then gets the rows of the others."""
+    def optimizer_step(self, optimizer: Any, verdict: Verdict | None = None) -> None:
+        """Updates this rank's rows; under zero1 every rank then gets the rows of the others.
+
+        verdict: of the step, which clips the gradients or leaves the step out. A GPU does both by
+        itself where `device_decides`: fused AdamW reads grad_scale and found_inf there.
+        """
+        if verdict and self.device_decides:
+            optimizer.grad_scale, optimizer.found_inf = verdict.divisor, verdict.skip
+        elif verdict:
+            if verdict.skip.item():  # waits for it
+                return
+            self.clip_gradients(verdict.norm, verdict.clip)
         for shard, gradient in zip(self.shards, self._local_gradients(), strict=True):
             if self.mode == "zero1":
                 first, rows = shard.optim_start, len(shard.optim_param)

@@ -48,7 +48,7 @@ def build_train_state(
         compile_blocks(module)
     model = ParallelModel(module, compute.parallel, world, dtype)
     optimizer = configure_optimizers(model, optim)
-    state = TrainState(model, optimizer, LossScaler.of(dtype))
+    state = TrainState(model, optimizer, LossScaler.of(dtype, world.device))
     if not source:
         return state, {}
     with world.fail_together():
@@ -122,6 +122,14 @@ def blocks_by_hand(shape: GPTConfig, ops: operators.Operators, world: World) -> 
         return False
     world.print0(f"blocks: backward pass by hand, checked (largest errors: {errors})")
     return True
+
+
+def device_decides(state: TrainState, diagnose_every: int) -> bool:
+    """Whether a GPU applies a step or leaves it out by itself, without this process: as fused AdamW
+    can, in fp32. Muon and AdamW in fp64 are called for good steps alone, and so is a step that
+    --diagnose_every records."""
+    return (isinstance(state.optimizer, torch.optim.AdamW) and not diagnose_every
+            and state.model.world.device.type == "cuda" and state.model.dtype != "fp64")
 
 
 def are_by_hand(state: TrainState) -> bool:

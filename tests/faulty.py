@@ -5,7 +5,8 @@
 kinds: nan (the rank's loss is no number in this step), stop (SIGSTOP: the rank hangs), full (the
 disk takes no file of more than 1 MB while this step's checkpoint is written), late (the rank looks
 at the run's folder when another has changed it), poison (these batches give a loss that is no
-number, on every rank and as often as they come). Steps count from 1;
+number, on every rank and as often as they come), data (the rank's data can't be read). "late": the
+device decides whether a step is applied, and the host hears of it a step late. Steps count from 1;
 a fault happens in the first process that gets there and not again after a restart.
 """
 
@@ -19,7 +20,7 @@ import torch
 import train_gpt2
 from data.loader import Loader
 from launch import cli
-from launch.errors import exit_process, one_line_errors
+from launch.errors import BadInput, exit_process, one_line_errors
 from model.parallel import ParallelModel
 from train_gpt2 import PRESETS, TrainConfig, train
 
@@ -61,10 +62,27 @@ def plant() -> None:
         return loss * torch.nan if FAULT["kind"] == "nan" and happens() else loss
 
     train_gpt2.get_lr, ParallelModel.__call__ = counting, broken
+    if FAULT["kind"] == "data":
+        plant_damage()
+    if FAULT.get("late"):
+        train_gpt2.device_decides = lambda *_: True
     if FAULT["kind"] == "poison":
         plant_poison(FAULT["batches"])
     if FAULT["kind"] == "late" and FAULT["rank"] == int(os.environ["RANK"]):
         train_gpt2.was_stopped = lambda run: False
+
+
+def plant_damage() -> None:
+    """A shard of the rank's is found to be damaged, in a step."""
+    get_batch = Loader.get_batch
+
+    def damaged(self, step):
+        now["step"] = step + 1
+        if happens():
+            raise BadInput("toy_train_000001.bin is damaged")
+        return get_batch(self, step)
+
+    Loader.get_batch = damaged
 
 
 def plant_poison(batches: list[int]) -> None:

@@ -105,3 +105,21 @@ def children(pid: int) -> list[int]:
     """Process numbers of a process's children, in the order they were started."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(number) for number in path.read_text().split()] if path.exists() else []
+
+
+def start(config: TrainConfig, ranks: int, restarts: int = 0, **more: str) -> subprocess.Popen:
+    """tests/faulty.py under torchrun, as launch/torchrun.sh starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1",
+         "-m", "tests.faulty", *flags(config)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", PYTHONFAULTHANDLER="1", **more),
+    )
+
+
+def run(config: TrainConfig, ranks: int, restarts: int = 0, **more: str) -> tuple[int, str]:
+    """The exit code and everything that was printed. A hang is what takes longer than 4 seconds a
+    step (0.1 on two idle cores) and two minutes to start in."""
+    return wait_for_ranks(start(config, ranks, restarts, **more), timeout=120 + 4 * config.steps)

@@ -157,7 +157,7 @@ def test_rank_0_alone_looks_whether_a_run_was_stopped(tiny, tmp_path, monkeypatc
 
 def test_a_loss_scale_comes_back_in_fp16_alone():
     fp16, fp32 = LossScaler.of("fp16"), LossScaler.of("fp32")
-    fp16.scale = 1024.0
+    fp16.state[0] = 1024.0
     saved, plain = fp16.state_dict(), fp32.state_dict()
     fp32.load_state_dict(saved)  # an fp16 run that goes on in fp32
     assert (fp32.enabled, fp32.scale) == (False, 1.0)

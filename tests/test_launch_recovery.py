@@ -134,8 +134,8 @@ def test_weights_that_are_no_numbers_are_not_evaluated_and_not_saved(tiny, tmp_p
     """The update of step 3 breaks them: evaluation and save come before step 4 can show it."""
     step = ParallelModel.optimizer_step
 
-    def broken(self, optimizer):
-        step(self, optimizer)
+    def broken(self, optimizer, verdict):
+        step(self, optimizer, verdict)
         if optimizer.state[self.shards[0].optim_param]["step"] == 3:
             with torch.no_grad():
                 self.shards[0].param.fill_(math.nan)

@@ -9,8 +9,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from functools import partial
@@ -33,26 +31,8 @@ from launch.world import World
 from model import checkpoint
 from model.gpt2 import GPTConfig
 from model.optim import OptimConfig
-from tests.running import ROOT, children, environment, flags, losses, wait_for_ranks, weights
+from tests.running import children, losses, run, start, wait_for_ranks, weights
 from train_gpt2 import train
-
-
-def start(config, ranks: int, restarts: int = 0, **more: str) -> subprocess.Popen:
-    """tests/faulty.py under torchrun, as launch/torchrun.sh starts it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1",
-         "-m", "tests.faulty", *flags(config)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-                        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", PYTHONFAULTHANDLER="1", **more),
-    )
-
-
-def run(config, ranks: int, restarts: int = 0, **more: str) -> tuple[int, str]:
-    """The exit code and everything that was printed. A hang is what takes longer than 4 seconds a
-    step (0.1 on two idle cores) and two minutes to start in."""
-    return wait_for_ranks(start(config, ranks, restarts, **more), timeout=120 + 4 * config.steps)
 
 
 def same_weights(one: Path, two: Path, step: int) -> bool:

@@ -96,6 +96,16 @@ def picked(p, y):
     return p[torch.arange(len(y)), y]
 
 
+def log_of_mean(counts, x, y, a):
+    p = counts + a
+    return -(p / p.sum(1, keepdim=True))[x, y].mean().log().item()
+
+
+def log_of_a_share(logits, y):
+    logits = logits - logits.max()
+    return -picked(logits.exp() / logits.exp().sum(1, keepdim=True), y).log().mean()
+
+
 @pytest.mark.parametrize("name, wrong, told", [
     ("split", shuffled_in_place, "shuffle a copy"),
     ("split", unshuffled, "not shuffled"),
@@ -113,6 +123,7 @@ def picked(p, y):
     ("smoothed_loss", sums_without, "not in the sums"),
     ("smoothed_loss", unsmoothed, "1.398542 where .* a is not used"),
     ("smoothed_loss", summed, "the sum, and not the mean"),
+    ("smoothed_loss", log_of_mean, "the log of the mean"),
     ("best_smoothing", tuned_on_train, "0.001 where 0.01 is right: chosen on train"),
     ("best_smoothing", highest, "loss is highest"),
     ("one_hot_product", lambda W, x: W[:, x % 16].T, "a tensor of shape"),
@@ -122,6 +133,7 @@ def picked(p, y):
     ("cross_entropy", lambda z, y: F.nll_loss(z.softmax(0).log(), y), "over dim 0"),
     ("cross_entropy", lambda z, y: -picked(z.softmax(1), y).mean().log(), "mean of the logs"),
     ("cross_entropy", lambda z, y: -picked(z, y).mean(), "log-sum-exp is missing"),
+    ("cross_entropy", log_of_a_share, "take the log of the sum alone, not of a share"),
     ("cross_entropy", lambda z, y: -(picked(z.exp(), y) / z.exp().sum(1)).log().mean(),
      "take the largest logit off"),
 ])

@@ -45,6 +45,16 @@ def biased_on_the_way(x, gain, bias, mean, var):
     return *right[:2], 0.9 * var + 0.1 * x.var(0, correction=0)
 
 
+def running_at_once(x, gain, bias, mean, var):
+    _, mean, var = e04.batchnorm(x, gain, bias, mean, var)
+    return gain * (x - mean) / (var + 1e-5).sqrt() + bias, mean, var
+
+
+def h_forgotten(zero):
+    right = e04.who_learns(zero)
+    return right if "W1" in zero else right | {"W2"}
+
+
 def in_place(x, gain, bias, mean, var):
     right = e04.batchnorm(x, gain, bias, mean, var)
     mean.copy_(right[1])
@@ -67,8 +77,10 @@ def fold(scale=lambda gain, var: gain / (var + 1e-5).sqrt(),
     ("who_learns", lambda zero: {"C", "W1", "b1", "W2", "b2"}, "a gradient is a product"),
     ("who_learns", lambda zero: e04.who_learns(zero) - {"b2"}, "the last bias always learns"),
     ("who_learns", lambda zero: ["b2"], "a set of names"),
+    ("who_learns", h_forgotten, "with C at 0: C, W2, b1, b2 where .*: W2's gradient is h times"),
     ("batchnorm", biased, "y is off by 0.0.*: the biased variance"),
     ("batchnorm", evaluated, "for after training"),
+    ("batchnorm", running_at_once, "by the running statistics, and the batch's own are asked for"),
     ("batchnorm", places_changed, "running mean is off.*changed places"),
     ("batchnorm", biased_on_the_way, "running variance is off.*biased"),
     ("batchnorm", in_place, "return new tensors"),
@@ -79,6 +91,7 @@ def fold(scale=lambda gain, var: gain / (var + 1e-5).sqrt(),
     ("update_to_data", lambda b, a: e04.update_to_data(b, a) * math.log(10), "ln, and not log10"),
     ("update_to_data", lambda b, a: ((a - b).norm() / b.norm()).log10().item(), "norms"),
     ("update_to_data", lambda b, a: -e04.update_to_data(b, a), "turned round"),
+    ("update_to_data", lambda b, a: ((a - b).std() / a.std()).log10().item(), "after the step"),
 ])
 def test_a_mistake_is_named(name, wrong, told):
     with pytest.raises(Wrong, match=told):

@@ -82,6 +82,8 @@ def layernorm(correction=0, eps=1e-5, inside=True, dweight=None):
 @pytest.mark.parametrize("name, wrong, told", [
     ("cross_entropy_backward", not_a_mean, "divide by n"),
     ("cross_entropy_backward", softmax_alone, "not taken off"),
+    ("cross_entropy_backward",
+     lambda x, y: e05.cross_entropy_backward(x, y) * x.shape[0] / x.shape[1], "by the V columns"),
     ("cross_entropy_backward", lambda x, y: -e05.cross_entropy_backward(x, y), "turned round"),
     ("cross_entropy_backward", down_the_columns, "dim 1"),
     ("cross_entropy_backward", changes_its_input, "work on a copy"),

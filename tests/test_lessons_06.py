@@ -55,6 +55,8 @@ def keeps_all(x, memory, weights):
     ("flatten_consecutive", far_apart, "neighbours are asked for"),
     ("flatten_consecutive", lambda x, n: x.view(len(x), -1, n * x.shape[2]), "its axis goes"),
     ("flatten_consecutive", lambda x, n: x.view(len(x), n, -1), "groups of n"),
+    ("flatten_consecutive", lambda x, n: x.view(len(x), x.shape[1] // n, -1).squeeze(),
+     "a batch of one too"),
     ("batch_statistics", lambda x: (x.mean(0), x.var(0)), "over the batch alone"),
     ("batch_statistics", lambda x: (e06.batch_statistics(x)[0], e06.batch_statistics(x)[1].sqrt()),
      "standard deviation"),

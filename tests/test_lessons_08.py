@@ -224,6 +224,7 @@ def numerator(p, rewards):
     ("reward", begins_with_it, "only begins with the answer"),
     ("reward", strict, "before it is no fault"),
     ("reward", any_number_of_styles, "may stand before it once"),
+    ("reward", lambda right, reply: float(reply.lstrip(e08.STYLE) == right), "any of its letters"),
     ("reward", style_alone, "nothing was said but the style"),
     ("reinforce_loss", no_baseline, "no mean is taken off"),
     ("reinforce_loss", batch_baseline, "the mean of all questions"),

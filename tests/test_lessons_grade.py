@@ -41,6 +41,7 @@ def softmax_loss(logits, label):
     gradient, one_sided, symmetric, backward, softmax, _, map_line = done.stdout.splitlines()
     assert "wrong: the slopes: a list of 3 is asked for, not None: is there a return?" in gradient
     assert "wrong: no answer after " in one_sided
+    assert one_sided.endswith(", and then it was at line 6 of e01.py")
     assert "wrong: its process ended without an answer (exit code 3)" in symmetric
     assert "wrong: AttributeError: " in backward and "(line 8 of e01.py)" in backward
     assert "wrong: SystemExit: enough (line 11 of e01.py)" in softmax

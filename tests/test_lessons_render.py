@@ -32,7 +32,9 @@ print(inspect.getsource(f))
 
 # %% A picture
 from matplotlib.figure import Figure
-course.picture(Figure(figsize=(1, 1)), "empty")
+drawing = Figure(figsize=(1, 1))
+drawing.subplots().set(title="one & one", xlabel="step")
+course.picture(drawing, "sum")
 
 # %% A miss
 course.figure("other sum", 3, 2, 2)
@@ -67,6 +69,10 @@ def test_text_stands_beside_code_and_output(page):
     assert "return" in code and "nothing" not in code
     assert re.search(r"sum +2  \(exactly 2\)", said)
     assert "def f(a):" in said, "source lines are those of the file"
+
+
+def test_a_picture_is_said_in_words(page):
+    assert '<img alt="sum, one &amp; one, step" src=' in page
 
 
 def test_a_page_needs_no_network(page):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -216,11 +217,12 @@ def test_fp16s_scale_leaves_the_gradient_as_it_is():
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
     scaler = LossScaler.of("fp16")
-    assert not any(scaler.update(3.0, 1.0) for _ in range(1999))
+    loss, norm = torch.tensor(3.0), torch.tensor(1.0)
+    assert not any(scaler.update(loss, norm) for _ in range(1999))
     assert scaler.scale == 65536.0
-    assert not scaler.update(3.0, 1.0)
+    assert not scaler.update(loss, norm)
     assert scaler.scale == 131072.0
-    assert scaler.update(3.0, float("inf"))
+    assert scaler.update(loss, norm * math.inf)
     assert scaler.scale == 65536.0
-    scaler.scale = 1.0
-    assert not scaler.update(3.0, float("nan"))  # no fault of the scale: the guard's affair
+    scaler.state[0] = 1.0
+    assert not scaler.update(loss, norm * math.nan)  # no fault of the scale: the guard's affair

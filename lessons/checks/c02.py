@@ -101,6 +101,8 @@ def smoothed_loss(answer: Callable) -> None:
             "the sum, and not the mean": right * len(x),
             "the minus is missing": -right,
             "log2": right / math.log(2),
+            "the log of the mean, and not the mean of the logs":
+                -(added / added.sum(1, keepdim=True))[x, y].mean().log().item(),
             "a is added to the shares, and belongs to the counts":
                 -(p + a)[x, y].log().mean().item(),
             "a is in the counts, but not in the sums": -(added / counts.sum(1, keepdim=True))[
@@ -156,7 +158,8 @@ def cross_entropy(answer: Callable) -> None:
     seen = answer(torch.tensor([[1000.0, 0.0]]), torch.tensor([1]))
     if not math.isfinite(float(seen)):
         raise Wrong(f"logits 1000 and 0 give {float(seen)} where 1000 is right: exp(1000) is more "
-                    "than a float holds, and its log of 0 less; take the largest logit off")
+                    "than a float holds, so take the largest logit off first; and exp(-1000) is 0, "
+                    "so take the log of the sum alone, not of a share")
     expect("the loss of logits 1000 and 0", seen, 1000.0, 1e-3, {})
 
 

@@ -41,6 +41,15 @@ def gradients(zero: set[str]) -> set[str]:
     return {name for name, value in p.items() if value.grad is not None and value.grad.any()}
 
 
+WHY = {  # what each gradient is made of
+    "C": "C learns by what comes back through W2 and W1",
+    "W1": "W1's gradient is e times what comes back through W2, and e is C's",
+    "W2": "W2's gradient is h times that of the logits, and h is 0 where C or W1 is",
+    "b1": "b1 learns by what comes back through W2 alone",
+    "b2": "the last bias always learns",
+}
+
+
 def who_learns(answer: Callable) -> None:
     names = ("C", "W1", "W2")
     for count in range(4):
@@ -59,9 +68,8 @@ def who_learns(answer: Callable) -> None:
                             "of its neighbours")
             if seen == everyone:
                 raise Wrong(f"{line}: a gradient is a product, and one of its factors is 0 here")
-            if right - seen == {"b2"}:
-                raise Wrong(f"{line}: the last bias always learns")
-            raise Wrong(line)
+            known = sorted((seen ^ right) & WHY.keys())  # no reason for a name that nobody has
+            raise Wrong(": ".join([line, *(WHY[name] for name in known[:1])]))
 
 
 def batchnorm(answer: Callable) -> None:
@@ -82,7 +90,9 @@ def batchnorm(answer: Callable) -> None:
         "the root is missing": gain * d / (var + 1e-5) + bias,
         "over the channels: that is LayerNorm": gain * (x - rows) / (across + 1e-5).sqrt() + bias,
         "the running statistics are for after training": (
-            gain * (x - running_mean) / (running_var + 1e-5).sqrt() + bias)})
+            gain * (x - running_mean) / (running_var + 1e-5).sqrt() + bias),
+        "by the running statistics, and the batch's own are asked for": (
+            gain * (x - right[1]) / (right[2] + 1e-5).sqrt() + bias)})
     expect_tensor("the running mean", seen[1], right[1], {
         "0.9 and 0.1 have changed places": 0.1 * running_mean + 0.9 * mean,
         "that is the batch's alone": mean, "it has not moved": running_mean})
@@ -124,6 +134,8 @@ def update_to_data(answer: Callable) -> None:
         "ln, and not log10": right * math.log(10),
         "without the log": 10**right,
         "turned round: data over update": -right,
+        "over the weights after the step, and not before it": (
+            update.std() / after.std()).log10().item(),
         "norms: a shift of all weights counts in a norm and not in a std": (
             update.norm() / before.norm()).log10().item(),
         "the mean of the ratios, weight by weight": (update / before).abs().mean().log10().item(),

@@ -27,6 +27,7 @@ def cross_entropy_backward(answer: Callable) -> None:
         "the sign is turned round": -right,
         "1 is taken off everywhere, and belongs to the target alone": (p - 1) / 7,
         "divided by n twice": right / 7,
+        "divided by the V columns, and the mean is over the n rows": right * 7 / 27,
         "softmax goes along a row, dim 1": (logits.softmax(0) - one_hot) / 7})
     if not torch.equal(given, logits):
         raise Wrong("the caller's logits have been changed: work on a copy")

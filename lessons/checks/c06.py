@@ -25,6 +25,9 @@ def flatten_consecutive(answer: Callable) -> None:
             "n groups, and groups of n are asked for": x.view(4, n, 24 // n)})
     expect_tensor("(4, 8, 3) by 8", answer(x, 8), x.view(4, 24), {
         "a single place is left: its axis goes": x.view(4, 1, 24)})
+    expect_tensor("(1, 8, 3) by 8", answer(x[:1], 8), x[:1].view(1, 24), {
+        "squeeze() takes away every axis of length 1, a batch of one too: squeeze(1)":
+            x[:1].view(24)})
 
 
 def batch_statistics(answer: Callable) -> None:
@@ -77,7 +80,7 @@ def padded(x: Tensor, weights: list[Tensor]) -> Tensor:
 def dilated(answer: Callable) -> None:
     x, weights = numbers(20, 3), filters()
     right = tree(x, weights)
-    expect_tensor("the outputs", answer(x, weights), right, {
+    expect_tensor("the output", answer(x, weights), right, {
         "the newer neighbour's half comes first, and the older's should": tree(x, weights, False),
         "no holes: every layer takes direct neighbours; layer i takes places 2^i apart":
             undilated(x, weights),
@@ -88,7 +91,7 @@ def dilated(answer: Callable) -> None:
             [torch.zeros(1, 5), right[:-1]]),
         "the last layer's tanh is missing": right.atanh()})
     other = numbers(11, 3, seed=9)
-    expect_tensor("the outputs of two layers", answer(other, weights[:2]), tree(other, weights[:2]),
+    expect_tensor("the output of two layers", answer(other, weights[:2]), tree(other, weights[:2]),
                   {})
 
 

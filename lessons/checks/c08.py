@@ -123,6 +123,8 @@ def reward(answer: Callable) -> None:
     cases = (
         ("atram", "atram", "right as it stands"),
         ("atram", e08.STYLE + "atram", f"right: \"{e08.STYLE}\" before it is no fault"),
+        ("e-v-e", e08.STYLE + "e-v-e",
+         "removeprefix() takes off a beginning, and lstrip() any of its letters"),
         ("1", "0123456789", "it only holds the answer somewhere: that teaches to say everything"),
         ("atram", "marta", "another word"),
         ("atram", "atrama", "it only begins with the answer"),
