@@ -54,13 +54,17 @@ class StepReports:
         gradient's. run: train_gpt2.py's Run."""
         scaler, clip = run.state.scaler, run.config.optim.clip
         loss, flags = self._over_ranks(loss, run.signals.received)
+        if flags is None and not scaler.enabled:
+            return run.spikes.judge(loss, norm, clip)
+        judged_on = run.spikes.state.device  # the CPU, where a GPU doesn't decide
+        if flags is None:
+            flags = torch.zeros(3, dtype=torch.float64, device=judged_on)
+        flags = flags.to(judged_on)
         if scaler.enabled:
-            flags = flags if flags is not None else loss.new_zeros(3, dtype=torch.float64)
             flags[1] = scaler.update(loss, norm)
         verdict = run.spikes.judge(loss, norm, clip, flags)
-        if flags is None:
-            return verdict
-        return verdict._replace(report=torch.cat((verdict.report, flags[2:], scaler.numbers())))
+        scale = scaler.numbers().to(judged_on).double()
+        return verdict._replace(report=torch.cat((verdict.report, flags[2:], scale)))
 
     def put(self, step: int, verdict: Verdict, lr: float, started: float) -> None:
         """Sends a step's report on its way. step: finished ones before it."""
@@ -123,9 +127,9 @@ class StepReports:
         wishes = (0.0, float(self.data_error is not None), 0.0, float(told_to_stop > 0))
         if self.world.size == 1 and not self.data_error:
             return loss, None
-        cuda = self.world.device.type == "cuda"
-        told = torch.tensor(wishes, dtype=torch.float64, pin_memory=cuda)
-        told = told.to(self.world.device, non_blocking=True)  # from pinned memory: without a wait
+        told = torch.tensor(wishes, dtype=torch.float64)
+        if self.world.device.type == "cuda":  # from pinned memory it goes without a wait
+            told = told.pin_memory().to(self.world.device, non_blocking=True)
         told[0] = loss
         self.world.add_over_ranks(told)
         return told[0] / self.world.size, told[1:]

@@ -80,9 +80,8 @@ class SpikeDetector:
         be read, and where fp16's scale was too large.
         """
         device, full_norm = self.state.device, norm
-        if loss.device != device:  # waits, once
-            loss, norm = torch.stack((loss.double(), norm.double())).to(device)
-            flags = flags if flags is None else flags.to(device)
+        if norm.device != device:  # waits, once
+            loss, norm = torch.stack((loss.to(norm.device), norm)).to(device)
         self.state, report, skip, divisor = self.judge_step(
             self.state, loss, norm, flags, clip or math.inf, self.limits)
         return Verdict(report, skip, divisor, full_norm, clip)

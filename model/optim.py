@@ -175,7 +175,7 @@ class LossScaler:
 
     def numbers(self) -> Tensor:
         """The state, for the host to read with a step's report; none where there is no scale."""
-        return self.state.double() if self.enabled else self.state[:0].double()
+        return self.state if self.enabled else self.state[:0]
 
     @staticmethod
     def describe_overflow(scale: float, in_a_row: float) -> str:
