@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
-from kernels import passes, reference, tiles
+from kernels import operators, passes, reference, tiles
 from kernels.cards import Card, by_name
 from kernels.launches import SOFTCAP, VOCAB
 from kernels.roofline import GPT2, Shape, Work, floor, work
@@ -61,7 +60,7 @@ def sdpa(backend: SDPBackend, n_head: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
+def contestants(ops: operators.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
     """(operator, whose, what to time, its work); each makes its inputs only when asked for."""
     N = s.B * s.T
 
@@ -193,7 +192,7 @@ def contestants_by_hand(s: Shape) -> list[tuple[str, str, Callable, Work]]:
 
 
 def contestants_of_drawing(
-    ops: kernels.Operators, s: Shape
+    ops: operators.Operators, s: Shape
 ) -> list[tuple[str, str, Callable, Work]]:
     """What text is drawn with: a new token of each of s.B streams that are s.T long, as
     contestants()."""
@@ -204,7 +203,7 @@ def contestants_of_drawing(
     logits = torch.randn(s.B, s.V, device="cuda", dtype=torch.bfloat16)[:, :VOCAB]
     u = torch.rand(s.B, device="cuda", dtype=torch.float64)
     rows: list[tuple[str, str, Callable, Work]] = []
-    for by, f in (("triton", ops), ("torch", kernels.TORCH)):
+    for by, f in (("triton", ops), ("torch", operators.TORCH)):
         timed = {
             "decode_attention": partial(f.decode_attention, qkv, kv, position, s.H),
             "draw": partial(f.draw, logits, u, 0.8, 50),
@@ -214,7 +213,7 @@ def contestants_of_drawing(
     return rows
 
 
-def everyone(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
+def everyone(ops: operators.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
     """All contestants."""
     return contestants(ops, s) + contestants_by_hand(s) + contestants_of_drawing(ops, s)
 
@@ -227,7 +226,7 @@ def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
     return run
 
 
-def measure(ops: kernels.Operators, s: Shape) -> list[Timing]:
+def measure(ops: operators.Operators, s: Shape) -> list[Timing]:
     timings = []
     for operator, by, prepare, needed in everyone(ops, s):
         try:
@@ -292,7 +291,7 @@ def sized(kernel: str, size: int, s: Shape) -> Shape:
     return s
 
 
-def tune(ops: kernels.Operators, s: Shape) -> None:
+def tune(ops: operators.Operators, s: Shape) -> None:
     """Times each candidate of each row of the table in the place where training calls it.
 
     Prints the row anew, best first. fp32's tiles are for checking, and have no rivals.
@@ -325,7 +324,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("kernels.bench needs a GPU; `python -m kernels.audit` needs none", file=sys.stderr)
         return 2
-    ops = kernels.operators("triton", torch.device("cuda"), head_width=64)
+    ops = operators.choose("triton", torch.device("cuda"), head_width=64)
     if args.tune:
         tune(ops, GPT2)
         return 0

@@ -1,5 +1,9 @@
 """Numbers that the operators share with the rooms above, which plan, pack and score by them."""
 
+from typing import Literal
+
+Choice = Literal["auto", "triton", "torch"]  # who computes the operators: kernels/operators.py
+
 IGNORE = -100  # a target that is no target (torch.nn.functional.cross_entropy's ignore_index)
 
 # Up to this length the T x T scores fit into the caches of a CPU core, and matmul + softmax

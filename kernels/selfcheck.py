@@ -1,7 +1,7 @@
 """Compares the kernels with the reference on the very GPU that is about to train, in seconds.
 
     python -m kernels.selfcheck
-    operators, line = selfcheck.checked("auto", device, head_width=64)
+    ops, line = selfcheck.checked("auto", device, head_width=64)
 
 Prints one line. Every operator runs forward and backward on random data, in bf16 and in fp32, and
 each result is held against the reference in fp64. The interpreter has already shown that the
@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from kernels import reference, verdict
-from kernels.constants import IGNORE
+from kernels import operators, reference, verdict
+from kernels.constants import IGNORE, Choice
 
 # Relative errors (Frobenius). What the interpreter shows is 2e-3 to 3e-3 in bf16 and 1e-7 to 6e-7
 # in fp32; a GPU's own exponentials and order of summation may double that, a wrong tile gives 0.1
@@ -30,13 +29,13 @@ LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
 def checked(
-    choice: kernels.Choice,
+    choice: Choice,
     device: torch.device,
     head_width: int | None = None,
     weights: torch.dtype = torch.float32,
     speedrun: bool = True,
     training: bool = True,
-) -> tuple[kernels.Operators, str]:
+) -> tuple[operators.Operators, str]:
     """The operators to train with, and one line to print. speedrun: check its network's, too;
     training: also what drawing text has no use for, the loss and all gradients.
 
@@ -44,20 +43,20 @@ def checked(
     to run, "auto" warns and falls back to the reference, and "triton" stops with a RuntimeError;
     both name operator, tensor and error.
     """
-    operators = kernels.operators(choice, device, head_width, weights)
-    if operators is kernels.TORCH:
-        return operators, "kernels: torch"
+    ops = operators.choose(choice, device, head_width, weights)
+    if ops is operators.TORCH:
+        return ops, "kernels: torch"
     start = time.perf_counter()
-    worst, faults = compare(operators, device, head_width or 64, speedrun, training)
+    worst, faults = compare(ops, device, head_width or 64, speedrun, training)
     seconds = time.perf_counter() - start
     if not faults:
         shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
-        return operators, f"kernels: triton, checked in {seconds:.1f} s (largest errors: {shown})"
+        return ops, f"kernels: triton, checked in {seconds:.1f} s (largest errors: {shown})"
     line = "kernels disagree with the reference: " + "; ".join(faults)
     if choice == "triton":
         raise RuntimeError(f"{line}; use --kernels torch")
     warnings.warn(f"{line}; falling back to --kernels torch", stacklevel=2)
-    return kernels.TORCH, f"kernels: torch ({line})"
+    return operators.TORCH, f"kernels: torch ({line})"
 
 
 def checked_judge(device: torch.device) -> tuple[Callable, str]:
@@ -96,7 +95,7 @@ def judge_differs(judge: Callable, device: torch.device) -> str:
 
 
 def compare(
-    operators: kernels.Operators, device: torch.device, head_width: int, speedrun: bool = True,
+    ops: operators.Operators, device: torch.device, head_width: int, speedrun: bool = True,
     training: bool = True,
 ) -> tuple[dict[str, float], list[str]]:
     """The largest error of each dtype, and a sentence for each tensor beyond its limit."""
@@ -111,7 +110,7 @@ def compare(
             try:
                 wide = [x.double() for x in inputs]
                 exact = _results(getattr(reference, operator), run, wide, gradients)
-                got = _results(getattr(operators, operator), run, inputs, gradients)
+                got = _results(getattr(ops, operator), run, inputs, gradients)
             except Exception as error:  # a kernel that does not compile or launch is a fault too
                 faults.append(f"{operator} in {name}: {type(error).__name__}: {error}")
                 continue

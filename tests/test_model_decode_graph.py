@@ -12,8 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
-from kernels import reference
+from kernels import operators, reference
 from model import decode_graph, generate
 from model.generate import CannotSample, SampleConfig, generate_with_logits
 from model.gpt2 import GPT, GPTConfig
@@ -70,7 +69,7 @@ def model(request) -> GPT:
     torch.manual_seed(0)
     config = CONFIG if request.param == "gpt2" else GPTConfig(**(vars(CONFIG) | dict(
         arch="speedrun", value_embeddings=True)))
-    ops = kernels.TORCH._replace(decode_attention=attention_under_a_mask)
+    ops = operators.TORCH._replace(decode_attention=attention_under_a_mask)
     model = new_network(config, ops).double()  # fp64: no tie is decided by rounding
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
