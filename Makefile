@@ -1,4 +1,4 @@
-# make train | test | lint | audit | cuda-check | lessons | speedrun-cpu: each sets up .venv first.
+# make train | test | lint | audit | cuda-check | bench | lessons | speedrun-cpu: all set up .venv.
 # make train ARGS='--steps 100' passes flags on; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ RUNTIME := .venv/runtime
 READY := .venv/ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: train test lint audit cuda-check lessons speedrun-cpu clean
+.PHONY: train test lint audit cuda-check bench lessons speedrun-cpu clean
 
 train: $(RUNTIME)
 	@$(BIN)/python train_gpt2.py demo $(ARGS)
@@ -26,6 +26,9 @@ audit: $(READY)
 
 cuda-check: $(RUNTIME)
 	@$(BIN)/python -m tests.nullgpu $(ARGS)
+
+bench: $(READY)
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 lessons: $(READY)
 	@$(BIN)/python -m lessons.render $(ARGS)

@@ -12,86 +12,52 @@ from the newest checkpoint. gpt2-124m on FineWeb ends at a validation loss of ab
 import sys
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-from tyro.conf import OmitArgPrefixes
-
-from data.dataset import Data, DataConfig, open_data, open_on_all_ranks
-from data.loader import Loader, fit_micro_batch
-from data.tokenizer import VOCAB
-from eval.evaluator import EvalConfig, Evaluator
-from eval.report import plot_losses
-from launch import cli, folder, plan, preflight, recovery
+from launch import cli
 from launch.errors import exit_process, one_line_errors
+from presets import PRESETS, TrainConfig
+
+if __name__ == "__main__":
+    # Before PyTorch is imported, which takes seconds: --help, --plan and wrong flags end here.
+    with one_line_errors(output_may_fail=True):
+        # No PRESET: TrainConfig's defaults; a run's folder: that run. --steps scales the warm-up.
+        CONFIG = cli.parse(TrainConfig, PRESETS)
+        CONFIG.check()
+        if CONFIG.planning.plan:
+            exit_process(CONFIG.show_plan())
+        if not CONFIG.planning.preflight:
+            CONFIG.check_surroundings()
+
+import torch
+
+from data.config import fit_micro_batch
+from data.dataset import open_on_all_ranks
+from data.loader import Loader
+from eval.evaluator import Evaluator
+from eval.report import plot_losses
+from kernels import products
+from launch import folder, preflight, recovery
 from launch.files import folder_lock
 from launch.reports import StepReports
 from launch.signals import DistributedSignalHandler, record_stop, was_stopped
-from launch.spikes import SpikeConfig, SpikeDetector, spike_detector
-from launch.tracker import Tracker, TrackerConfig
-from launch.watchdog import Watchdog, WatchdogConfig
+from launch.spikes import SpikeDetector, spike_detector
+from launch.tracker import Tracker
+from launch.watchdog import Watchdog
 from launch.world import World, choose_dtype, init_distributed
 from model import checkpoint, diagnostics, pace
-from model.gpt2 import GPTConfig
 from model.longer import set_aside_decayed
 from model.network import flops_per_token, parameter_count
-from model.optim import OptimConfig, decay_start, get_lr
-from model.saving import Saver, SavingConfig
-from model.training import ComputeConfig, TrainState, are_by_hand, build_train_state, device_decides
-from presets import presets
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A run. The defaults are GPT-2 124M on 10 billion tokens of FineWeb."""
-
-    name: str = "gpt2-124m"
-    """The run's folder inside out_dir."""
-    out_dir: str = "runs"
-    """Where runs live."""
-    steps: int = 18_865
-    """Optimizer steps: one epoch of FineWeb-10B (llm.c, scripts/run_gpt2_124M.sh)."""
-    minutes: float = 0.0
-    """Instead of --steps: as many as end in time, planned from the first ones' speed."""
-    batch_tokens: int = 524_288
-    """Tokens a step, over all ranks: 2^19, GPT-3's half a million."""
-    micro_batch: int = 64
-    """Sequences a rank computes at once, at most; the rest of its share is accumulated."""
-    seed: int = 1337
-    """Of the first weights and of the order of the data."""
-    resume: str = "auto"
-    """auto: go on from the newest checkpoint; never: refuse a used folder; or a checkpoint."""
-    init: str = ""
-    """Weights for a new run: a checkpoint, a run folder, or hf:DIR (hf:gpt2: from the Hub)."""
-    model: GPTConfig = field(default_factory=GPTConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    compute: OmitArgPrefixes[ComputeConfig] = field(default_factory=ComputeConfig)
-    saving: OmitArgPrefixes[SavingConfig] = field(default_factory=SavingConfig)
-    evaluation: OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
-    tracker: OmitArgPrefixes[TrackerConfig] = field(default_factory=TrackerConfig)
-    spikes: OmitArgPrefixes[SpikeConfig] = field(default_factory=SpikeConfig)
-    watchdog: OmitArgPrefixes[WatchdogConfig] = field(default_factory=WatchdogConfig)
-    planning: OmitArgPrefixes[plan.PlanConfig] = field(default_factory=plan.PlanConfig)
-
-    def check(self) -> None:
-        """Raises BadInput for numbers that make no run."""
-        cli.within("steps", self.steps, 1, cli.MOST_STEPS)
-        cli.within("batch_tokens", self.batch_tokens, 1, 10**9)
-        cli.within("micro_batch", self.micro_batch, 1)
-        cli.within("seed", self.seed, 0, 2**32 - 1)
-        self.data.check(self.model.n_vocab, self.init)  # n_vocab is GPT-2's; chat takes --init
-        pace.check(self)
-        diagnostics.check(self.tracker.diagnose_every, self.model, self.optim)
-        folder.check_name(self.name)
-
-    def with_vocabulary(self, data: Data) -> "TrainConfig":
-        """The same with as many tokens as the data has: of a text by character, its characters."""
-        return replace(self, model=replace(self.model, n_vocab=data.tokenizer.n_vocab))
-
-
-PRESETS = presets(TrainConfig)  # name -> TrainConfig: presets.py
+from model.optim import decay_start, get_lr
+from model.saving import Saver
+from model.training import (
+    TrainState,
+    are_by_hand,
+    build_train_state,
+    choose_products,
+    device_decides,
+)
 
 
 @dataclass
@@ -130,13 +96,9 @@ class Run:
 def train(config: TrainConfig) -> int:
     """Trains from the first step, or the newest checkpoint, to the last. Returns the exit code."""
     config.check()
-    if config.planning.plan and config.data.vocab == "char" and config.model.n_vocab == VOCAB:
-        config = config.with_vocabulary(open_data(config.data))  # a preset's own text has its 65
-    parameters, flops = parameter_count(config.model), flops_per_token(config.model)
-    if config.planning.plan:
-        return plan.show(asdict(config), parameters, flops)
     if config.planning.preflight:  # on_disk(): a default folder is filled in
-        return preflight.of_run(asdict(replace(config, data=config.data.on_disk())), parameters)
+        settings = asdict(replace(config, data=config.data.on_disk()))
+        return preflight.of_run(settings, parameter_count(config.model))
     with ExitStack() as at_exit:
         run = set_up(config, at_exit)
         config, world = run.config, run.world  # --minutes of a run that goes on: its steps
@@ -220,7 +182,8 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     # Opened, not read; a text is tokenised anew. Fingerprints are of tokens, not of file names.
     data = open_on_all_ranks(config.data, T, world)
-    config, characters = config.with_vocabulary(data), data.tokenizer.characters  # "": GPT-2's
+    config = config.with_vocabulary(data.tokenizer.n_vocab)
+    characters = data.tokenizer.characters  # "": GPT-2's
     # on rank 0 it downloads HellaSwag, where it will be asked for; so all ranks are needed
     evaluator = Evaluator(config.evaluation, data, T, micro_batch, world, signals.stop_requested)
     loader = at_exit.enter_context(closing(Loader(
@@ -244,6 +207,9 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     if source:  # BadInput unless model, optim, batch_tokens, seed, data (and mostly steps) match
         world.broadcast_from_rank0(folder.require_same_run, source, description)
 
+    at_exit.callback(products.use, "mkl")  # the process's own setting, and not the run's alone
+    description["resolved"]["fp32_products"] = choose_products(
+        micro_batch * T, config.model.n_embd, dtype, config.compute.deterministic, source, world)
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
                                      config.seed, config.init, source, world, characters)
     description["resolved"]["compile"] &= not are_by_hand(state)  # checked by now, on the GPU
@@ -294,5 +260,4 @@ def finish(run: Run, step: int, last_step: bool) -> int:
 
 if __name__ == "__main__":
     with one_line_errors(output_may_fail=True):  # what a full or closed stdout refuses is dropped
-        # No PRESET: the defaults above; a run's folder: that run. --steps scales the warm-up.
-        exit_process(train(cli.parse(TrainConfig, PRESETS)))
+        exit_process(train(CONFIG))

@@ -7,86 +7,23 @@ tokenised anew each time.
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from data import corpus, shakespeare
 from data.chars import char_tokens, tokenizer_of
 from data.chat import chat_rows
+from data.config import DataConfig
 from data.shard_file import Shard
 from data.shards import open_folder
-from data.stream import Align, Stream
-from data.tokenizer import GPT2, VOCAB, Tokenizer
+from data.stream import Stream
+from data.tokenizer import GPT2, Tokenizer
 from launch.console import print0, warning
-from launch.errors import BadInput
 from launch.world import World
 
-DEFAULT_DIR = "fineweb10B"
 EMBEDDED = "World English Bible"
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the tokens come from: a folder of shards, a text, or the embedded corpus."""
-
-    dir: str | None = None
-    """Folder of shards (default fineweb10B); an empty string means the embedded corpus."""
-    text: str = ""
-    """A text file to train on instead; every 20th block of it is held out for validation. Or the
-    word shakespeare: nanoGPT's text, downloaded once."""
-    vocab: Literal["gpt2", "char"] = "gpt2"
-    """What a token is: GPT-2's byte pairs, or a character of the text (its last tenth held out)."""
-    val_text: str = ""
-    """A text file to validate on; then nothing of what is trained on is held out."""
-    chat: str = ""
-    """A JSONL file of conversations to fine-tune on instead (data/chat.py); it takes --init."""
-    split_text: bool = True
-    """In a text, <|endoftext|> ends a document. False: it's text like any other."""
-    align: Align = "stream"
-    """Where training sequences begin: at every T-th token, or at the starts of documents."""
-
-    def check(self, n_vocab: int, init: str) -> None:
-        """Raises BadInput for what doesn't go with a model's vocabulary, or its first weights."""
-        if n_vocab != VOCAB and self.vocab == "gpt2":
-            raise BadInput(f"--model.n_vocab is {VOCAB}, the tokenizer's")
-        if self.chat and not init:
-            raise BadInput("--data.chat fine-tunes a trained model: --init hf:gpt2, or a run")
-
-    def resolve(self) -> "DataConfig":
-        """The same with its default filled in. Raises BadInput where two sources are given."""
-        if self.chat and (self.text or self.dir or self.vocab == "char" or self.align != "stream"):
-            raise BadInput("--data.chat has conversations in GPT-2's tokens, one a row: leave out "
-                           "--data.dir, --data.text, --data.vocab and --data.align")
-        if self.text and self.dir:
-            raise BadInput(f"--data.dir {self.dir} and --data.text {self.text} are both given: "
-                           "leave one of them out (over a config.json that holds both: "
-                           "--data.dir '' or --data.text '')")
-        if self.vocab == "char" and (self.dir or self.dir is None and not self.text):
-            raise BadInput(f"--data.vocab char reads a text, and {self.dir or DEFAULT_DIR} is a "
-                           "folder of tokens: --data.text FILE (or: --data.text shakespeare)")
-        if self.vocab == "char" and self.align == "documents":
-            raise BadInput("--data.align documents: a text by character has no documents; leave "
-                           "it out, or take --data.vocab gpt2")
-        if self.vocab == "char" and self.val_text:
-            raise BadInput("--data.val_text with --data.vocab char: the last tenth of a text by "
-                           "character is held out; leave one of them out")
-        if self.chat and self.val_text:
-            raise BadInput("--data.val_text with --data.chat: some of the conversations are held "
-                           "out; leave one of them out")
-        if self.dir is None:
-            return replace(self, dir="" if self.text or self.chat else DEFAULT_DIR)
-        return self
-
-
-    def on_disk(self) -> "DataConfig":
-        """resolve(), with the file of what --data.text names by a word; none before it's here."""
-        if self.text != shakespeare.WORD:
-            return self.resolve()
-        path = shakespeare.find()
-        return replace(self, text=str(path) if path else "", dir="")
 
 
 @dataclass(frozen=True)

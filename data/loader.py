@@ -35,25 +35,6 @@ from kernels.constants import IGNORE
 from launch.errors import BadInput
 
 
-def fit_micro_batch(batch_tokens: int, ranks: int, T: int, at_most: int) -> int:
-    """Sequences a rank computes at once: the largest divisor of its share that is <= at_most.
-
-    Raises BadInput where batch_tokens can't be shared out, naming the nearest that can.
-    """
-    share, rest = divmod(batch_tokens, ranks * T)
-    if rest or share == 0:
-        below, above = share * ranks * T, (share + 1) * ranks * T
-        nearest = f"{below:,} or {above:,}" if below else f"{above:,}"
-        raise BadInput(f"batch_tokens {batch_tokens:,} is not divisible by ranks x T = {ranks} x "
-                       f"{T:,}: the nearest that is: {nearest}")
-    if at_most < 1:
-        raise BadInput(f"micro_batch {at_most} leaves nothing to compute: it is at least 1")
-    size = min(at_most, share)
-    while share % size:
-        size -= 1
-    return size
-
-
 class Loader:
     """Batches of the training stream for one rank.
 

@@ -30,7 +30,6 @@ from data.shard_file import Shard, TokenFile
 # GB and take a fifth of a second. Larger files (nanoGPT's train.bin) are read a sequence at a time.
 IN_MEMORY = 1 << 28  # tokens
 
-Align = Literal["stream", "documents"]
 # A third way, of data and not of taste: each row of T + 1 tokens is a sequence (data/chat.py).
 Cut = Literal["stream", "documents", "rows"]
 

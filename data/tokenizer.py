@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from data.config import VOCAB
+
 EOT = 50256  # <|endoftext|>, which begins every document
 EOT_TEXT = "<|endoftext|>"  # as files spell it
-VOCAB = 50257  # 256 bytes, 50,000 merges, EOT
 MERGES_FILE = Path(__file__).with_name("vocab.bpe.xz")
 # The hashes that tiktoken itself expects (tiktoken_ext/openai_public.py) of vocab.bpe, and of
 # r50k_base.tiktoken, which says the same; manifests name the tokenizer by the second.

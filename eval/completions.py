@@ -20,7 +20,7 @@ from data.tokenizer import GPT2, Tokenizer
 from eval.completion_request import CompletionRequest
 from eval.loss import require_numbers
 from kernels.constants import CHUNK_ELEMENTS
-from model.generate import generate_with_logits
+from model.generate import generate, generate_with_logits
 from model.gpt2 import GPT
 
 # A token's log-probability and those of the likeliest in its place; None where nobody asked.
@@ -56,12 +56,7 @@ def complete(model: GPT, request: CompletionRequest) -> Iterator[list[Piece]]:
         if echoed:
             yield [Piece(choice.index, echoed, None, 0) for choice in choices]
         idx = torch.tensor([prompt] * request.n, device=model.wte.weight.device)  # (n, T)
-        steps = generate_with_logits(model, idx, request.sampling, request.tokenizer.eot)
-        for tokens, logits in steps:
-            likelihoods: list[Likelihood] = [(None, None)] * request.n
-            if request.logprobs is not None:
-                likelihoods = token_logprobs(
-                    logits, tokens, request.logprobs, request.tokenizer)
+        for tokens, likelihoods in _steps(model, idx, request):
             pieces = []
             rows = zip(choices, tokens.tolist(), likelihoods, strict=True)
             for choice, token, likelihood in rows:
@@ -71,6 +66,19 @@ def complete(model: GPT, request: CompletionRequest) -> Iterator[list[Piece]]:
             if all(choice.finish_reason for choice in choices):
                 break
         yield [choice.end() for choice in choices if choice.finish_reason is None]
+
+
+def _steps(
+    model: GPT, idx: Tensor, request: CompletionRequest
+) -> Iterator[tuple[Tensor, list[Likelihood]]]:
+    """The (n,) tokens of each step, and with logprobs how likely they were. idx: (n, T)."""
+    sampling, eot = request.sampling, request.tokenizer.eot
+    if request.logprobs is None:  # on a GPU the faster way, which keeps no logits
+        for tokens in generate(model, idx, sampling, eot):
+            yield tokens, [(None, None)] * request.n
+    else:
+        for tokens, logits in generate_with_logits(model, idx, sampling, eot):
+            yield tokens, token_logprobs(logits, tokens, request.logprobs, request.tokenizer)
 
 
 class Choice:

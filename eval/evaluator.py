@@ -2,23 +2,22 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
 from data.chat import question_text
 from data.dataset import Data
 from data.loader import describe_validation, validation_sequences
 from data.tokenizer import GPT2, Tokenizer
 from eval import hellaswag
+from eval.config import EvalConfig
 from eval.likelihood import Stopped
 from eval.loss import validation_loss
 from eval.sample import crop_note, prompt_tokens
 from eval.wrap import indented
-from launch import cli, flags
+from launch import cli
 from launch.errors import BadInput, Failed
 from launch.progress import track
 from launch.tracker import Tracker
@@ -26,28 +25,6 @@ from launch.world import World
 from model.generate import SampleConfig, generate
 from model.gpt2 import GPT
 from model.parallel import ParallelModel
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """When a run is evaluated, and on what."""
-
-    eval_every: int = 250
-    """Steps between evaluations: validation loss, HellaSwag, a sample."""
-    val_tokens: int = 10_485_760
-    """The fixed validation set: the first tokens of the validation shard (20 x 2^19)."""
-    hellaswag: str = "auto"
-    """A JSONL file of questions, off, or auto: downloaded for runs on GPUs."""
-    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint=flags.unquoted)] = (
-        "Hello, I'm a language model,")
-    """What the samples continue."""
-    early_stop: int = 0
-    """End the run after so many evaluations in a row without a lower validation loss; 0: never."""
-
-    def __post_init__(self) -> None:
-        cli.within("eval_every", self.eval_every, 1, cli.MOST_STEPS)
-        cli.within("val_tokens", self.val_tokens, 1, 10**12)
-        cli.within("early_stop", self.early_stop, 0, cli.MOST_STEPS)
 
 
 class Evaluator:

@@ -29,12 +29,14 @@ from data.chars import tokenizer_of
 from data.tokenizer import GPT2, Tokenizer, stream_text
 from eval.dialogue import Dialogue
 from eval.wrap import console_width, wrap
+from kernels import selfcheck
 from launch import cli, flags, hints
 from launch.errors import BadInput, one_line_errors
 from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import characters_of, load_resolved, resolve
 from model.generate import CannotSample, SampleConfig, generate, store_in
 from model.gpt2 import GPT
+from model.network import use_operators
 
 ROWS_AT_ONCE = 32  # texts drawn side by side
 
@@ -71,14 +73,20 @@ class Continuation(NamedTuple):
 def load_for_sampling(
     checkpoint: str, dtype: str, device: torch.device
 ) -> tuple[GPT, Tokenizer]:
-    """A checkpoint's model, its matrices in the number format that autocast will compute in; and
-    what its tokens stand for."""
+    """A checkpoint's model, its matrices in the number format that autocast will compute in, with
+    weights that won't change; and what its tokens stand for."""
     source = resolve(checkpoint)
     tokenizer = tokenizer_of(characters_of(source))
     model = load_resolved(source).to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
     if dtype in ("bf16", "fp16"):
         store_in(model, DTYPES[dtype])
-    return model.to(device).eval(), tokenizer
+    if device.type == "cuda":
+        shape = model.config
+        ops, _line = selfcheck.checked(
+            "auto", device, shape.n_embd // shape.n_head, DTYPES[dtype],
+            speedrun=shape.arch == "speedrun", training=False)
+        use_operators(model, ops)
+    return model.to(device).eval().requires_grad_(False), tokenizer
 
 
 def prompt_tokens(prompt: str, n_ctx: int, tokenizer: Tokenizer = GPT2) -> list[int]:

@@ -1,91 +1,12 @@
 """The expensive operators of our networks, each behind one signature, whatever computes it.
 
-    ops = kernels.operators("auto", torch.device("cuda"))
-    y = ops.attention(qkv, n_head)                            # (B, T, 3C) -> (B, T, C)
-    x, y = ops.layer_norm(x, weight, bias, branch)            # x + branch, LayerNorm(x + branch)
-    loss = ops.linear_cross_entropy(h, wte, targets, vocab)   # (N, C) -> scalar
-
-and two more that GPT-2 itself has no use for, qk_norm_rotary and relu_squared.
-
-kernels/reference.py defines what each computes, in plain PyTorch. attention.py, layernorm.py,
-cross_entropy.py, qk_norm_rotary.py and relu_squared.py compute the same in Triton; they are
-imported only where they are chosen, so that this folder works where Triton isn't installed.
+kernels/operators.py chooses who does. reference.py defines what each computes, in plain PyTorch.
+The files called as the operators are compute the same in Triton; they are imported only where they
+are chosen, so that this folder works where Triton isn't installed. cards.py and constants.py are
+numbers, and need not even PyTorch.
 
     python -m kernels.audit      what each kernel takes of each GPU, compiled on any machine
     python -m kernels.schedule   the order of attention's tiles, and what a model says of it
     python -m kernels.selfcheck  on a GPU: kernels against reference, in seconds
     python -m kernels.bench      on a GPU: kernels against PyTorch's own, timed
 """
-
-import importlib.util
-import os
-from collections.abc import Callable
-from typing import Literal, NamedTuple
-
-import torch
-
-from kernels import reference
-
-Choice = Literal["auto", "triton", "torch"]
-
-
-class Operators(NamedTuple):
-    """The operators of one implementation; signatures as in kernels/reference.py."""
-
-    attention: Callable
-    layer_norm: Callable
-    linear_cross_entropy: Callable
-    # Of model/speedrun.py's network.
-    qk_norm_rotary: Callable = reference.qk_norm_rotary
-    relu_squared: Callable = reference.relu_squared
-
-
-TORCH = Operators(reference.attention, reference.layer_norm, reference.linear_cross_entropy)
-
-
-def operators(
-    choice: Choice,
-    device: torch.device,
-    head_width: int | None = None,
-    weights: torch.dtype = torch.float32,
-) -> Operators:
-    """The operators for this device, these weights, and attention heads of this width if given.
-
-    "torch" is the reference. "triton" is the kernels, or a ValueError that says in one line why
-    they cannot run here. "auto" is the kernels on a GPU that can run them, else the reference.
-    """
-    if choice == "torch":
-        return TORCH
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    obstacle = _obstacle(device, head_width, weights, interpreted)
-    if choice == "auto" and (obstacle or interpreted):  # the interpreter is for tests: asked for
-        return TORCH
-    if obstacle:
-        raise ValueError(f"--kernels triton: {obstacle}")
-    from kernels.attention import attention
-    from kernels.cross_entropy import linear_cross_entropy
-    from kernels.layernorm import layer_norm
-    from kernels.qk_norm_rotary import qk_norm_rotary
-    from kernels.relu_squared import relu_squared
-
-    return Operators(attention, layer_norm, linear_cross_entropy, qk_norm_rotary, relu_squared)
-
-
-def _obstacle(
-    device: torch.device, head_width: int | None, weights: torch.dtype, interpreted: bool
-) -> str | None:
-    """Why the kernels cannot run here and what to do about it, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: `pip install triton`, or use --kernels torch"
-    if head_width is not None and head_width not in (64, 128):
-        return f"attention heads are 64 or 128 wide, not {head_width}: use --kernels torch"
-    if weights == torch.float64:
-        return "the kernels compute in bf16, fp16 and fp32, not in fp64: use --kernels torch"
-    if device.type == "cuda":
-        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-            return "the GPU is older than sm_80 (A100, RTX 30): use --kernels torch"
-    elif not interpreted:
-        return (
-            f"no GPU ({device.type}): set TRITON_INTERPRET=1 to interpret, or use --kernels torch"
-        )
-    return None

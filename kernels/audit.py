@@ -65,7 +65,8 @@ def compile_offline(case: Case):
     aligned = [
         i
         for i, name in enumerate(fn.arg_names)
-        if signature[name][0] == "*" or name in ("C", "W", "W1", "W2", "width", "count")
+        if signature[name][0] == "*" or name in ("C", "W", "W1", "W2", "width", "count",
+                                          "stride")
     ]
     source = ASTSource(
         fn=fn,
@@ -222,8 +223,8 @@ def cache_file() -> Path:
     import triton
 
     here = Path(__file__).parent
-    kernels = ("attention columns column_sums cross_entropy gelu judge_step layernorm "
-               "qk_norm_rotary relu_squared verdict")
+    kernels = ("attention columns column_sums cross_entropy decode_attention draw gelu judge_step "
+               "layernorm qk_norm_rotary relu_squared verdict")
     names = f"{kernels} tiles cards sass launches audit".split()
     sources = b"".join((here / f"{name}.py").read_bytes() for name in names)
     key = hashlib.sha256(sources + triton.__version__.encode()).hexdigest()[:16]

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
-from kernels import passes, reference, tiles
+from kernels import operators, passes, reference, tiles
 from kernels.cards import Card, by_name
 from kernels.launches import SOFTCAP, VOCAB
 from kernels.roofline import GPT2, Shape, Work, floor, work
@@ -61,7 +60,7 @@ def sdpa(backend: SDPBackend, n_head: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def contestants(ops: kernels.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
+def contestants(ops: operators.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
     """(operator, whose, what to time, its work); each makes its inputs only when asked for."""
     N = s.B * s.T
 
@@ -192,6 +191,33 @@ def contestants_by_hand(s: Shape) -> list[tuple[str, str, Callable, Work]]:
     return rows
 
 
+def contestants_of_drawing(
+    ops: operators.Operators, s: Shape
+) -> list[tuple[str, str, Callable, Work]]:
+    """What text is drawn with: a new token of each of s.B streams that are s.T long, as
+    contestants()."""
+    D = s.C // s.H
+    qkv = torch.randn(s.B, 1, 3 * s.C, device="cuda", dtype=torch.bfloat16)
+    kv = torch.randn(2, s.B, s.H, s.T, D, device="cuda", dtype=torch.bfloat16)
+    position = torch.tensor([s.T - 1], device="cuda")
+    logits = torch.randn(s.B, s.V, device="cuda", dtype=torch.bfloat16)[:, :VOCAB]
+    u = torch.rand(s.B, device="cuda", dtype=torch.float64)
+    rows: list[tuple[str, str, Callable, Work]] = []
+    for by, f in (("triton", ops), ("torch", operators.TORCH)):
+        timed = {
+            "decode_attention": partial(f.decode_attention, qkv, kv, position, s.H),
+            "draw": partial(f.draw, logits, u, 0.8, 50),
+        }
+        for kernel, function in timed.items():
+            rows.append((CALLED_BY[kernel], by, partial(no_grad, function, []), work(kernel, s)))
+    return rows
+
+
+def everyone(ops: operators.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
+    """All contestants."""
+    return contestants(ops, s) + contestants_by_hand(s) + contestants_of_drawing(ops, s)
+
+
 def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
     def run() -> Tensor:
         with torch.no_grad():
@@ -200,9 +226,9 @@ def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
     return run
 
 
-def measure(ops: kernels.Operators, s: Shape) -> list[Timing]:
+def measure(ops: operators.Operators, s: Shape) -> list[Timing]:
     timings = []
-    for operator, by, prepare, needed in contestants(ops, s) + contestants_by_hand(s):
+    for operator, by, prepare, needed in everyone(ops, s):
         try:
             milliseconds = median(prepare())
         except RuntimeError as error:  # no cuDNN, too little memory: the others still count
@@ -250,12 +276,14 @@ CALLED_BY = {  # what launches a kernel
     "gelu_forward": "gelu with bias",
     "gelu_backward": "its backward alone, and y",
     "column_sums": "column sums",
+    "decode_attention": "attention to a cache",
+    "draw": "draw of a token",
 }
 
 
 def sized(kernel: str, size: int, s: Shape) -> Shape:
     """s with heads, or rows, of the size of one row of kernels/tiles.py, and as many elements."""
-    if kernel.startswith(("attention", "qk_norm_rotary")):
+    if kernel.startswith(("attention", "decode_attention", "qk_norm_rotary")):
         return s._replace(H=s.C // size)
     if kernel.startswith("layer_norm"):
         C = {1024: 768, 2048: 1600}.get(size, size)  # the widths of GPT-2 that such a row holds
@@ -263,7 +291,7 @@ def sized(kernel: str, size: int, s: Shape) -> Shape:
     return s
 
 
-def tune(ops: kernels.Operators, s: Shape) -> None:
+def tune(ops: operators.Operators, s: Shape) -> None:
     """Times each candidate of each row of the table in the place where training calls it.
 
     Prints the row anew, best first. fp32's tiles are for checking, and have no rivals.
@@ -273,8 +301,7 @@ def tune(ops: kernels.Operators, s: Shape) -> None:
     for key in rows:
         kernel, arch, size = key
         shape = sized(kernel, size, s)
-        timed = contestants(ops, shape) + contestants_by_hand(shape)
-        calls = {row[:2]: row[2] for row in timed}
+        calls = {row[:2]: row[2] for row in everyone(ops, shape)}
         shipped, ranked = tiles.TABLE[key], []
         for tile in shipped:
             tiles.TABLE[key] = (tile,)
@@ -297,7 +324,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("kernels.bench needs a GPU; `python -m kernels.audit` needs none", file=sys.stderr)
         return 2
-    ops = kernels.operators("triton", torch.device("cuda"), head_width=64)
+    ops = operators.choose("triton", torch.device("cuda"), head_width=64)
     if args.tune:
         tune(ops, GPT2)
         return 0

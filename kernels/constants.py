@@ -1,5 +1,9 @@
 """Numbers that the operators share with the rooms above, which plan, pack and score by them."""
 
+from typing import Literal
+
+Choice = Literal["auto", "triton", "torch"]  # who computes the operators: kernels/operators.py
+
 IGNORE = -100  # a target that is no target (torch.nn.functional.cross_entropy's ignore_index)
 
 # Up to this length the T x T scores fit into the caches of a CPU core, and matmul + softmax
@@ -17,3 +21,7 @@ TRITON_CHUNK_ELEMENTS = 2**28
 FUSED_WIDTH = 2048
 
 CACHED_ROWS = 16  # rows of GPT-2's logits whose fp32 copy (3 MiB) stays in a CPU's cache
+
+# A token's weight in a draw is a whole number of these, 1 / 2^40 of the likeliest's: their sums are
+# exact in int64 for up to 2^22 tokens, in whatever order they are added, on whatever device.
+DRAW_UNITS = 2**40

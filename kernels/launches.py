@@ -48,6 +48,8 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         attention,
         column_sums,
         cross_entropy,
+        decode_attention,
+        draw,
         gelu,
         judge_step,
         layernorm,
@@ -93,6 +95,16 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         types = dict.fromkeys(("x", "y", "dx", "dy"), bf16) | dict(bias=fp32, partial=fp32)
         types |= dict(width=i32, N=i32, W=i32)
         constants = dict(BLOCK_M=tile.m, BLOCK_N=tile.n)
+    elif kernel.startswith("decode_attention"):
+        fn = decode_attention.decode_attention_forward
+        x = fp32 if kernel.endswith("_fp32") else bf16
+        types = dict(qkv=x, kv=x, out=x, position=f"*{i64}", H=i32, L=i32)
+        constants = dict(D=size, BLOCK_N=tile.n)
+    elif kernel == "draw":  # with all that it can do; rows of the logits lie GPT2.V apart
+        fn = draw.draw_tokens
+        types = dict(logits=bf16, u="*fp64", out=f"*{i64}", stride=i32, V=i32)
+        types |= dict(per_temperature="fp32", top_k=i32, top_p="fp32")
+        constants = dict(GREEDY=False, TOP_K=True, TOP_P=True, SPARE=16, BLOCK=tile.n)
     elif kernel == "column_sums":
         fn = column_sums.column_sums
         types = dict(first=bf16, second=bf16, partial=fp32, width=i32, N=i32, W1=i32, W2=i32)

@@ -15,8 +15,16 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.constants import CACHED_ROWS, CHUNK_ELEMENTS, IGNORE, SHORT
+from kernels.constants import CACHED_ROWS, CHUNK_ELEMENTS, DRAW_UNITS, IGNORE, SHORT
+
+# Logits divided by less than fp32's smallest normal number are no numbers; the largest stands
+# alone long before that.
+GREEDY_BELOW = torch.finfo(torch.float32).tiny
+# What attends while text is drawn, where every token makes a new length: for each, cuDNN's would
+# make a plan of its own.
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @functools.lru_cache(maxsize=8)
@@ -234,3 +242,71 @@ def qk_norm_rotary(
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2, in x's dtype. (..., C) -> (..., C). Primer: arXiv 2109.08668."""
     return F.relu(x).square()
+
+
+def decode_attention(qkv: Tensor, kv: Tensor, position: Tensor, n_head: int) -> Tensor:
+    """Attention of one new token of each stream to those before it and to itself.
+
+    qkv: (B, 1, 3C); kv: (2, B, H, L, D), keys and values of up to L positions, into which the new
+    ones are put; position: (1,) int64, where the token stands: what kv holds from there on counts
+    for nothing. Returns (B, 1, C), in kv's dtype.
+    """
+    B, _, C3 = qkv.shape
+    new = qkv.to(kv.dtype).view(B, 3, n_head, 1, -1).transpose(0, 1)  # (3, B, H, 1, D)
+    if qkv.device.type == "cpu":
+        at = int(position)
+        kv[:, :, :, at : at + 1] = new[1:]
+        keys, values = kv[:, :, :, : at + 1]  # each (B, H, at + 1, D)
+        y = F.scaled_dot_product_attention(new[0], keys, values)
+    else:  # the host must not wait for the position, so all L are read, and most under a mask
+        kv.index_copy_(3, position, new[1:])
+        seen = torch.arange(kv.shape[3], device=kv.device) <= position  # (L,)
+        with sdpa_kernel(NOT_CUDNN):
+            y = F.scaled_dot_product_attention(new[0], kv[0], kv[1], seen.expand(B, 1, 1, -1))
+    return y.reshape(B, 1, C3 // 3)  # (B, H, 1, D) -> (B, 1, C)
+
+
+def draw(
+    logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Draws a token of each row: the one in whose interval of the cumulative sum u lies.
+
+    logits: (B, V); u: (B,) fp64, multiples of 2^-32 from 0 to below 1. Returns (B,) int64, -1 where
+    a row's logits are no numbers (NaN, or the largest infinite).
+
+    A token weighs exp((its logit - the largest) / temperature); below fp32's smallest normal number
+    the likeliest alone. Kept are the top_k likeliest (0: all), then the fewest of those that hold
+    top_p of their weight (nucleus sampling, 1904.09751), and whatever is as likely as the last
+    kept. Intervals lie in the order of the vocabulary. What weighs nothing is never drawn.
+    """
+    largest = logits.amax(-1, keepdim=True)  # (B, 1); NaN where any is NaN
+    if temperature < GREEDY_BELOW:
+        drawn = logits.argmax(-1, keepdim=True)
+    else:
+        V = logits.shape[-1]
+        k = min(top_k or V, V)
+        logits, largest = (x.to(at_least_fp32(x.dtype)) for x in (logits, largest))
+        weight = _weights(logits, largest, temperature)  # (B, V)
+        if k < V or top_p < 1:
+            best = logits.topk(k).values  # (B, k), the likeliest first
+            least = best[:, -1:]
+            if top_p < 1:
+                total = (weight * (logits >= least)).long().sum(-1, keepdim=True)  # (B, 1)
+                share = _weights(best, largest, temperature).long()
+                before = share.cumsum(-1) - share  # of the likelier ones: 0 for the likeliest
+                kept = (before < top_p * total.double()).sum(-1, keepdim=True)  # at least 1
+                least = best.gather(-1, (kept - 1).clamp(min=0))
+            weight *= logits >= least
+        sums = weight.long().cumsum(-1)  # (B, V)
+        total = sums[:, -1:]  # (B, 1)
+        # Below the total, should u be 1 or the product round up to it: the last that weighs
+        # anything is drawn then.
+        target = torch.minimum((u[:, None] * total.double()).long(), total - 1)
+        drawn = torch.searchsorted(sums, target, right=True)  # (B, 1): the first sum above it
+    return torch.where(largest.isfinite(), drawn, -1)[:, 0]
+
+
+def _weights(logits: Tensor, largest: Tensor, temperature: float) -> Tensor:
+    """exp((logits - largest) / temperature) in DRAW_UNITS, of which whole ones count."""
+    below = logits - largest  # the largest becomes 0, which any temperature divides
+    return below.mul_(1 / temperature).exp_().mul_(DRAW_UNITS)  # a power of two: exact

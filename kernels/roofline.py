@@ -67,6 +67,10 @@ def work(kernel: str, s: Shape) -> Work:
         "gelu_backward": Work(16 * activation, 0.0),
         # reads (N, 3C) and (N, C)
         "column_sums": Work(4 * activation, 0.0),
+        # reads the keys and values of T positions of B streams
+        "decode_attention": Work(2 * activation, 0.0),
+        # reads the logits of B streams
+        "draw": Work(2.0 * s.B * s.V, 0.0),
         # two windows of 128 numbers, read and written in fp64
         "judge_step": Work(2 * 2 * 128 * 8.0, 0.0),
         # the logits, dh and dW

@@ -1,7 +1,7 @@
 """Compares the kernels with the reference on the very GPU that is about to train, in seconds.
 
     python -m kernels.selfcheck
-    operators, line = selfcheck.checked("auto", device, head_width=64)
+    ops, line = selfcheck.checked("auto", device, head_width=64)
 
 Prints one line. Every operator runs forward and backward on random data, in bf16 and in fp32, and
 each result is held against the reference in fp64. The interpreter has already shown that the
@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from kernels import reference, verdict
-from kernels.constants import IGNORE
+from kernels import operators, reference, verdict
+from kernels.constants import IGNORE, Choice
 
 # Relative errors (Frobenius). What the interpreter shows is 2e-3 to 3e-3 in bf16 and 1e-7 to 6e-7
 # in fp32; a GPU's own exponentials and order of summation may double that, a wrong tile gives 0.1
@@ -29,32 +29,34 @@ LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
 def checked(
-    choice: kernels.Choice,
+    choice: Choice,
     device: torch.device,
     head_width: int | None = None,
     weights: torch.dtype = torch.float32,
     speedrun: bool = True,
-) -> tuple[kernels.Operators, str]:
-    """The operators to train with, and one line to print. speedrun: check its network's, too.
+    training: bool = True,
+) -> tuple[operators.Operators, str]:
+    """The operators to train with, and one line to print. speedrun: check its network's, too;
+    training: also what drawing text has no use for, the loss and all gradients.
 
     Where kernels were chosen they are compared first. If one disagrees with the reference, or fails
     to run, "auto" warns and falls back to the reference, and "triton" stops with a RuntimeError;
     both name operator, tensor and error.
     """
-    operators = kernels.operators(choice, device, head_width, weights)
-    if operators is kernels.TORCH:
-        return operators, "kernels: torch"
+    ops = operators.choose(choice, device, head_width, weights)
+    if ops is operators.TORCH:
+        return ops, "kernels: torch"
     start = time.perf_counter()
-    worst, faults = compare(operators, device, head_width or 64, speedrun)
+    worst, faults = compare(ops, device, head_width or 64, speedrun, training)
     seconds = time.perf_counter() - start
     if not faults:
         shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
-        return operators, f"kernels: triton, checked in {seconds:.1f} s (largest errors: {shown})"
+        return ops, f"kernels: triton, checked in {seconds:.1f} s (largest errors: {shown})"
     line = "kernels disagree with the reference: " + "; ".join(faults)
     if choice == "triton":
         raise RuntimeError(f"{line}; use --kernels torch")
     warnings.warn(f"{line}; falling back to --kernels torch", stacklevel=2)
-    return kernels.TORCH, f"kernels: torch ({line})"
+    return operators.TORCH, f"kernels: torch ({line})"
 
 
 def checked_judge(device: torch.device) -> tuple[Callable, str]:
@@ -93,7 +95,8 @@ def judge_differs(judge: Callable, device: torch.device) -> str:
 
 
 def compare(
-    operators: kernels.Operators, device: torch.device, head_width: int, speedrun: bool = True
+    ops: operators.Operators, device: torch.device, head_width: int, speedrun: bool = True,
+    training: bool = True,
 ) -> tuple[dict[str, float], list[str]]:
     """The largest error of each dtype, and a sentence for each tensor beyond its limit."""
     worst, faults = {}, []
@@ -101,20 +104,26 @@ def compare(
         name = str(dtype).removeprefix("torch.")
         worst[name] = 0.0
         for operator, tensors, inputs, run in _cases(dtype, device, head_width, speedrun):
+            if operator == "linear_cross_entropy" and not training:
+                continue
+            gradients = training and operator not in FORWARD_ONLY
             try:
-                exact = _gradients(getattr(reference, operator), run, [x.double() for x in inputs])
-                got = _gradients(getattr(operators, operator), run, inputs)
+                wide = [x.double() for x in inputs]
+                exact = _results(getattr(reference, operator), run, wide, gradients)
+                got = _results(getattr(ops, operator), run, inputs, gradients)
             except Exception as error:  # a kernel that does not compile or launch is a fault too
                 faults.append(f"{operator} in {name}: {type(error).__name__}: {error}")
                 continue
-            for tensor, a, b in zip(tensors, got, exact, strict=True):
-                a, b = a.cpu().double(), b.cpu()  # the one judge that is not on trial
+            for tensor, a, b in zip(tensors[: len(exact)], got, exact, strict=True):
+                a, b = a.cpu().double(), b.cpu().double()  # the one judge that is not on trial
                 off = ((a - b).norm() / b.norm()).item()
                 worst[name] = max(worst[name], off)
                 if not off <= limit:  # NaN too, and 0 / 0 of a GPU that does nothing
                     faults.append(f"{operator} in {name}: {tensor} is off by {off:.1e}")
     return worst, faults
 
+
+FORWARD_ONLY = ("decode_attention", "draw")  # they have no gradients
 
 Case = tuple[str, list[str], list[Tensor], Callable]
 
@@ -148,6 +157,21 @@ def _cases(
         [random(N, 64), random(padded, 64) / 8],
         lambda f, h, weight: f(h, weight, targets, V),
     )
+    position = torch.tensor([T - 30], device=device)
+    yield (
+        "decode_attention",
+        ["o"],
+        [random(2, 1, 3 * H * D), random(2, 2, H, T, D)],
+        lambda f, qkv, kv: f(qkv, kv.clone(), position, H),
+    )
+    u = torch.tensor([0.3], dtype=torch.float64, device=device)
+    vocab = 4200  # a block of the kernel's and some more, and padding
+    yield (
+        "draw",
+        ["token"],
+        [random(1, 4224)[:, :vocab]],
+        lambda f, logits: F.one_hot(f(logits, u, 0.8, 50, 0.9), vocab).float(),
+    )
     if not speedrun:
         return
     few = targets[:6]
@@ -168,14 +192,18 @@ def _cases(
     yield "relu_squared", ["y", "dx"], [random(N, C)], lambda f, x: f(x)
 
 
-def _gradients(function: Callable, run: Callable, inputs: list[Tensor]) -> list[Tensor]:
+def _results(
+    function: Callable, run: Callable, inputs: list[Tensor], gradients: bool
+) -> list[Tensor]:
     """The outputs, and the gradients for the same gradients of the outputs each time.
 
     Those are rounded to bf16, so that every dtype holds them exactly.
     """
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    inputs = [x.detach().clone().requires_grad_(gradients) for x in inputs]
     outputs = run(function, *inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not gradients:
+        return list(outputs)
     generator = torch.Generator("cpu").manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]
     torch.autograd.backward(outputs, upstream)

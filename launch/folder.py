@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -25,7 +24,7 @@ from launch.world import World, device_name
 
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "tyro")
 ROOT = Path(__file__).parent.parent
-LONGEST_NAME = 255  # bytes, on most file systems
+
 
 
 # What may not change between a run and its continuation, beside the data.
@@ -110,15 +109,6 @@ def why_micro_batch(asked: int, resolved: dict[str, Any]) -> str:
     if chosen == share:
         return f"{chosen}: a rank has no more; --micro_batch allows {asked}"
     return f"{chosen}: the largest up to --micro_batch {asked} that divides a rank's {share:,}"
-
-
-def check_name(name: str) -> None:
-    """Raises BadInput where a run can't be called so."""
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise BadInput(f"--name {name!r} is no folder name; --out_dir takes a path")
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        raise BadInput(f"--name {name[:20]}... has {len(os.fsencode(name))} bytes: a folder's name "
-                       f"has {LONGEST_NAME} at most")
 
 
 def code_version() -> str:

@@ -21,34 +21,19 @@ after it until it has been done.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import selfcheck, verdict
-from launch import cli
+from launch.config import SpikeConfig
 
-Policy = Literal["skip", "rollback", "stop", "ignore"]
 WINDOW = 128  # steps that make the normal range (llm.c, llmc/outlier_detector.h)
 Z = 7.0  # standard deviations that are too many (llm.c, scripts/run_gpt3_125M.sh: -sl 7 -sg 7)
 EARLY_STEPS = 10  # good steps from which on the first ones are judged, too
 EARLY_TIMES = 10.0  # their median: norms of 99 and 161 were seen after a median near 2
 NARROWEST = 0.01  # of the mean: a smaller deviation is taken for this, or a calm run would spike
-
-
-@dataclass(frozen=True)
-class SpikeConfig:
-    """What a run does about a step that would do harm."""
-
-    on_spike: Policy = "skip"
-    """A loss that is no number, or an exploding gradient: skip the step, rollback, stop, ignore."""
-    max_spikes: int = 10
-    """Bad steps in a row that are borne; one more ends the run."""
-
-    def __post_init__(self) -> None:
-        cli.within("max_spikes", self.max_spikes, 0)
 
 
 class Verdict(NamedTuple):

@@ -12,34 +12,14 @@ import math
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from launch import cli, console
+from launch import console
+from launch.config import Tracking
 from launch.errors import BadInput, Failed
 from launch.files import atomic_write
 from launch.world import World, peak_flops, peak_memory_mib
-
-Mode = Literal["disabled", "offline", "online"]
-
-
-@dataclass(frozen=True)
-class TrackerConfig:
-    """What is recorded of a run beside the usual rows of metrics.jsonl."""
-
-    wandb: Mode = "disabled"
-    """Weights & Biases beside metrics.jsonl."""
-    tensorboard: bool = False
-    """TensorBoard beside metrics.jsonl: `tensorboard --logdir runs` compares runs."""
-    profile: int = 0
-    """Steps to record with torch.profiler."""
-    diagnose_every: int = 0
-    """Record activations, gradients and updates of every N-th step, layer by layer; 0: never."""
-
-    def __post_init__(self) -> None:
-        cli.within("profile", self.profile, 0, 1000, "steps")  # a trace of them is held in memory
-        cli.within("diagnose_every", self.diagnose_every, 0, cli.MOST_STEPS)
 
 
 class Tracker:
@@ -234,7 +214,7 @@ def cut_after(path: Path, step: int) -> None:
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _start_wandb(run: Path, mode: Mode, config: dict) -> Any:
+def _start_wandb(run: Path, mode: Tracking, config: dict) -> Any:
     """A new wandb run, or the one that this folder has had since its first start."""
     try:
         import wandb

@@ -17,11 +17,10 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import cli
+from launch.config import WatchdogConfig
 from launch.world import World
 
 ROOT = str(Path(__file__).parent.parent)
@@ -31,18 +30,6 @@ GRACE = 30  # seconds after hang_timeout at which a rank whose Python can't run 
 # Before the first step ranks wait for one another longer: rank 0 may be hashing a checkpoint of
 # 19 GB or downloading, and torch.distributed itself gives up after 30 minutes (launch/world.py).
 SET_UP_SECONDS = 1800.0
-
-
-@dataclass(frozen=True)
-class WatchdogConfig:
-    """When a run that stands still is ended."""
-
-    hang_timeout: float = 600.0
-    """Seconds without any progress after which a rank ends itself, and says where it stood."""
-
-    def __post_init__(self) -> None:
-        # 30 days; far above it the timers' own type overflows.
-        cli.within("hang_timeout", self.hang_timeout, 1, 30 * 86_400, "seconds")
 
 
 class Watchdog:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import cards
+from launch.config import Dtype
 from launch.errors import BadInput, Failed
 from launch.orphan import exit_when_orphaned
 from launch.ranks import read_ranks
 
-Dtype = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,

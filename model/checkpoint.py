@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-import kernels
-from kernels import Operators
+from kernels import operators
+from kernels.operators import Operators
 from launch import console
 from launch.errors import BadInput
 from launch.files import Progress, atomic_write, fsync, no_progress
@@ -38,7 +38,7 @@ from model.formats.hf import from_hf
 from model.formats.tensors import check_fits, load_named, without_padding
 from model.gpt2 import GPT, GPTConfig
 from model.manifest import MANIFEST, find_damage
-from model.network import new_network, without_weights
+from model.network import NoFirstWeights, new_network, without_weights
 from model.safetensors_layout import TensorFile
 
 NAME = re.compile(r"step_[0-9]{8}")
@@ -296,7 +296,7 @@ def resolve(spec: str) -> str:
     return spec if spec.startswith("hf:") else str(find(spec))
 
 
-def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
+def load_resolved(source: str, ops: Operators = operators.TORCH) -> GPT:
     """The model of a checkpoint folder, whose hashes were checked, or of hf:DIR."""
     if source.startswith("hf:"):
         return without_padding(from_hf(source.removeprefix("hf:"), ops), source).eval()
@@ -304,12 +304,13 @@ def load_resolved(source: str, ops: Operators = kernels.TORCH) -> GPT:
     config = model_config(folder)
     with _open_weights(folder) as tensors:  # before a model of the size that config.json says
         check_fits(without_weights(config), _shapes(tensors), folder)
-    model = new_network(config, ops)
+    with NoFirstWeights():
+        model = new_network(config, ops)
     load_weights(model, folder)
     return model.eval()  # without dropout
 
 
-def load_model(spec: str, ops: Operators = kernels.TORCH) -> GPT:
+def load_model(spec: str, ops: Operators = operators.TORCH) -> GPT:
     """The model of a checkpoint, a run folder (its newest) or hf:DIR, in its master dtype.
 
     Raises BadInput for another vocabulary than GPT-2's; padding rows of others are left out.

@@ -21,23 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from launch.errors import BadInput
-from model.gpt2 import GPTConfig
-from model.optim import OptimConfig
 from model.parallel import ParamShard
 from model.train_state import TrainState
 
 GELU_OFF = -3.0  # below it GELU passes under 0.005 of its input, and its slope is under 0.012
-
-
-def check(every: int, model: GPTConfig, optim: OptimConfig) -> None:
-    """Raises BadInput for what it can't look into."""
-    if every and (model.arch != "gpt2" or optim.optimizer != "adamw"):
-        raise BadInput("--diagnose_every knows GPT-2's network under AdamW: leave it out with "
-                       "--model.arch speedrun and --optim.optimizer muon")
 
 
 # Of one tensor or of many: how many numbers, their sum, the sum of their squares.
@@ -116,11 +105,12 @@ class Diagnostics:
     def _hidden_units(self, layer: int, x: Tensor) -> Tensor:
         """What the block's GELU gets, computed once more: x is the stream that its MLP has read."""
         block: Any = self.module.h[layer]
-        if isinstance(block, FSDPModule):
+        sharded = self.model.mode == "fsdp"
+        if sharded:
             block.unshard()
         _, normed = block.ln_2.fused_add(x, None)
         units = block.mlp.c_fc(normed)  # (B, T, 4C)
-        if isinstance(block, FSDPModule):
+        if sharded:
             block.reshard()
         return units
 

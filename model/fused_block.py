@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import kernels
+from kernels import operators
 from kernels.constants import FUSED_WIDTH
 from kernels.passes import Passes
 from kernels.reference import at_least_fp32, product_dtype
@@ -215,7 +215,7 @@ def check(passes: Passes, device: torch.device, n_embd: int, n_head: int) -> tup
     config = GPTConfig(n_layer=1, n_head=n_head, n_embd=n_embd, n_ctx=77, n_vocab=1)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        block = Block(config, kernels.TORCH, 0)
+        block = Block(config, operators.TORCH, 0)
         for parameter in block.parameters():  # so that no LayerNorm has weight 1 and bias 0
             scale = 0.02 if parameter.dim() == 2 else 0.1
             parameter.add_(torch.randn(parameter.shape), alpha=scale)

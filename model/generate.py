@@ -10,21 +10,21 @@ positions are learned and can't slide.
 Raises CannotSample, which ends a command with one line, where the logits are no numbers.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
+from kernels.reference import NOT_CUDNN, product_dtype
 from launch import cli
 from launch.errors import Failed
 from model.gpt2 import GPT
 
-# Logits divided by less than fp32's smallest normal number are no numbers; the largest stands
-# alone long before that.
-GREEDY_BELOW = torch.finfo(torch.float32).tiny
+NUMBERS_AT_ONCE = 1024  # rows of uniform_numbers(): 8 KB a stream
 
 
 class CannotSample(Failed):
@@ -54,31 +54,15 @@ class SampleConfig:
         cli.within("seed", self.seed, 0, 2**63 - 1)
 
 
-def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
-    """Draws a token for each row. logits: (B, V) -> (B,). Raises CannotSample."""
-    largest = logits.amax(-1, keepdim=True)  # (B, 1); NaN where any is NaN
-    if not largest.isfinite().all():
-        raise CannotSample("the model's logits are no numbers (NaN or infinite), so no token can "
-                           "be drawn: its weights are broken, take an earlier checkpoint")
-    if config.temperature < GREEDY_BELOW:
-        return logits.argmax(-1)
+def uniform_numbers(seed: int, B: int) -> Iterator[Tensor]:
+    """What tokens are drawn with: (NUMBERS_AT_ONCE, B) of them, and again; a row a token.
 
-    V = logits.shape[-1]
-    k = min(config.top_k or V, V)
-    chosen = None
-    if k < V or config.top_p < 1:
-        logits, chosen = logits.topk(k)  # (B, k), the likeliest first
-    # The largest becomes 0, which any temperature divides.
-    logits = (logits - largest).float() / config.temperature
-    p = F.softmax(logits, -1)  # (B, k)
-    if config.top_p < 1:
-        before = p.cumsum(-1) - p  # what the likelier ones hold together: 0 for the likeliest
-        p = p.masked_fill(before >= config.top_p, 0)
-    # Drawn on the CPU, so that a seed gives the same text on every device.
-    drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(logits.device)  # (B, 1)
-    if chosen is not None:
-        drawn = chosen.gather(1, drawn)  # among the k -> among all
-    return drawn.squeeze(1)
+    fp64 multiples of 2^-32 from 0 to below 1. Drawn on the CPU, so that a seed has the same ones on
+    every device, and many tokens ahead, so that they are carried there once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(2**32, (NUMBERS_AT_ONCE, B), generator=generator).double() / 2**32
 
 
 class KVCache:
@@ -88,37 +72,38 @@ class KVCache:
         """Room for `length` positions of `batch` rows."""
         config, weights = model.config, model.wte.weight
         H, D = config.n_head, config.n_embd // config.n_head
+        self.ops = model.ops
         # What c_attn's output will be: of autocast's dtype, or of the weights' own.
-        dtype = weights.dtype
-        if torch.is_autocast_enabled(weights.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(weights.device.type)
+        dtype = product_dtype(weights.dtype, weights.device)
         shape = (config.n_layer, 2, batch, H, length, D)
         self.kv = torch.empty(shape, device=weights.device, dtype=dtype)
         self.length = 0  # positions filled
+        self.position = torch.zeros(1, dtype=torch.long, device=weights.device)  # the same
+
+    def restart(self) -> None:
+        """Forgets all positions."""
+        self.length = 0
+        self.position.zero_()
 
     def last_hidden(self, model: GPT, idx: Tensor) -> Tensor:
-        """What the head reads after t more tokens. idx: (B, t) -> (B, C) of the last."""
+        """What the head reads after the prompt, or after one more token. idx: (B, t) -> (B, C)."""
         t = idx.shape[1]
-        positions = torch.arange(self.length, self.length + t, device=idx.device)  # (t,)
+        positions = self.position if t == 1 else torch.arange(t, device=idx.device)  # (t,)
         x = model.hidden(idx, positions, self.attend)  # (B, t, C)
         self.length += t
+        self.position += t
         return x[:, -1]
 
     def attend(self, layer: int, qkv: Tensor, n_head: int) -> Tensor:
-        """Attention of t new positions to all so far. qkv: (B, t, 3C) -> (B, t, C)."""
-        B, t, C3 = qkv.shape
-        q, k, v = qkv.view(B, t, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, t, D)
-        start, end = self.length, self.length + t
-        keys, values = self.kv[layer]  # each (B, H, length, D)
-        keys[:, :, start:end] = k
-        values[:, :, start:end] = v
-        # New position i sees everything up to itself: one token sees all, no mask needed.
-        mask = None
-        if t > 1:
-            mask = torch.ones(t, end, dtype=torch.bool, device=q.device).tril(start)
-        q = q.to(keys.dtype)
-        y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask)
-        return y.transpose(1, 2).reshape(B, t, C3 // 3)  # (B, H, t, D) -> (B, t, C)
+        """Attention of the new positions to all so far. qkv: (B, t, 3C) -> (B, t, C)."""
+        B, t, _ = qkv.shape
+        if t == 1:
+            return self.ops.decode_attention(qkv, self.kv[layer], self.position, n_head)
+        assert self.length == 0  # the prompt comes first, and at once
+        kv = qkv.view(B, t, 3, n_head, -1)[:, :, 1:]  # (B, t, 2, H, D)
+        self.kv[layer, :, :, :, :t] = kv.permute(2, 0, 3, 1, 4)  # (2, B, H, t, D)
+        with sdpa_kernel(NOT_CUDNN):  # should attention be PyTorch's
+            return self.ops.attention(qkv, n_head)
 
 
 def generate(
@@ -129,9 +114,18 @@ def generate(
     use_cache: bool = True,
     lengths: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """The tokens of generate_with_logits() alone: (B,) each time."""
-    for tokens, _logits in generate_with_logits(model, idx, config, eot, use_cache, lengths):
-        yield tokens
+    """The tokens of generate_with_logits() alone: (B,) each time, on the CPU.
+
+    On a GPU, and with weights that don't change, by model/decode_graph.py, which computes some
+    tokens ahead.
+    """
+    from model import decode_graph  # which is made of what stands here
+
+    if use_cache and decode_graph.fits(model):
+        yield from decode_graph.generate(model, idx, config, eot, lengths)
+    else:
+        for tokens, _ in generate_with_logits(model, idx, config, eot, use_cache, lengths):
+            yield tokens.cpu()
 
 
 @torch.no_grad()
@@ -154,16 +148,17 @@ def generate_with_logits(
     Raises CannotSample where the model's logits are no numbers.
     """
     n_ctx, (B, T) = model.config.n_ctx, idx.shape
-    if not 1 <= T <= n_ctx:
-        raise ValueError(f"a prompt has 1 to {n_ctx} tokens, not {T}")
-    shortest = T if lengths is None else int(lengths.min())
+    shortest = check_prompt(idx, n_ctx, lengths)
     end = T + config.max_tokens
-    generator = torch.Generator().manual_seed(config.seed)
+    # Apple's GPUs have no fp64.
+    drawn_on = torch.device("cpu") if idx.device.type == "mps" else idx.device
+    chunks = (chunk.to(drawn_on) for chunk in uniform_numbers(config.seed, B))
+    numbers = itertools.chain.from_iterable(chunks)  # (B,) each
     ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
     window, cache = idx[:, :shortest], None
     for position in range(shortest, end):
         if window.shape[1] > n_ctx:
-            window, cache = window[:, -max(1, n_ctx // 2) :], None
+            window, cache = window[:, -half_of(n_ctx) :], None
         if use_cache and cache is None:
             cache = KVCache(model, B, min(n_ctx, window.shape[1] + end - position))
 
@@ -175,16 +170,39 @@ def generate_with_logits(
             with _plain_products(fresh.numel() == 1):
                 x = cache.last_hidden(model, fresh)  # (B, C)
                 logits = model.logits(x)  # (B, V)
-        tokens = draw(logits, config, generator)  # (B,)
+        tokens = model.ops.draw(
+            logits.to(drawn_on), next(numbers), config.temperature, config.top_k, config.top_p
+        ).to(idx.device)  # (B,)
         if lengths is not None and position < T:
             tokens = torch.where(position < lengths, idx[:, position], tokens)
         if eot is not None:
             tokens = torch.where(ended, eot, tokens)
             ended |= tokens == eot
+        check_drawn(tokens)
         yield tokens, logits
         if bool(ended.all()):
             return
         window = torch.cat([window, tokens[:, None]], 1)  # (B, t + 1)
+
+
+def check_prompt(idx: Tensor, n_ctx: int, lengths: Tensor | None) -> int:
+    """The length of the shortest prompt. ValueError where one is empty or too long."""
+    T = idx.shape[1]
+    if not 1 <= T <= n_ctx:
+        raise ValueError(f"a prompt has 1 to {n_ctx} tokens, not {T}")
+    return T if lengths is None else int(lengths.min())
+
+
+def check_drawn(tokens: Tensor) -> None:
+    """Raises CannotSample where draw() found no numbers."""
+    if bool((tokens < 0).any()):
+        raise CannotSample("the model's logits are no numbers (NaN or infinite), so no token can "
+                           "be drawn: its weights are broken, take an earlier checkpoint")
+
+
+def half_of(n_ctx: int) -> int:
+    """How many tokens of a full window go on."""
+    return max(1, n_ctx // 2)
 
 
 def store_in(model: GPT, dtype: torch.dtype) -> GPT:

@@ -11,8 +11,7 @@ Shapes: B batch, T time, C width, H heads, D = C / H head width, V vocabulary, V
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,14 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-from kernels import Operators
+from kernels import operators
+from kernels.operators import Operators
+from model.config import GPTConfig
 
-VOCAB_MULTIPLE = 128  # 50,257 is odd; tensor cores want their dimensions in multiples of 64 or 128
 INIT_STD = 0.02  # GPT-2's initializer_range
-# Sizes beyond any published model of this kind: a slip of the keyboard, not a wish.
-LARGEST = dict(n_layer=1000, n_head=1000, n_embd=100_000, n_ctx=1_000_000, n_vocab=1_000_000)
-
 # attend(layer, qkv, n_head): (B, T, 3C) -> (B, T, C). What may take the place of causal attention
 # within a row: a cache's (model/generate.py), or that of several requests in one row
 # (model/packed.py).
@@ -36,70 +32,6 @@ Attend = Callable[[int, Tensor, int], Tensor]
 Fused = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # watch(layer, x, branch): told behind each block what it returns (model/diagnostics.py).
 Watch = Callable[[int, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """GPT-2's shape; the defaults are the 124M model. Field names are OpenAI's."""
-
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Attention heads; divides n_embd."""
-    n_embd: int = 768
-    """Width C of the residual stream."""
-    n_ctx: int = 1024
-    """Context length: the longest T."""
-    n_vocab: int = 50257
-    """Vocabulary: 256 bytes, 50,000 merges, end of text."""
-
-    gelu: Literal["tanh", "exact"] = "tanh"
-    """GPT-2's is the tanh approximation; exact is what nanoGPT trains with."""
-    arch: Literal["gpt2", "speedrun"] = "gpt2"
-    """GPT-2's network (model/gpt2.py), or the speedrun's of the same shape (model/speedrun.py)."""
-    value_embeddings: bool = False
-    """speedrun only: every other layer adds an embedding of the token to its values; V x C each."""
-    document_mask: bool = False
-    """speedrun only: attention ends at document borders while the loss is computed."""
-    dropout: float = 0.0
-    """While training: the share of embeddings, attention and branches left out (nanoGPT: 0.2)."""
-
-    def __post_init__(self) -> None:
-        for name, largest in LARGEST.items():
-            size = getattr(self, name)
-            if type(size) is not int or not 1 <= size <= largest:
-                raise ValueError(f"{name} {size!r}: expected a whole number, 1 to {largest:,}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.gelu not in ("tanh", "exact"):
-            raise ValueError(f"gelu is tanh or exact, not {self.gelu!r}")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout!r}: expected 0 to less than 1")
-        if self.arch not in ("gpt2", "speedrun"):
-            raise ValueError(f"arch is gpt2 or speedrun, not {self.arch!r}")
-        if self.arch == "speedrun":
-            self._check_speedrun()
-        for name in ("value_embeddings", "document_mask"):
-            if getattr(self, name) and self.arch == "gpt2":
-                raise ValueError(f"{name}: only --model.arch speedrun has it")
-
-    def _check_speedrun(self) -> None:
-        """What the speedrun's network has not, or can't do."""
-        if self.gelu != "tanh":
-            raise ValueError("gelu exact: the speedrun's network has no GELU, but relu(x)^2")
-        if self.n_embd // self.n_head % 2:
-            raise ValueError(f"heads {self.n_embd // self.n_head} wide: rotary positions turn "
-                             "pairs, so the width of a head (n_embd / n_head) must be even")
-        if self.dropout:
-            raise ValueError("dropout: the speedrun's network has none")
-        if self.document_mask and self.n_vocab != GPTConfig.n_vocab:
-            raise ValueError("document_mask needs GPT-2's vocabulary, whose last token begins a "
-                             "document")
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding matrix in memory."""
-        return math.ceil(self.n_vocab / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Attention(nn.Module):
@@ -118,7 +50,7 @@ class Attention(nn.Module):
         if attend is not None:
             y = attend(self.layer, qkv, self.n_head)  # (B, T, C)
         elif self.training and self.dropout:  # of the softmax; the kernels have none
-            y = kernels.TORCH.attention(qkv, self.n_head, self.dropout)  # (B, T, C)
+            y = operators.TORCH.attention(qkv, self.n_head, self.dropout)  # (B, T, C)
         else:
             y = self.ops.attention(qkv, self.n_head)  # (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -195,7 +127,7 @@ def run_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
 class GPT(nn.Module):
     """The whole network."""
 
-    def __init__(self, config: GPTConfig, ops: Operators = kernels.TORCH):
+    def __init__(self, config: GPTConfig, ops: Operators = operators.TORCH):
         super().__init__()
         self.config, self.ops = config, ops
         self.checkpoint_activations = False  # keep a block's input only, and compute it twice

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-import kernels
-from kernels import Operators
+from kernels import operators
+from kernels.operators import Operators
 from model.gpt2 import GPT, Attend, GPTConfig
 from model.speedrun import SpeedrunGPT
 
@@ -53,9 +54,16 @@ def has_vocabulary_rows(name: str) -> bool:
 ARCHITECTURES: dict[str, Any] = {"gpt2": GPT, "speedrun": SpeedrunGPT}
 
 
-def new_network(config: GPTConfig, ops: Operators = kernels.TORCH) -> Any:
+def new_network(config: GPTConfig, ops: Operators = operators.TORCH) -> Any:
     """The network that config.arch names, with its first weights."""
     return ARCHITECTURES[config.arch](config, ops)
+
+
+def use_operators(model: Any, ops: Operators) -> None:
+    """Has a network computed by these, in place: one that was loaded before they were chosen."""
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
 
 
 def compile_blocks(model: Any) -> None:
@@ -72,10 +80,23 @@ def compile_blocks(model: Any) -> None:
         block.compile()
 
 
+class NoFirstWeights(TorchFunctionMode):
+    """Inside it torch.nn.init draws nothing: a network has memory and, but for padding rows, any
+    numbers in it. For a network whose weights are about to be loaded; 124M numbers take a second,
+    and nn.Linear and nn.Embedding draw them once before GPT does."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]  # type: ignore[index]
+        return func(*args, **(kwargs or {}))
+
+
 @functools.lru_cache
 def without_weights(config: GPTConfig) -> Any:
     """The model with shapes and no numbers, for counting: what is counted is what is trained."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoFirstWeights():
         return new_network(config)
 
 

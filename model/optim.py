@@ -1,14 +1,13 @@
 """The optimizers, AdamW's and Muon's, the learning rate of each step, fp16's loss scale."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from launch import cli
 from launch.errors import BadInput, Failed
+from model.config import MuonConfig, OptimConfig
 from model.muon import Muon, is_matrix
 from model.parallel import ParallelModel, ParamShard
 
@@ -16,76 +15,6 @@ from model.parallel import ParallelModel, ParamShard
 SCALAR_STATE = ("step",)
 FIRST_SCALE = 65536.0  # GradScaler's
 MAX_OVERFLOWS = 12  # in a row: a scale 4,096 times too large, where some two are usual
-
-
-@dataclass(frozen=True)
-class MuonConfig:
-    """What --optim.optimizer muon needs beside the rest: the rates of what AdamW trains then, at
-    width 768 (modded-nanogpt, track 3, entry 36)."""
-
-    momentum: float = 0.95
-    """Of Muon, after its warm-up from 0.85."""
-    momentum_warmup: int = 300
-    """Steps of that warm-up."""
-    embed_lr: float = 0.7
-    """Peak learning rate of the embeddings."""
-    head_lr: float = 0.004
-    """Peak learning rate of the output head, where it isn't the embedding."""
-    vector_lr: float = 0.015
-    """Peak learning rate of everything that is no matrix."""
-    adamw_weight_decay: float = 0.001
-    """On what AdamW trains."""
-
-    def __post_init__(self) -> None:
-        cli.within("optim.muon.momentum", self.momentum, 0, 0.999999)
-        cli.within("optim.muon.momentum_warmup", self.momentum_warmup, 0, cli.MOST_STEPS)
-        cli.within("optim.muon.embed_lr", self.embed_lr, 0, 1e38)
-        cli.within("optim.muon.head_lr", self.head_lr, 0, 1e38)
-        cli.within("optim.muon.vector_lr", self.vector_lr, 0, 1e38)
-        cli.within("optim.muon.adamw_weight_decay", self.adamw_weight_decay, 0, 100)
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Hyper-parameters; the defaults are the 124M model's (GPT-3: arXiv 2005.14165)."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: a cosine; constant, then linear over the last decay_ratio; constant."""
-    decay_ratio: float = 0.7
-    """wsd (warm-up, stable, decay; 2404.06395): the share of all steps in which the rate falls."""
-    lr: float = 6e-4
-    """Peak learning rate (GPT-3, table 2.1); of Muon's matrices under muon."""
-    final_lr: float = 0.0
-    """Last step's learning rate as a fraction of the peak (llm.c's -q)."""
-    warmup_steps: int = 700
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.1
-    """On matrices only: not on biases and LayerNorms (GPT-3, appendix B)."""
-    beta1: float = 0.9
-    """Decay of the first moment (GPT-3, appendix B)."""
-    beta2: float = 0.95
-    """Decay of the second moment (GPT-3, appendix B)."""
-    eps: float = 1e-8
-    """Added to the root of the second moment (GPT-3, appendix B)."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0 leaves it as it is (GPT-3, appendix B)."""
-    muon: MuonConfig = field(default_factory=MuonConfig)
-
-    def __post_init__(self) -> None:
-        cli.within("optim.lr", self.lr, 0, 1e38)  # fp32 ends at 3.4e38
-        cli.within("optim.final_lr", self.final_lr, 0, 1)
-        cli.within("optim.warmup_steps", self.warmup_steps, 0, cli.MOST_STEPS)
-        cli.within("optim.weight_decay", self.weight_decay, 0, 100)
-        cli.within("optim.beta1", self.beta1, 0, 0.999999)
-        cli.within("optim.beta2", self.beta2, 0, 0.999999)
-        # Padding rows have no gradient: their update is 0 / (0 + eps), NaN where fp32 makes eps 0.
-        cli.within("optim.eps", self.eps, 1e-37, 1)
-        cli.within("optim.clip", self.clip, 0, 1e38)
-        cli.within("optim.decay_ratio", self.decay_ratio, 0, 1)
-        if self.optimizer == "muon" and self.lr == 0:
-            raise BadInput("--optim.lr 0 with --optim.optimizer muon: other rates are multiples")
 
 
 def get_lr(step: int, steps: int, config: OptimConfig) -> float:

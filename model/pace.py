@@ -32,17 +32,6 @@ WARM = 2  # steps that count only where there are no others: the first ones comp
 LAST_LINES = 3.0  # seconds for the picture at the end, 1.2 of CPU time, and for leaving
 
 
-def check(config: Any) -> None:
-    """Raises BadInput for what doesn't go with --minutes. config: TrainConfig."""
-    cli.within("minutes", config.minutes, 0, 525_600)  # a year
-    if config.minutes and config.resume not in ("auto", "never"):
-        raise BadInput(f"--minutes plans a new run, and --resume {config.resume} goes on with one "
-                       "whose steps are known: leave out one of them")
-    if config.minutes and config.planning.plan:
-        raise BadInput("--plan says what --steps take on that GPU, and --minutes plans the steps "
-                       "of a run here: leave out one of them")
-
-
 def known_steps(config: Any, run: Path, world: World) -> tuple[Any, float]:
     """(the configuration with the steps that its run was planned with, for how many minutes).
 

@@ -16,21 +16,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from launch.spikes import Verdict
 from launch.world import DTYPES, World, autocast
+from model.config import Mode
 from model.gpt2 import GPT
-
-Mode = Literal["ddp", "zero1", "fsdp"]
 
 BUCKET = 1 << 27  # numbers that are gathered at once: 512 MiB in fp32, all of 124M's weights
 
@@ -170,7 +168,11 @@ class ParallelModel:
         method of it. Takes the memory of the whole model in the compute dtype.
         """
         self.module.eval()
-        modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        modules: list[Any] = []
+        if self.mode == "fsdp":
+            from torch.distributed.fsdp import FSDPModule  # see _shard()
+
+            modules = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -319,6 +321,9 @@ def _shard(model: GPT, mesh: DeviceMesh, dtype: str) -> None:
     Embeddings, head and last LayerNorm travel in fp32, so that the residual stream is fp32 as it
     is without sharding.
     """
+    # Here, for it brings DTensor and SymPy: a second, which every sample would wait for.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     half = dtype in ("bf16", "fp16")
     blocks = MixedPrecisionPolicy(
         param_dtype=DTYPES[dtype] if half else None,

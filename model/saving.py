@@ -21,14 +21,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from launch import cli, console
+from launch import console
 from launch.errors import Failed
 from launch.files import flush, free_bytes, human_size, set_size
 from launch.progress import Bar
@@ -58,22 +58,6 @@ PATIENCE = 300.0  # seconds without a byte from any rank after which a save has 
 LAST_PATIENCE = 10.0  # that rank 0 gives the others where it's leaving, perhaps for a dead rank
 POLL = 0.05  # seconds between two looks at how a save is getting on
 WRITE_CHUNK = 1 << 26  # bytes written and flushed at once: a slow disk's progress is seen
-
-
-@dataclass(frozen=True)
-class SavingConfig:
-    """When a run is saved."""
-
-    save_every: int = 1000
-    """Steps between checkpoints."""
-    keep: int = 3
-    """Newest checkpoints to keep."""
-    keep_best: bool = False
-    """Save what is evaluated better than all before, and keep it: checkpoints/best.json."""
-
-    def __post_init__(self) -> None:
-        cli.within("save_every", self.save_every, 1, cli.MOST_STEPS)
-        cli.within("keep", self.keep, 1, cli.MOST_STEPS)
 
 
 class Saver:

@@ -14,8 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from kernels import Operators
+from kernels import operators
+from kernels.operators import Operators
 from kernels.reference import at_least_fp32, rotary_angles
 from model.document_mask import DocumentMask
 from model.gpt2 import Attend, GPTConfig, run_block
@@ -87,7 +87,7 @@ class Block(nn.Module):
 class SpeedrunGPT(nn.Module):
     """The whole network."""
 
-    def __init__(self, config: GPTConfig, ops: Operators = kernels.TORCH):
+    def __init__(self, config: GPTConfig, ops: Operators = operators.TORCH):
         super().__init__()
         self.config, self.ops = config, ops
         self.checkpoint_activations = False  # keep a block's input only, and compute it twice

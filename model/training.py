@@ -1,45 +1,24 @@
 """Puts together what is trained: the model, its place on the ranks, its optimizer."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import kernels
-from kernels import Choice, selfcheck
+from kernels import operators, products, selfcheck
+from kernels.constants import Choice
 from kernels.passes import triton_passes
 from launch.errors import BadInput
-from launch.world import Dtype, World
+from launch.world import World
 from model import checkpoint, fused_block
+from model.config import ComputeConfig
 from model.fused_block import fuse_blocks
 from model.gpt2 import GPT, GPTConfig
-from model.network import compile_blocks, new_network
+from model.network import NoFirstWeights, compile_blocks, new_network
 from model.optim import LossScaler, OptimConfig, configure_optimizers
-from model.parallel import Mode, ParallelModel
+from model.parallel import ParallelModel
 from model.train_state import TrainState, load_train_state
-
-
-@dataclass(frozen=True)
-class ComputeConfig:
-    """How a run computes; none of it changes what is computed, beyond rounding."""
-
-    dtype: Dtype = "auto"
-    """Format of the matrix products. Weights and optimizer are fp32 (fp64 for fp64)."""
-    compile: bool | None = None
-    """torch.compile the blocks; None: on CUDA, unless they have a backward pass by hand."""
-    kernels: Choice = "auto"
-    """Who computes attention, LayerNorm and the loss."""
-    parallel: Mode = "ddp"
-    """What ranks share out: gradients only averaged (ddp); moments (zero1); weights too (fsdp)."""
-    activation_checkpointing: bool = False
-    """Keep only each block's input, and compute the block twice: less memory, more time."""
-    deterministic: bool = False
-    """PyTorch's deterministic algorithms too; our kernels always are. May be slower."""
-
-    def compiled(self, device: torch.device) -> bool:
-        """What compile means on this device."""
-        return device.type == "cuda" if self.compile is None else self.compile
 
 
 def build_train_state(
@@ -56,7 +35,8 @@ def build_train_state(
     ops = choose_operators(shape, compute.kernels, weights, world)
     given = world.broadcast_from_rank0(checkpoint.resolve, init) if init and not source else ""
     with world.fail_together():
-        module = new_model(shape, compute, ops, weights, seed, world)
+        with NoFirstWeights() if source or given else nullcontext():
+            module = new_model(shape, compute, ops, weights, seed, world)
         if given:
             checkpoint.copy_weights(module, given, characters)
     if given:
@@ -76,9 +56,33 @@ def build_train_state(
     return state, saved
 
 
+def choose_products(
+    rows: int, C: int, dtype: str, deterministic: bool, source: Path | None, world: World
+) -> products.Library:
+    """Whose fp32 products all ranks take from now on (kernels/products.py).
+
+    What the run in `source` began with, so that it goes on bit for bit; for a new one, what is
+    fastest on every rank, measured for products of (rows, C). MKL's where it isn't measured: off
+    the CPU, in another dtype, and under --deterministic.
+    """
+    library: products.Library = "mkl"
+    if source:
+        saved = world.broadcast_from_rank0(checkpoint.read_config, source)
+        if saved.get("resolved", {}).get("fp32_products") == "onednn":
+            library = "onednn"
+    elif dtype == "fp32" and world.device.type == "cpu" and not deterministic:
+        library, line = products.fastest(rows, C)
+        if set(world.all_gather(library)) != {library}:
+            library, line = "mkl", ""
+        if line:
+            world.print0(line)
+    products.use(library)
+    return library
+
+
 def choose_operators(
     shape: GPTConfig, choice: Choice, weights: torch.dtype, world: World
-) -> kernels.Operators:
+) -> operators.Operators:
     """Who computes attention, LayerNorm and the loss: the same on every rank.
 
     Raises BadInput on all ranks where a choice can't be had on one of them.
@@ -92,20 +96,20 @@ def choose_operators(
             raise BadInput(str(error)) from None
     lines = world.all_gather(line)
     torch_ranks = [rank for rank, line in enumerate(lines) if line.startswith("kernels: torch")]
-    if torch_ranks and ops is not kernels.TORCH:
+    if torch_ranks and ops is not operators.TORCH:
         # A rank that has fallen back computes something else, by a rounding, than its peers.
         rank = torch_ranks[0]
-        ops, line = kernels.TORCH, f"{lines[rank]} on rank {rank}, and so on all"
-    if shape.dropout and ops is not kernels.TORCH:
+        ops, line = operators.TORCH, f"{lines[rank]} on rank {rank}, and so on all"
+    if shape.dropout and ops is not operators.TORCH:
         line += "; attention by torch while training, for --model.dropout: the kernel has none"
     world.print0(line)
     return ops
 
 
-def blocks_by_hand(shape: GPTConfig, ops: kernels.Operators, world: World) -> bool:
+def blocks_by_hand(shape: GPTConfig, ops: operators.Operators, world: World) -> bool:
     """Whether blocks compute themselves by model/fused_block.py: on GPUs with our kernels, where
     every rank finds that they are right."""
-    if world.device.type != "cuda" or ops is kernels.TORCH or not fused_block.fits(shape):
+    if world.device.type != "cuda" or ops is operators.TORCH or not fused_block.fits(shape):
         return False
     try:
         errors, faults = fused_block.check(
@@ -134,7 +138,7 @@ def are_by_hand(state: TrainState) -> bool:
 
 
 def new_model(
-    shape: GPTConfig, compute: ComputeConfig, ops: kernels.Operators, weights: torch.dtype,
+    shape: GPTConfig, compute: ComputeConfig, ops: operators.Operators, weights: torch.dtype,
     seed: int, world: World,
 ) -> GPT:
     """The same on every rank and device: it's drawn on the CPU from the seed."""

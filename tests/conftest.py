@@ -16,12 +16,12 @@ import torch
 from data import sources
 from data.dataset import DataConfig
 from eval.evaluator import EvalConfig
+from launch.config import TrackerConfig
 from launch.spikes import SpikeConfig
-from launch.tracker import TrackerConfig
 from launch.watchdog import WatchdogConfig
+from model.config import SavingConfig
 from model.gpt2 import GPT, GPTConfig
 from model.optim import OptimConfig
-from model.saving import SavingConfig
 from model.training import ComputeConfig
 from tests.documents import texts, write_parquet
 from tests.running import CONFIG

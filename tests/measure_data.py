@@ -5,7 +5,7 @@
 Makes parquet of MEGABYTES (default 200) of text out of the given documents, in which no document
 repeats: their sentences are shuffled, and each word that occurs in them once becomes one that
 nobody has seen, as tokenizers remember words. Prints each stage alone; then, in turn and each in
-processes of its own, python -m data.fineweb and the usual way (tests/baseline.py), three times;
+processes of its own, python -m data.fineweb and the usual way (tests/bench/shards.py), three times;
 the peak memory (PSS of all processes) also on a quarter of the text; and the loader.
 """
 
@@ -106,7 +106,7 @@ def ours(source: str, out: Path) -> list[str]:
 
 
 def usual(source: str, out: Path) -> list[str]:
-    return [sys.executable, "-m", "tests.baseline", source, str(out), str(WORKERS),
+    return [sys.executable, "-m", "tests.bench.shards", source, str(out), str(WORKERS),
             str(SHARD_TOKENS)]
 
 

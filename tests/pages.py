@@ -38,8 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.
          *sorted((ROOT / "docs").glob("*.md"))]
 VARIABLE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
 # Modules that read sys.argv themselves, and how many arguments they take at most.
-BARE_ARGUMENTS = {"kernels.selfcheck": 0, "tests.baseline_hellaswag": 3, "tests.baseline_saving": 2,
-                  "tests.baseline_sampling": 2, "tests.measure_data": 2}
+BARE_ARGUMENTS = {"kernels.selfcheck": 0, "tests.baseline_sampling": 2, "tests.measure_data": 2}
 # Others' programs: what they do, none of which is ours to check.
 OTHERS = {"cp", "echo", "grep", "jupyter", "scancel", "source", "tail", "tensorboard", "vllm"}
 # sbatch's own flags that the pages use.

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import data.alignment
 import data.stream
 from data.alignment import document_sequences
+from data.config import fit_micro_batch
 from data.dataset import DataConfig, fingerprint, open_data
-from data.loader import Loader, Stream, fit_micro_batch, validation_batch, validation_sequences
+from data.loader import Loader, Stream, validation_batch, validation_sequences
 from data.shard_file import Shard
 from data.shards import convert, open_folder, write_folder
 from data.tokenizer import EOT, encode_documents

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
 from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
+from kernels import operators
 from launch.world import World
 from model.gpt2 import GPT, GPTConfig
 from tests.running import ALONE, CONFIG
@@ -139,7 +139,7 @@ def test_kernels_operators_serve_too(monkeypatch):
     config = GPTConfig(n_layer=1, n_head=2, n_embd=128, n_ctx=32)
     torch.manual_seed(0)
     plain = GPT(config)
-    ops = kernels.operators("triton", torch.device("cpu"), 64)
+    ops = operators.choose("triton", torch.device("cpu"), 64)
     fast = GPT(config, ops)
     fast.load_state_dict(plain.state_dict())
     requests = random_requests(5, 8, 4)[:3]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from kernels import operators
 from kernels import reference, tiles
 
-OPS = kernels.operators("triton", torch.device("cpu"))
+OPS = operators.choose("triton", torch.device("cpu"))
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = (BF16, FP16, FP32)
 AUTOCAST = (None, BF16, FP16)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from kernels import operators
 from kernels import cross_entropy, reference, tiles
 from tests.exact import LIMIT, compare, error, gradients, loss_inputs, poison, unfused  # noqa: F401
 
-OPS = kernels.operators("triton", torch.device("cpu"))
+OPS = operators.choose("triton", torch.device("cpu"))
 
 
 @pytest.fixture(params=["pointers", "descriptors"])

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
+from kernels import operators
 from kernels import attention, reference, tiles
 from model.gpt2 import GPTConfig
 from model.network import new_network
 
 CPU = torch.device("cpu")
-OPS = kernels.operators("triton", CPU)
+OPS = operators.choose("triton", CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_opcheck_of_the_backward_operators():
 class Block(torch.nn.Module):
     """A transformer's block and its loss, with each operator in the place it has in GPT-2."""
 
-    def __init__(self, ops: kernels.Operators, C: int = 128, vocab: int = 65):
+    def __init__(self, ops: operators.Operators, C: int = 128, vocab: int = 65):
         super().__init__()
         self.ops, self.vocab = ops, vocab
         self.wte = torch.nn.Embedding(128, C)
@@ -107,7 +107,7 @@ class Block(torch.nn.Module):
         )
 
 
-def step(ops: kernels.Operators, autocast: bool = False):
+def step(ops: operators.Operators, autocast: bool = False):
     """Loss and gradients of one step, from the same weights and tokens every time."""
     torch.manual_seed(0)
     model = Block(ops)
@@ -121,7 +121,7 @@ def step(ops: kernels.Operators, autocast: bool = False):
 def test_a_training_step_equals_the_references():
     """fp32. The limits are the project's: loss 1e-5, every gradient 1e-4, relative."""
     loss, grads = step(OPS)
-    right, exact = step(kernels.TORCH)
+    right, exact = step(operators.TORCH)
     assert abs(loss - right) <= 1e-5 * right
     for name, grad in grads.items():
         assert (grad - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
@@ -144,7 +144,7 @@ def test_the_whole_model_compiles_into_one_graph(arch):
         loss.backward()
         return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
-    (loss, grads), (right, exact) = once(OPS, "aot_eager"), once(kernels.TORCH)
+    (loss, grads), (right, exact) = once(OPS, "aot_eager"), once(operators.TORCH)
     assert abs(loss - right) <= 1e-5 * right
     for name, grad in grads.items():
         assert (grad - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
@@ -153,7 +153,7 @@ def test_the_whole_model_compiles_into_one_graph(arch):
 def test_a_training_step_under_autocast():
     """bf16: both round about the same numbers, 2^-8 each, some ten times in a row."""
     loss, grads = step(OPS, autocast=True)
-    right, exact = step(kernels.TORCH, autocast=True)
+    right, exact = step(operators.TORCH, autocast=True)
     assert abs(loss - right) <= 2**-8 * right
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
@@ -199,7 +199,7 @@ def test_more_heads_than_a_second_axis_holds(monkeypatch):
 
 def test_an_empty_batch():
     """No token: outputs and gradients of the right shapes, a loss of 0, no gradient for weights."""
-    for ops in (OPS, kernels.TORCH):
+    for ops in (OPS, operators.TORCH):
         qkv = torch.empty(0, 8, 192, requires_grad=True)
         ops.attention(qkv, 1).sum().backward()
         assert qkv.grad.shape == qkv.shape
@@ -269,14 +269,14 @@ def test_what_the_kernels_cannot_do_is_said():
 
 
 def test_choices_on_a_cpu(monkeypatch):
-    assert kernels.operators("torch", CPU) is kernels.TORCH
-    assert kernels.operators("auto", CPU) is kernels.TORCH  # the interpreter only where asked for
+    assert operators.choose("torch", CPU) is operators.TORCH
+    assert operators.choose("auto", CPU) is operators.TORCH  # the interpreter only where asked for
     assert OPS.attention is not reference.attention
     with pytest.raises(ValueError, match="64 or 128 wide, not 32"):
-        kernels.operators("triton", CPU, head_width=32)
+        operators.choose("triton", CPU, head_width=32)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="no GPU .*TRITON_INTERPRET=1"):
-        kernels.operators("triton", CPU)
+        operators.choose("triton", CPU)
 
 
 def test_choices_on_a_gpu(monkeypatch):
@@ -284,12 +284,12 @@ def test_choices_on_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert kernels.operators("auto", gpu) == OPS == kernels.operators("triton", gpu, 64)
-    assert kernels.operators("auto", gpu, head_width=32) is kernels.TORCH
+    assert operators.choose("auto", gpu) == OPS == operators.choose("triton", gpu, 64)
+    assert operators.choose("auto", gpu, head_width=32) is operators.TORCH
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert kernels.operators("auto", gpu) is kernels.TORCH
+    assert operators.choose("auto", gpu) is operators.TORCH
     with pytest.raises(ValueError, match="older than sm_80"):
-        kernels.operators("triton", gpu)
+        operators.choose("triton", gpu)
 
 
 def test_without_triton_the_reference_remains():
@@ -297,8 +297,8 @@ def test_without_triton_the_reference_remains():
     code = """
 import sys; sys.modules["triton"] = None
 import torch, kernels, kernels.cards, kernels.audit, kernels.tiles, kernels.selfcheck
-assert kernels.operators("auto", torch.device("cpu")) is kernels.TORCH
-try: kernels.operators("triton", torch.device("cpu"))
+assert operators.choose("auto", torch.device("cpu")) is operators.TORCH
+try: operators.choose("triton", torch.device("cpu"))
 except ValueError as error: assert "not installed" in str(error), error
 else: raise AssertionError
 """

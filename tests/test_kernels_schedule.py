@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-import kernels
+from kernels import operators
 from kernels import attention, roofline, schedule, tiles
 from kernels.cards import CARDS
 from tests.exact import gradients, poison  # noqa: F401
 
-OPS = kernels.operators("triton", torch.device("cpu"))
+OPS = operators.choose("triton", torch.device("cpu"))
 KIB = 2**10
 
 

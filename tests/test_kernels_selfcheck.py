@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-import kernels
+from kernels import operators
 from kernels import reference, selfcheck, tiles
 
 CPU = torch.device("cpu")
@@ -24,8 +24,8 @@ def test_the_kernels_pass(monkeypatch):
         return tiles.Tile(64, 64, 4) if kernel.startswith("attention") else pick(kernel, arch, size)
 
     monkeypatch.setattr(tiles, "pick", larger)
-    operators, line = selfcheck.checked("triton", CPU)
-    assert operators == kernels.operators("triton", CPU)
+    ops, line = selfcheck.checked("triton", CPU)
+    assert ops == operators.choose("triton", CPU)
     assert line.startswith("kernels: triton, checked in") and "bfloat16" in line
 
 
@@ -42,17 +42,33 @@ def crashing(*arguments):
     [(crooked, "attention in bfloat16: o is off by 5.0e-01"), (crashing, "ptxas died")],
 )
 def test_a_wrong_kernel_is_named_and_not_used(attention, said, monkeypatch):
-    wrong = kernels.TORCH._replace(attention=attention)
-    monkeypatch.setattr(kernels, "operators", lambda *_: wrong)
+    wrong = operators.TORCH._replace(attention=attention)
+    monkeypatch.setattr(operators, "choose", lambda *_: wrong)
     with pytest.warns(UserWarning, match=said):
-        operators, line = selfcheck.checked("auto", CPU)
-    assert operators is kernels.TORCH and said in line and line.startswith("kernels: torch")
+        ops, line = selfcheck.checked("auto", CPU)
+    assert ops is operators.TORCH and said in line and line.startswith("kernels: torch")
     with pytest.raises(RuntimeError, match=said):
         selfcheck.checked("triton", CPU)
 
 
+def test_a_wrong_draw_is_named():
+    wrong = operators.TORCH._replace(draw=lambda *inputs: reference.draw(*inputs) + 1)
+    _, faults = selfcheck.compare(wrong, CPU, 64, speedrun=False)
+    assert len(faults) == 2 and faults[0].startswith("draw in bfloat16: token is off by")
+
+
+def test_for_drawing_text_the_loss_and_gradients_are_left_alone():
+    """A loss that crashes is no fault there, nor is an attention that has no gradient."""
+    crippled = operators.TORCH._replace(
+        linear_cross_entropy=crashing, attention=lambda *z: reference.attention(*z).detach())
+    _, faults = selfcheck.compare(crippled, CPU, 64, speedrun=False, training=False)
+    assert faults == []
+    _, faults = selfcheck.compare(crippled, CPU, 64, speedrun=False)
+    assert len(faults) == 4
+
+
 def test_the_reference_is_not_checked_against_itself():
-    assert selfcheck.checked("auto", CPU) == (kernels.TORCH, "kernels: torch")
+    assert selfcheck.checked("auto", CPU) == (operators.TORCH, "kernels: torch")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")

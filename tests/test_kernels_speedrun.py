@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from kernels import operators
 from kernels import cross_entropy, reference
 from launch.plan import memory
 from launch.plan.job import Job
@@ -23,7 +23,7 @@ from model.gpt2 import GPTConfig
 from model.network import new_network
 from tests.exact import compare, gradients, loss_inputs, poison, unfused  # noqa: F401
 
-OPS = kernels.operators("triton", torch.device("cpu"))
+OPS = operators.choose("triton", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("vocab, padded", [(50257, 50304), (65, 128)])

@@ -9,9 +9,8 @@ import textwrap
 import pytest
 import torch
 
-import kernels
 from eval import loss
-from kernels import selfcheck
+from kernels import operators, selfcheck
 from launch.errors import BadInput, Failed
 from launch.world import World
 from model import parallel, training
@@ -81,12 +80,12 @@ def test_a_run_whose_ranks_choose_another_dtype_ends_before_it_trains(tiny):
 
 def test_one_rank_without_kernels_and_all_go_without(monkeypatch, capsys):
     """Kernels that fail the self-check on one card: its peers would train another model."""
-    triton = kernels.Operators(*"abc")
+    triton = operators.Operators(*"abc")
     monkeypatch.setattr(selfcheck, "checked", lambda *_, **__: (triton, "kernels: triton, checked"))
     chosen = training.choose_operators(
         GPTConfig(), "auto", torch.float32,
         peers("kernels: triton, checked", "kernels: torch (dq is off by 0.3)"))
-    assert chosen is kernels.TORCH
+    assert chosen is operators.TORCH
     assert capsys.readouterr().out == (
         "kernels: torch (dq is off by 0.3) on rank 2, and so on all\n"
     )

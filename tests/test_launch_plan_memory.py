@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
+from kernels import operators, reference
 from kernels.cards import CARDS
 from kernels.passes import Passes
 from launch.plan import memory, muon, speedrun
@@ -32,19 +32,19 @@ MIB = 2**20
 
 # ---- memory ----
 
-def operators(name: str) -> kernels.Operators:
+def operators_of(name: str) -> operators.Operators:
     if name == "torch":
-        return kernels.TORCH
+        return operators.TORCH
     pytest.importorskip("triton")
     from kernels import attention, cross_entropy, layernorm, qk_norm_rotary, relu_squared
 
-    return kernels.Operators(attention.attention, layernorm.layer_norm,
+    return operators.Operators(attention.attention, layernorm.layer_norm,
                              cross_entropy.linear_cross_entropy, qk_norm_rotary.qk_norm_rotary,
                              relu_squared.relu_squared)
 
 
 def peak_of_a_step(
-    model: GPTConfig, B: int, ops: kernels.Operators, again: bool = False,
+    model: GPTConfig, B: int, ops: operators.Operators, again: bool = False,
     by_hand: Passes | None = None,
 ) -> int:
     """Bytes at the peak of two steps of two micro-steps, as torch's memory tracker counts them."""
@@ -112,7 +112,7 @@ def test_memory_of_blocks_by_hand_is_what_a_step_allocates(shape, again, monkeyp
     peaks = memory.peaks(job, B)
     peaks.pop("loss")
     predicted = 16 * job.stored + memory.activations(job, B) + max(peaks.values())
-    measured = peak_of_a_step(model, B, operators("triton"), again, only_outputs())
+    measured = peak_of_a_step(model, B, operators_of("triton"), again, only_outputs())
     print(f"{shape}: {predicted / MIB:,.1f} MiB predicted, {measured / MIB:,.1f} allocated")
     if again:
         assert 0.999 <= predicted / measured <= 1.1
@@ -139,7 +139,7 @@ def test_memory_is_what_a_step_allocates(shape):
     peaks = memory.peaks(job, B)
     peaks.pop("loss")  # inside one custom operator, where the tracker sees nothing
     predicted = 16 * job.stored + memory.activations(job, B) + max(peaks.values())
-    measured = peak_of_a_step(model, B, operators("triton"))
+    measured = peak_of_a_step(model, B, operators_of("triton"))
     print(f"{shape}: {predicted / MIB:,.1f} MiB predicted, {measured / MIB:,.1f} allocated")
     assert predicted == pytest.approx(measured, rel=1e-3)
 
@@ -152,7 +152,7 @@ def test_memory_of_the_speedrun_is_what_a_step_allocates(shape):
     peaks = memory.peaks(job, B)
     peaks.pop("loss")
     predicted = 16 * job.stored + memory.activations(job, B) + max(peaks.values())
-    assert predicted == pytest.approx(peak_of_a_step(model, B, operators("triton")), rel=1e-3)
+    assert predicted == pytest.approx(peak_of_a_step(model, B, operators_of("triton")), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -190,7 +190,7 @@ def saved_bytes(model: GPTConfig, B: int, ops: str, dtype: str) -> int:
         return x
 
     with FakeTensorMode():
-        gpt = new_network(model, operators(ops))
+        gpt = new_network(model, operators_of(ops))
         tokens = torch.zeros(B, model.n_ctx, dtype=torch.long)
         cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), cast:
@@ -213,7 +213,7 @@ def test_dropouts_masks_are_counted():
 def test_the_loss_holds_as_many_logits_as_the_plan_says():
     cross_entropy = pytest.importorskip("kernels.cross_entropy", reason="needs Triton")
     assert memory.LOGITS == cross_entropy.CHUNK_ELEMENTS
-    assert memory.LOGITS_TORCH == kernels.reference.CHUNK_ELEMENTS
+    assert memory.LOGITS_TORCH == reference.CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize(("shapes", "more"), [(SHAPES, 1.1), (SPEEDRUN, 1.2)],
@@ -227,7 +227,7 @@ def test_recomputing_keeps_the_inputs_of_blocks_alone(shapes, more):
     peaks = memory.peaks(job, B)
     peaks.pop("loss")
     predicted = 16 * job.stored + memory.activations(job, B) + max(peaks.values())
-    assert 1 <= predicted / peak_of_a_step(model, B, operators("triton"), again=True) <= more
+    assert 1 <= predicted / peak_of_a_step(model, B, operators_of("triton"), again=True) <= more
 
 
 # Peaks that PyTorch's own CUDA allocator reported for a plain GPT-2 of the same tensors but one: it

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
 from data.dataset import open_data
 from eval.loss import validation_loss
-from kernels import reference, selfcheck
+from kernels import operators, reference, selfcheck
 from launch.tracker import read_rows
 from launch.world import World
 from model import checkpoint
@@ -168,7 +167,7 @@ def test_the_kernels_attention_is_left_to_pytorch_while_training(model, monkeypa
         return reference.attention(qkv, n_head)
 
     used: list[int] = []
-    ops = kernels.TORCH._replace(attention=no_dropout)
+    ops = operators.TORCH._replace(attention=no_dropout)
     monkeypatch.setattr(selfcheck, "checked", lambda *_, **__: (ops, "kernels: triton, checked"))
     assert choose_operators(SHAPE, "auto", torch.float32, ALONE) is ops
     assert "attention by torch while training" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-import kernels
+from kernels import operators
 from kernels.passes import REFERENCE, triton_passes
 from model import fused_block, training
 from model.fused_block import check, fuse_blocks
@@ -22,7 +22,7 @@ from train_gpt2 import train
 SHAPE = GPTConfig(n_layer=2, n_head=1, n_embd=64, n_ctx=33, n_vocab=100)
 
 
-def model_and_batch(dtype=torch.float32, ops=kernels.TORCH, **changes):
+def model_and_batch(dtype=torch.float32, ops=operators.TORCH, **changes):
     """The same weights each time, none of them 0 or 1; 33 tokens."""
     torch.manual_seed(0)
     model = GPT(SHAPE, ops).to(dtype)
@@ -59,7 +59,7 @@ def test_every_gradient_is_autograds_in_fp64(exact):
 
 
 def test_every_gradient_in_fp32_by_the_kernels(exact):
-    ops = kernels.operators("triton", torch.device("cpu"))
+    ops = operators.choose("triton", torch.device("cpu"))
     model, *batch = model_and_batch(ops=ops)
     fuse_blocks(model, triton_passes(), copies=True)
     for name, got in losses_and_gradients(model, *batch).items():
@@ -73,7 +73,7 @@ def test_every_gradient_in_bf16(exact, passes):
 
     The loss is a single number, off by chance: a mean of 33 tokens', each by some 2^-9 of a nat.
     """
-    ops = kernels.operators("triton" if passes == "triton" else "torch", torch.device("cpu"))
+    ops = operators.choose("triton" if passes == "triton" else "torch", torch.device("cpu"))
     own = losses_and_gradients(*model_and_batch(ops=ops), torch.bfloat16)
     model, *batch = model_and_batch(ops=ops)
     fuse_blocks(model, triton_passes() if passes == "triton" else REFERENCE, copies=True)
@@ -133,7 +133,7 @@ def test_nothing_is_copied_where_another_attention_is_asked_for():
     model, idx, _ = model_and_batch()
     fuse_blocks(model, REFERENCE, copies=True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model.hidden(idx, attend=lambda layer, qkv, n_head: kernels.TORCH.attention(qkv, n_head))
+        model.hidden(idx, attend=lambda layer, qkv, n_head: operators.TORCH.attention(qkv, n_head))
         assert model.h[0].fused.low is None
         model.hidden(idx)
     assert model.h[0].fused.low[0].dtype == torch.bfloat16
@@ -173,7 +173,7 @@ def test_the_check_finds_what_is_wrong_at_a_runs_own_width_alone(monkeypatch):
         device=types.SimpleNamespace(type="cuda"), all_gather=lambda x: [x], print0=print)
     monkeypatch.setattr(fused_block, "check", lambda passes, device, *shape: check(
         passes, torch.device("cpu"), *shape))
-    ops = kernels.operators("triton", torch.device("cpu"))
+    ops = operators.choose("triton", torch.device("cpu"))
     assert training.blocks_by_hand(GPTConfig(n_head=2, n_embd=128), ops, world)
     assert not training.blocks_by_hand(GPTConfig(n_head=8, n_embd=512), ops, world)
 

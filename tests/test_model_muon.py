@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from launch.errors import BadInput
+from model.config import MuonConfig
 from model.gpt2 import GPTConfig
 from model.muon import orthogonalise
 from model.network import new_network
-from model.optim import MuonAdamW, MuonConfig, OptimConfig, configure_optimizers
+from model.optim import MuonAdamW, OptimConfig, configure_optimizers
 from model.parallel import ParallelModel
 from tests.running import ALONE, losses, run_several, weights
 from train_gpt2 import train

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-import kernels
-from kernels import Operators
+from kernels import operators
+from kernels.operators import Operators
 from launch.errors import BadInput
 from launch.files import atomic_write, refuse_lfs_pointer
 from launch.progress import track
@@ -33,6 +33,7 @@ from model.formats.tensors import (
     require_gpt2,
 )
 from model.gpt2 import GPT, GPTConfig
+from model.network import NoFirstWeights
 from model.safetensors_layout import save_tensors
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -54,7 +55,7 @@ GELU = {
 }
 
 
-def from_hf(source: str, ops: Operators = kernels.TORCH, allow_pickle: bool = False) -> GPT:
+def from_hf(source: str, ops: Operators = operators.TORCH, allow_pickle: bool = False) -> GPT:
     """The model in a folder, or on the Hub under this name, in fp32.
 
     allow_pickle: read pytorch_model.bin where there is nothing else (without running its code).
@@ -76,7 +77,8 @@ def from_hf(source: str, ops: Operators = kernels.TORCH, allow_pickle: bool = Fa
     for name, weight in weights.items():
         if name.endswith(CONV1D):
             weights[name] = weight.t()
-    model = GPT(config, ops)
+    with NoFirstWeights():
+        model = GPT(config, ops)
     load_named(model, weights, folder)
     return model
 

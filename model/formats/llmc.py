@@ -21,6 +21,7 @@ from launch.errors import BadInput
 from launch.progress import track
 from model.formats.tensors import block_shapes, gpt2_shapes, load_named, require_gpt2
 from model.gpt2 import GPT, GPTConfig
+from model.network import NoFirstWeights
 
 MAGIC = 20240326
 VERSIONS = {3: torch.float32, 5: torch.bfloat16}
@@ -73,7 +74,8 @@ def from_llmc(path: Path) -> GPT:
         tensors[name] = values.view(dtype).view(shapes[name])
         start = end
     tensors["wte.weight"] = tensors["wte.weight"][: config.n_vocab]
-    model = GPT(config)
+    with NoFirstWeights():
+        model = GPT(config)
     load_named(model, tensors, path)
     return model
 

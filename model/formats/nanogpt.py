@@ -28,6 +28,7 @@ from model.formats.tensors import (
     our_names,
 )
 from model.gpt2 import GPT, GPTConfig
+from model.network import NoFirstWeights
 
 PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DDP's, in either order
 
@@ -54,7 +55,8 @@ def from_nanogpt(path: Path) -> GPT:
     if not any(name.endswith("bias") for name in tensors):  # nanoGPT's bias=False
         tensors |= _zero_biases(config, tensors)
     check_shapes({name: tensor.shape for name, tensor in tensors.items()}, config, path)
-    model = GPT(config)
+    with NoFirstWeights():
+        model = GPT(config)
     load_named(model, tensors, path)
     return model
 

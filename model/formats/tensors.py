@@ -16,7 +16,7 @@ from torch import Tensor
 from launch.errors import BadInput
 from launch.progress import track
 from model.gpt2 import GPT, GPTConfig
-from model.network import has_vocabulary_rows
+from model.network import NoFirstWeights, has_vocabulary_rows
 
 VOCAB = GPTConfig.n_vocab  # the tokenizer's
 # 50,257 rounded up for the hardware, as the field does; a vocabulary of any other size has tokens
@@ -133,7 +133,8 @@ def without_padding(model: GPT, spec: str) -> GPT:
     if model.config.n_vocab not in PADDED:
         raise BadInput(f"{spec} has a vocabulary of {model.config.n_vocab:,}; GPT-2's is {VOCAB:,} "
                        f"(or padded: {', '.join(f'{size:,}' for size in sorted(PADDED))})")
-    cut = GPT(replace(model.config, n_vocab=VOCAB), model.ops).to(model.wte.weight.dtype)
+    with NoFirstWeights():
+        cut = GPT(replace(model.config, n_vocab=VOCAB), model.ops).to(model.wte.weight.dtype)
     weights = named_weights(model)
     weights["wte.weight"] = weights["wte.weight"][:VOCAB]
     load_named(cut, weights, spec)

@@ -1,0 +1,1 @@
+"""What is timed on a CPU, each beside its plain baseline: `make bench`, python -m tests.bench."""
