@@ -328,4 +328,6 @@ def test_the_workflow_runs_what_a_change_has_to_pass():
         for command in commands(f"```sh\n{line}\n```\n", "ci.yml"):
             check(command)
     make = [line for line in lines["linux"] if line.startswith("make")]
-    assert make == re.findall(r"^make \w+", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    script = (ROOT / ".ci/run").read_text()
+    assert make == [line.partition(" #")[0] for line in script.splitlines()
+                    if line.startswith("make")]
