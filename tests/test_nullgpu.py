@@ -51,7 +51,8 @@ COUNTED = {
 
 
 def second_step(log: str) -> dict:
-    return counts.count_part(counts.cut(log.splitlines(), rows.Part("update", "update", 2, 3)))
+    second = rows.Part("mark update", "mark update", 2, 3)
+    return counts.count_part(counts.cut(log.splitlines(), second))
 
 
 # ---- counting and comparing ----
@@ -83,7 +84,7 @@ def test_one_line_less_is_a_difference():
 
 
 def test_a_log_that_ends_too_early_is_no_count():
-    with pytest.raises(counts.Missing, match="2 times 'update', expected 3"):
+    with pytest.raises(counts.Missing, match="2 times 'mark update', expected 3"):
         second_step(STEP.rpartition("mark update")[0])
 
 
@@ -117,12 +118,25 @@ def test_a_run_is_counted_from_what_it_leaves(tmp_path):
     (tmp_path / "log").write_text("mark update\n" * 10 + STEP)
     (tmp_path / "cubins").mkdir()
     (tmp_path / "found.json").write_text(json.dumps(
-        {"graph_breaks": 1, "recompiles": 3, "peaks": {"step": 123.4}}))
+        {"graph_breaks": 1, "recompiles": 3, "peak": 9.0, "peaks": {"step": 123.4}}))
     counted = counts.count(tmp_path, ("step",), Path("cuobjdump"))
     assert counted["graph breaks"] == 1
     assert counted["recompiles"] == 3
     assert counted["step"]["peak MiB"] == 123
     assert counted["step"]["launches"]["all"] == 11  # of the twelfth update
+
+
+def test_a_graph_is_counted_where_it_was_captured_and_once_where_it_is_replayed(tmp_path):
+    replayed = ["graph", "copy d2h 8", "wait event"]
+    (tmp_path / "log").write_text("\n".join([
+        "capture begins", "captured gemm 1 1 1", "captured triton draw grid 1 1 1", "capture ends",
+        *replayed * 4]))
+    (tmp_path / "found.json").write_text(json.dumps(
+        {"graph_breaks": 0, "recompiles": 0, "peak": 277.6, "peaks": {}}))
+    counted = counts.count(tmp_path, ("token", "graph"), Path("cuobjdump"))
+    assert counted["token"]["launches"] == {"all": 2, "copies": 1, "graphs": 1}
+    assert counted["graph"]["launches"] == {"all": 2, "GEMM": 1, "ours": 1}
+    assert counted["token"]["peak MiB"] == 278
 
 
 @pytest.fixture
@@ -158,7 +172,8 @@ def test_the_table_has_the_rows_that_are_run_and_no_fault():
         if isinstance(row, rows.Largest):
             assert list(counted[row.name]) == ["sequences"]
             continue
-        assert counted[row.name]["spills"] == {}
+        # 40 bytes, by Triton 3.8 on sm_90. A new name here needs a reason.
+        assert set(counted[row.name]["spills"]) <= {"draw_tokens"}
         assert counted[row.name]["graph breaks"] == 0
         assert set(row.parts) < set(counted[row.name])
 

@@ -25,7 +25,6 @@ import eval.evaluator
 import eval.hellaswag
 import kernels.selfcheck
 import model.fused_block
-import model.generate
 import model.saving
 from tests.nullgpu.collectives import use_counted_group
 from tests.nullgpu.rows import PARTS, ROWS, SMALL, Row
@@ -34,14 +33,19 @@ peaks: dict[str, float] = {}  # part -> MiB
 marks: dict[str, int] = {}  # mark -> how often it was made
 
 
+def peak_mib() -> float:
+    """The most that tensors have taken since the latest beginning of a part."""
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 def mark(text: str) -> None:
     """Writes a line into the log of launches; begins and ends what PARTS count."""
     ctypes.CDLL(None).nullgpu_mark(text.encode())
     marks[text] = marks.get(text, 0) + 1
     for name, part in PARTS.items():
-        if text == part.end and marks[text] == part.nth_end:
-            peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-        if text == part.begin and marks[text] == part.nth:
+        if f"mark {text}" == part.end and marks[text] == part.nth_end:
+            peaks[name] = peak_mib()
+        if f"mark {text}" == part.begin and marks[text] == part.nth:
             torch.cuda.reset_peak_memory_stats()
 
 
@@ -83,29 +87,6 @@ def pass_the_self_checks() -> None:
     model.fused_block.check = lambda *args: ("not checked", "")
 
 
-def draw_as_if_there_were_numbers() -> None:
-    """Logits of a card that computes nothing are no numbers, and their probabilities are 0: the
-    answers to these two questions are replaced, and asked as before."""
-    real, real_all, multinomial = model.generate.draw, torch.Tensor.all, torch.multinomial
-
-    def all_are(self, *args):
-        real_all(self, *args).item()
-        return torch.tensor(True)
-
-    def evenly(p, *args, **kwargs):
-        return multinomial(torch.ones_like(p), *args, **kwargs)
-
-    def draw(*args):
-        mark("draw")
-        torch.Tensor.all, torch.multinomial = all_are, evenly
-        try:
-            return real(*args)
-        finally:
-            torch.Tensor.all, torch.multinomial = real_all, multinomial
-
-    model.generate.draw = draw
-
-
 def find_as_many_as_there_can_be() -> None:
     """How many entries aren't zero is read from the card, which says none: HellaSwag would be
     scored without its last launches. All are found."""
@@ -136,7 +117,6 @@ def prepare(row: Row) -> None:
     mark_around(eval.evaluator, "validation_loss", "validation")
     mark_around(eval.hellaswag, "evaluate", "HellaSwag")
     pass_the_self_checks()
-    draw_as_if_there_were_numbers()
     find_as_many_as_there_can_be()
     save_nothing()
     if row.ranks > 1:
@@ -150,7 +130,7 @@ def found() -> dict:
 
     recompiles = [m for m in get_compilation_metrics() if m.recompile_reason]
     return {"torch": torch.__version__, "graph_breaks": sum(counters["graph_break"].values()),
-            "recompiles": len(recompiles), "peaks": peaks}
+            "recompiles": len(recompiles), "peaks": peaks, "peak": peak_mib()}
 
 
 def run(row: Row, inputs: Path, out: Path) -> NoReturn:

@@ -147,7 +147,7 @@ extern int capturing;
 
 cudaError_t CUDARTAPI cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
 {
-    record("capture");
+    record("capture begins");
     capturing = 1;
     return cudaSuccess;
 }
@@ -155,6 +155,7 @@ cudaError_t CUDARTAPI cudaStreamBeginCapture(cudaStream_t stream, enum cudaStrea
 cudaError_t CUDARTAPI cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
 {
     capturing = 0;
+    record("capture ends");
     *graph = new_handle();
     return cudaSuccess;
 }

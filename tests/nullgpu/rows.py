@@ -15,7 +15,7 @@ QUESTIONS = 64  # of HellaSwag
 
 @dataclass(frozen=True)
 class Part:
-    """The stretch of a run that is counted: from a mark in the log to another, the n-th of each."""
+    """The stretch of a run that is counted: from a line of the log to another, the n-th of each."""
 
     begin: str
     end: str
@@ -25,10 +25,12 @@ class Part:
 
 PARTS = {
     # From the beginning of an update to that of the next: whatever a step does, it does once.
-    "step": Part("update", "update", 12, 13),
-    "token": Part("draw", "draw", 10, 11),
-    "validation": Part("validation begins", "validation ends"),
-    "HellaSwag": Part("HellaSwag begins", "HellaSwag ends"),
+    "step": Part("mark update", "mark update", 12, 13),
+    "validation": Part("mark validation begins", "mark validation ends"),
+    "HellaSwag": Part("mark HellaSwag begins", "mark HellaSwag ends"),
+    # Of sampling: from a replay of its graph to the next, and what was captured into that.
+    "token": Part("graph", "graph", 3, 4),
+    "graph": Part("capture begins", "capture ends"),
 }
 
 
@@ -90,7 +92,7 @@ ROWS = [
     Row("gpt2-124m, fsdp, 8 h100", "h100", ranks=8, arguments=("--parallel", "fsdp")),
     Evaluated("gpt2-124m judged while it trains, h100", "h100",
               parts=("step", "validation", "HellaSwag")),
-    Sampling("gpt2-124m sampled, h100", "h100", parts=("token",)),
+    Sampling("gpt2-124m sampled, h100", "h100", parts=("token", "graph")),
 ]
 
 # For tests: what is planted in it has to be found.
