@@ -1,4 +1,5 @@
-# make train | test | lint | audit | cuda-check | bench | lessons | speedrun-cpu: all set up .venv.
+# make train | test | lint | audit | bench | cuda-check | lessons | speedrun-cpu: each sets up .venv
+# by itself first.
 # make train ARGS='--steps 100' passes flags on; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ RUNTIME := .venv/runtime
 READY := .venv/ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: train test lint audit cuda-check bench lessons speedrun-cpu clean
+.PHONY: train test lint audit bench cuda-check lessons speedrun-cpu clean
 
 train: $(RUNTIME)
 	@$(BIN)/python train_gpt2.py demo $(ARGS)
@@ -24,11 +25,11 @@ lint: $(READY)
 audit: $(READY)
 	@$(BIN)/python -m kernels.audit $(ARGS)
 
-cuda-check: $(RUNTIME)
-	@$(BIN)/python -m tests.nullgpu $(ARGS)
-
 bench: $(READY)
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+cuda-check: $(RUNTIME)
+	@$(BIN)/python -m tests.nullgpu $(ARGS)
 
 lessons: $(READY)
 	@$(BIN)/python -m lessons.render $(ARGS)

@@ -156,8 +156,8 @@ def test_a_straight_line_is_told_from_one_that_bends():
     assert growth.judge(xs, [2 * x for x in xs], "") == "straight in log-log with slope 1.00"
     assert growth.judge(xs, [3 * x**0.5 for x in xs], "").endswith("slope 0.50")
     bent = growth.judge(xs, [100 + x for x in xs], "a fixed part comes first")
-    assert bent == ("not straight: the slope is 0.04 at the small end and 0.74 at the large one, "
-                    "for a fixed part comes first")
+    assert bent == ("not straight: the slope is 0.04 at the small end and 0.74 at the large one"
+                    ". What bends it by nature: a fixed part comes first")
 
 
 def test_a_curve_is_drawn(tmp_path):

@@ -16,7 +16,8 @@ import train_gpt2
 from eval.sample import Arguments, continue_prompts
 from eval.wrap import indented
 from launch import recovery
-from launch.tracker import Tracker, read_rows
+from launch.reports import StepReports
+from launch.tracker import read_rows
 from model.checkpoint import load_model
 from model.generate import SampleConfig
 from model.gpt2 import GPTConfig
@@ -229,10 +230,10 @@ def test_a_file_is_read_in_one_sitting():
     assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
 
 
-def test_a_step_waits_for_its_numbers_once(tiny, monkeypatch):
-    """On a GPU every tensor that the host reads makes it wait for all that was launched: of a step
-    loss and norm are read, together, before the update, and nothing behind it."""
-    read, steps = [], []
+def test_a_step_waits_for_nothing_where_the_device_decides(tiny, monkeypatch):
+    """On a GPU every tensor that the host reads makes it wait for all that was launched: from a
+    step's batch to its report there is none, and a step's report is read once, behind the next."""
+    read, steps, order = [], [], []
 
     def counted(name, original):
         def reads(tensor, *rest):
@@ -243,17 +244,30 @@ def test_a_step_waits_for_its_numbers_once(tiny, monkeypatch):
 
     for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
-    get_batch, log_step = recovery.get_batch, Tracker.log_step
+    get_batch, put, follow = recovery.get_batch, StepReports.put, StepReports._follow
 
     def begin(*arguments):
         read.clear()
         return get_batch(*arguments)
 
-    def end(self, step, **values):
+    def end(self, step, *rest):
+        put(self, step, *rest)
         steps.append(list(read))
-        log_step(self, step, **values)
+        order.append(("launched", step))
+
+    def heard(self, run, report):
+        read.clear()
+        step = follow(self, run, report)
+        steps.append(list(read))
+        order.append(("heard of", report.step))
+        return step
 
     monkeypatch.setattr(recovery, "get_batch", begin)
-    monkeypatch.setattr(Tracker, "log_step", end)
-    assert train(tiny(micro_batch=3)) == 0
-    assert steps == [[("tolist", 2)]] * 6
+    monkeypatch.setattr(StepReports, "put", end)
+    monkeypatch.setattr(StepReports, "_follow", heard)
+    monkeypatch.setattr(train_gpt2, "device_decides", lambda *_: True)
+    assert train(tiny(micro_batch=3, steps=3, save_every=3)) == 0
+    assert order == [("launched", 0), ("launched", 1), ("heard of", 0), ("launched", 2),
+                     ("heard of", 1), ("heard of", 2)]
+    assert [len(reads) for reads in steps] == [0, 0, 1, 0, 1, 1]
+    assert {read for reads in steps for read in reads} == {("tolist", 6)}

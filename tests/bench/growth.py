@@ -136,7 +136,7 @@ def judge(xs: tuple[int, ...] | list[int], ys: list[float], why: str) -> str:
         return f"straight in log-log with slope {slope:.2f}"
     steps = np.diff(y) / np.diff(x)
     return (f"not straight: the slope is {steps[0]:.2f} at the small end and {steps[-1]:.2f} at "
-            f"the large one, for {why}")
+            f"the large one. What bends it by nature: {why}")
 
 
 def draw(one: Measured, path: Path) -> None:
@@ -205,7 +205,7 @@ def against_threads(threads: int) -> Work:
 def against_shards(count: int) -> Work:
     """Opens a folder of so many shards, and takes ten batches."""
     folder = scratch()
-    tokens = np.arange(4096, dtype=np.uint16)
+    tokens = np.arange(50256 - 4095, 50257).astype(np.uint16)  # up to GPT-2's last
     for number in range(count + 1):  # the first is for validation
         kind = "train" if number else "val"
         (folder / f"made_{kind}_{number:06d}.bin").write_bytes(shard_bytes(tokens))
