@@ -172,8 +172,9 @@ def test_the_table_has_the_rows_that_are_run_and_no_fault():
         if isinstance(row, rows.Largest):
             assert list(counted[row.name]) == ["sequences"]
             continue
-        # 40 bytes, by Triton 3.8 on sm_90. A new name here needs a reason.
-        assert set(counted[row.name]["spills"]) <= {"draw_tokens"}
+        # Up to 40 bytes, by Triton 3.8: one program a text, and one a step. A new name here needs a
+        # reason.
+        assert set(counted[row.name]["spills"]) <= {"draw_tokens", "judge"}
         assert counted[row.name]["graph breaks"] == 0
         assert set(row.parts) < set(counted[row.name])
 
