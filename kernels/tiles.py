@@ -125,7 +125,7 @@ _ROWS = {
     ("decode_attention_fp32", EVERY, 64): (Tile(1, 64, 8),),
     ("decode_attention_fp32", EVERY, 128): (Tile(1, 32, 8),),
     ("draw", EVERY, 65536): (Tile(1, 4096, 16), Tile(1, 2048, 8)),
-    ("judge_step", EVERY, 1): (Tile(1, 128, 2),),  # a window of 128 numbers
+    ("judge_step", EVERY, 1): (Tile(1, 128, 1),),  # a window of 128 numbers
 }
 
 TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {

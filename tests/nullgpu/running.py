@@ -93,6 +93,6 @@ def write_inputs(place: Workplace) -> None:
     if (place.inputs / "model" / "manifest.json").exists():
         return
     write = ("import sys; from pathlib import Path; from model.convert import write_ours;"
-             "from model.gpt2 import GPT, GPTConfig; import kernels;"
-             "write_ours(GPT(GPTConfig(), kernels.TORCH), Path(sys.argv[1]))")
+             "from model.gpt2 import GPT, GPTConfig; from kernels import operators;"
+             "write_ours(GPT(GPTConfig(), operators.TORCH), Path(sys.argv[1]))")
     subprocess.run([place.python, "-c", write, str(place.inputs / "model")], cwd=ROOT, check=True)
