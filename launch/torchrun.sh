@@ -25,11 +25,12 @@ fi
 # Flags and data are checked on every node before torchrun starts: a wrong flag would otherwise be
 # reported by the ranks, once for every restart, and a missing folder on a cluster after the queue.
 checked=$(RANK=$node python -c 'import os, train_gpt2 as run
+from data.dataset import open_data
 with run.one_line_errors():  # node 0 alone speaks of flags, every node of its own data
     config = run.cli.parse(run.TrainConfig, run.PRESETS)
     config.check()
     del os.environ["RANK"]
-    run.open_data(config.data)
+    open_data(config.data)
     print(run.torch.cuda.device_count(), config.planning.preflight, file=open(3, "w"))' "$@" 3>&1 1>&2)
 [[ -n $checked ]] || exit 0 # --help
 read -r gpus preflight <<< "$checked"

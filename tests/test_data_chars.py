@@ -109,7 +109,7 @@ def test_a_plan_counts_the_characters(flags, n_vocab, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("ab\n" * 1000)
     seen: list = []
     monkeypatch.setattr(plan, "show", lambda settings, *_: seen.append(settings) or 0)
-    assert train(cli.parse(TrainConfig, PRESETS, [*flags, "--plan", "1xa100"])) == 0
+    assert cli.parse(TrainConfig, PRESETS, [*flags, "--plan", "1xa100"]).show_plan() == 0
     assert seen[0]["model"]["n_vocab"] == n_vocab
 
 

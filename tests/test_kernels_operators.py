@@ -296,7 +296,8 @@ def test_without_triton_the_reference_remains():
     """In a fresh process in which `import triton` fails."""
     code = """
 import sys; sys.modules["triton"] = None
-import torch, kernels, kernels.cards, kernels.audit, kernels.tiles, kernels.selfcheck
+import torch, kernels.cards, kernels.audit, kernels.tiles, kernels.selfcheck
+from kernels import operators
 assert operators.choose("auto", torch.device("cpu")) is operators.TORCH
 try: operators.choose("triton", torch.device("cpu"))
 except ValueError as error: assert "not installed" in str(error), error

@@ -10,7 +10,7 @@ import torch
 
 import train_gpt2
 from eval import evaluator
-from launch import cli, recovery
+from launch import cli, recovery, reports
 from launch.errors import BadInput
 from launch.tracker import read_rows
 from model import pace
@@ -40,6 +40,7 @@ def set_clock(monkeypatch, tick: float) -> None:
     """For the loop, the evaluations and the plan."""
     clock = Clock(tick)
     monkeypatch.setattr(train_gpt2, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(reports, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(evaluator, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(pace, "Pace", lambda minutes: PACE(minutes, clock))
 
