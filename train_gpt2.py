@@ -37,7 +37,6 @@ from data.dataset import open_on_all_ranks
 from data.loader import Loader
 from eval.evaluator import Evaluator
 from eval.report import plot_losses
-from kernels import products
 from launch import folder, preflight, recovery
 from launch.files import folder_lock
 from launch.reports import StepReports
@@ -55,7 +54,6 @@ from model.training import (
     TrainState,
     are_by_hand,
     build_train_state,
-    choose_products,
     device_decides,
 )
 
@@ -207,9 +205,6 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     if source:  # BadInput unless model, optim, batch_tokens, seed, data (and mostly steps) match
         world.broadcast_from_rank0(folder.require_same_run, source, description)
 
-    at_exit.callback(products.use, "mkl")  # the process's own setting, and not the run's alone
-    description["resolved"]["fp32_products"] = choose_products(
-        micro_batch * T, config.model.n_embd, dtype, config.compute.deterministic, source, world)
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
                                      config.seed, config.init, source, world, characters)
     description["resolved"]["compile"] &= not are_by_hand(state)  # checked by now, on the GPU

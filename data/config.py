@@ -89,8 +89,6 @@ class DataConfig:
         return replace(self, text=str(path) if path else "", dir="")
 
 
-
-
 def fit_micro_batch(batch_tokens: int, ranks: int, T: int, at_most: int) -> int:
     """Sequences a rank computes at once: the largest divisor of its share that is <= at_most.
 

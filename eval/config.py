@@ -28,5 +28,3 @@ class EvalConfig:
         cli.within("eval_every", self.eval_every, 1, cli.MOST_STEPS)
         cli.within("val_tokens", self.val_tokens, 1, 10**12)
         cli.within("early_stop", self.early_stop, 0, cli.MOST_STEPS)
-
-

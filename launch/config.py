@@ -75,5 +75,3 @@ def check_minutes(config: Any) -> None:
     if config.minutes and config.planning.plan:
         raise BadInput("--plan says what --steps take on that GPU, and --minutes plans the steps "
                        "of a run here: leave out one of them")
-
-

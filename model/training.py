@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kernels import operators, products, selfcheck
+from kernels import operators, selfcheck
 from kernels.constants import Choice
 from kernels.passes import triton_passes
 from launch.errors import BadInput
@@ -54,30 +54,6 @@ def build_train_state(
     with world.fail_together():
         saved = load_train_state(state, source)
     return state, saved
-
-
-def choose_products(
-    rows: int, C: int, dtype: str, deterministic: bool, source: Path | None, world: World
-) -> products.Library:
-    """Whose fp32 products all ranks take from now on (kernels/products.py).
-
-    What the run in `source` began with, so that it goes on bit for bit; for a new one, what is
-    fastest on every rank, measured for products of (rows, C). MKL's where it isn't measured: off
-    the CPU, in another dtype, and under --deterministic.
-    """
-    library: products.Library = "mkl"
-    if source:
-        saved = world.broadcast_from_rank0(checkpoint.read_config, source)
-        if saved.get("resolved", {}).get("fp32_products") == "onednn":
-            library = "onednn"
-    elif dtype == "fp32" and world.device.type == "cpu" and not deterministic:
-        library, line = products.fastest(rows, C)
-        if set(world.all_gather(library)) != {library}:
-            library, line = "mkl", ""
-        if line:
-            world.print0(line)
-    products.use(library)
-    return library
 
 
 def choose_operators(
