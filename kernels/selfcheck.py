@@ -40,8 +40,8 @@ def checked(
     training: also what drawing text has no use for, the loss and all gradients.
 
     Where kernels were chosen they are compared first. If one disagrees with the reference, or fails
-    to run, "auto" warns and falls back to the reference, and "triton" stops with a RuntimeError;
-    both name operator, tensor and error.
+    to run, "triton" stops with a RuntimeError, and else its operator falls back to the reference,
+    with a warning; both name operator, tensor and error.
     """
     ops = operators.choose(choice, device, head_width, weights)
     if ops is operators.TORCH:
@@ -52,11 +52,12 @@ def checked(
     if not faults:
         shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
         return ops, f"kernels: triton, checked in {seconds:.1f} s (largest errors: {shown})"
-    line = "kernels disagree with the reference: " + "; ".join(faults)
+    line = "kernels disagree with the reference: " + "; ".join(what for _, what in faults)
     if choice == "triton":
         raise RuntimeError(f"{line}; use --kernels torch")
-    warnings.warn(f"{line}; falling back to --kernels torch", stacklevel=2)
-    return operators.TORCH, f"kernels: torch ({line})"
+    wrong = list(dict.fromkeys(operator for operator, _ in faults))
+    warnings.warn(f"{line}; {', '.join(wrong)} by torch", stacklevel=2)
+    return operators.without(ops, wrong), f"kernels: triton, {', '.join(wrong)} by torch ({line})"
 
 
 def checked_judge(device: torch.device) -> tuple[Callable, str]:
@@ -97,9 +98,11 @@ def judge_differs(judge: Callable, device: torch.device) -> str:
 def compare(
     ops: operators.Operators, device: torch.device, head_width: int, speedrun: bool = True,
     training: bool = True,
-) -> tuple[dict[str, float], list[str]]:
-    """The largest error of each dtype, and a sentence for each tensor beyond its limit."""
-    worst, faults = {}, []
+) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """The largest error of each dtype; for each tensor beyond its limit its operator and a sentence
+    that says so."""
+    worst: dict[str, float] = {}
+    faults: list[tuple[str, str]] = []
     for dtype, limit in LIMITS.items():
         name = str(dtype).removeprefix("torch.")
         worst[name] = 0.0
@@ -112,14 +115,16 @@ def compare(
                 exact = _results(getattr(reference, operator), run, wide, gradients)
                 got = _results(getattr(ops, operator), run, inputs, gradients)
             except Exception as error:  # a kernel that does not compile or launch is a fault too
-                faults.append(f"{operator} in {name}: {type(error).__name__}: {error}")
+                what = f"{operator} in {name}: {type(error).__name__}: {error}"
+                faults.append((operator, what))
                 continue
             for tensor, a, b in zip(tensors[: len(exact)], got, exact, strict=True):
                 a, b = a.cpu().double(), b.cpu().double()  # the one judge that is not on trial
                 off = ((a - b).norm() / b.norm()).item()
                 worst[name] = max(worst[name], off)
                 if not off <= limit:  # NaN too, and 0 / 0 of a GPU that does nothing
-                    faults.append(f"{operator} in {name}: {tensor} is off by {off:.1e}")
+                    what = f"{operator} in {name}: {tensor} is off by {off:.1e}"
+                    faults.append((operator, what))
     return worst, faults
 
 
