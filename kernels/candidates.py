@@ -243,10 +243,11 @@ class AttentionCase:
 
     def backward_fault(self, got: tuple[Tensor, ...]) -> str:
         """What is wrong with (dqkv,), "" for nothing."""
-        parts = zip(("dq", "dk", "dv"), got[0].chunk(3, -1), self.exact[2].chunk(3, -1),
-                    strict=True)
-        faults = [self._off(name, part, exact, LIMITS[self.dtype]) for name, part, exact in parts]
-        return "; ".join(fault for fault in faults if fault)
+        parts = got[0].chunk(3, -1), self.exact[2].chunk(3, -1)  # each (., T, C)
+        for name, part, exact in zip(("dq", "dk", "dv"), *parts, strict=True):
+            if fault := self._off(name, part, exact, LIMITS[self.dtype]):
+                return fault
+        return ""
 
     def _off(self, tensor: str, got: Tensor, exact: Tensor, limit: float) -> str:
         got, exact = self.ends(got).cpu().double(), exact.cpu()  # the one judge not on trial
