@@ -1,8 +1,8 @@
 """Who can compute attention on a card, pass by pass: our kernels, PyTorch's flash, and cuDNN.
 
     case = AttentionCase(64, 1024, 12, 64, torch.bfloat16, device)        # a run's own shape
-    forward = case.forward_runs(FORWARD)                   # for kernels/race.py
-    backward = case.backward_runs(BACKWARD, "triton")      # of what triton's forward pass left
+    forward = case.forward_runs(NAMES)                     # for kernels/race.py
+    backward = case.backward_runs(NAMES, "triton")         # of what triton's forward pass left
     y = attention_by("triton", "cudnn")(qkv, n_head)       # forward by one, backward by another
 
 All keep the same for the backward pass: qkv, the output, and the log-sum-exp of each row. Ours
@@ -98,21 +98,23 @@ BACKWARD = {"triton": launch_backward, "flash": _flash_backward, "cudnn": _cudnn
             TORCH: passes.REFERENCE.attention_backward}
 
 
-def _able(name: str, dtype: torch.dtype) -> str:
-    """Who does it in this dtype: fp32, in which kernels are checked too, PyTorch's don't know."""
-    return "triton" if name in ("flash", "cudnn") and dtype not in HALF else name
+def _able(name: str, qkv: Tensor) -> str:
+    """Who takes this: PyTorch's know no fp32, in which kernels are checked too, and no empty batch."""
+    if name in ("flash", "cudnn") and (qkv.dtype not in HALF or not qkv.numel()):
+        return "triton"
+    return name
 
 
 def forward_by(name: str, qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     """The forward pass of this name."""
-    return FORWARD[_able(name, qkv.dtype)](qkv, n_head)
+    return FORWARD[_able(name, qkv)](qkv, n_head)
 
 
 def backward_by(
     name: str, dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int
 ) -> Tensor:
     """The backward pass of this name."""
-    return BACKWARD[_able(name, qkv.dtype)](dout, qkv, out, lse, n_head)
+    return BACKWARD[_able(name, qkv)](dout, qkv, out, lse, n_head)
 
 
 # ---- both passes as an operator ----

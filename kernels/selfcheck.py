@@ -52,10 +52,10 @@ def checked(
     if not faults:
         shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
         return ops, f"kernels: triton, checked in {seconds:.1f} s (largest errors: {shown})"
-    line = "kernels disagree with the reference: " + "; ".join(what for _, what in faults)
+    line = "kernels disagree with the reference: " + "; ".join(faults)
     if choice == "triton":
         raise RuntimeError(f"{line}; use --kernels torch")
-    wrong = list(dict.fromkeys(operator for operator, _ in faults))
+    wrong = [name for name in ops._fields if any(f.startswith(f"{name} in ") for f in faults)]
     warnings.warn(f"{line}; {', '.join(wrong)} by torch", stacklevel=2)
     return operators.without(ops, wrong), f"kernels: triton, {', '.join(wrong)} by torch ({line})"
 
@@ -98,11 +98,10 @@ def judge_differs(judge: Callable, device: torch.device) -> str:
 def compare(
     ops: operators.Operators, device: torch.device, head_width: int, speedrun: bool = True,
     training: bool = True,
-) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """The largest error of each dtype; for each tensor beyond its limit its operator and a sentence
-    that says so."""
-    worst: dict[str, float] = {}
-    faults: list[tuple[str, str]] = []
+) -> tuple[dict[str, float], list[str]]:
+    """The largest error of each dtype, and for each tensor beyond its limit "OPERATOR in DTYPE: "
+    and what is wrong."""
+    worst, faults = {}, []
     for dtype, limit in LIMITS.items():
         name = str(dtype).removeprefix("torch.")
         worst[name] = 0.0
@@ -115,16 +114,14 @@ def compare(
                 exact = _results(getattr(reference, operator), run, wide, gradients)
                 got = _results(getattr(ops, operator), run, inputs, gradients)
             except Exception as error:  # a kernel that does not compile or launch is a fault too
-                what = f"{operator} in {name}: {type(error).__name__}: {error}"
-                faults.append((operator, what))
+                faults.append(f"{operator} in {name}: {type(error).__name__}: {error}")
                 continue
             for tensor, a, b in zip(tensors[: len(exact)], got, exact, strict=True):
                 a, b = a.cpu().double(), b.cpu().double()  # the one judge that is not on trial
                 off = ((a - b).norm() / b.norm()).item()
                 worst[name] = max(worst[name], off)
                 if not off <= limit:  # NaN too, and 0 / 0 of a GPU that does nothing
-                    what = f"{operator} in {name}: {tensor} is off by {off:.1e}"
-                    faults.append((operator, what))
+                    faults.append(f"{operator} in {name}: {tensor} is off by {off:.1e}")
     return worst, faults
 
 

@@ -206,6 +206,9 @@ def test_attention_by_two_is_one_operator(case, passes):
         (dqkv,) = torch.autograd.grad(out, x, dout.to(dtype))
         for got, exact in ((out, case.exact[0]), (dqkv, case.exact[2])):
             assert (got[[0, -1]] - exact).norm() < limit * exact.norm()
+    empty = torch.empty(0, 8, 384, dtype=torch.bfloat16, requires_grad=True)
+    attention(empty, 2).sum().backward()
+    assert empty.grad.shape == empty.shape
     few = x[:1].detach().requires_grad_()
     torch.library.opcheck(torch.ops.gpt2.attention_by.default, (few, 2, *passes))
 

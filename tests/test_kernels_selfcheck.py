@@ -55,8 +55,7 @@ def test_a_wrong_kernel_is_named_and_not_used(attention, said, monkeypatch):
 def test_a_wrong_draw_is_named():
     wrong = operators.TORCH._replace(draw=lambda *inputs: reference.draw(*inputs) + 1)
     _, faults = selfcheck.compare(wrong, CPU, 64, speedrun=False)
-    assert [operator for operator, _ in faults] == ["draw", "draw"]
-    assert faults[0][1].startswith("draw in bfloat16: token is off by")
+    assert len(faults) == 2 and faults[0].startswith("draw in bfloat16: token is off by")
 
 
 def test_for_drawing_text_the_loss_and_gradients_are_left_alone():

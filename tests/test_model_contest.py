@@ -20,7 +20,7 @@ from model import contest, training
 from model.contest import BY_HAND, COMPILED, EAGER, BlockCase, Contest
 from model.gpt2 import GPTConfig
 from tests.running import ALONE
-from tests.test_launch_agreement import peers
+from tests.test_launch_agreement import peers, run_ranks
 from train_gpt2 import train
 
 CPU = torch.device("cpu")
@@ -78,10 +78,10 @@ class Clock:
 def clock(monkeypatch):
     """cuDNN's backward pass is the fastest that repeats itself, and flash's faster."""
     clock = Clock()
-    monkeypatch.setattr(candidates, "FORWARD", {
+    monkeypatch.setattr(candidates, "FORWARD", candidates.FORWARD | {
         "triton": clock.forward("triton", 0.31), "flash": clock.forward("flash", 0.40),
         "cudnn": clock.forward("cudnn", 0.33)})
-    monkeypatch.setattr(candidates, "BACKWARD", {
+    monkeypatch.setattr(candidates, "BACKWARD", candidates.BACKWARD | {
         "triton": clock.backward("triton", 0.95), "cudnn": clock.backward("cudnn", 0.72),
         "flash": clock.backward("flash", 0.60, noise=2**-8)})
     monkeypatch.setattr(contest, "milliseconds", clock.judge)
@@ -143,6 +143,25 @@ def _asked_alone(world: World) -> World:
     """Whose broadcasts go nowhere."""
     object.__setattr__(world, "broadcast_from_rank0", lambda function, *args: function(*args))
     return world
+
+
+def test_two_ranks_that_measure_otherwise_take_the_same():
+    """Rank 1 would take b; what it alone finds wrong is wrong for both."""
+    done = run_ranks("""
+        import torch
+        from launch.world import init_distributed
+        from model.contest import Contest
+        world = init_distributed()
+        runs = {name: lambda name=name: (torch.tensor([ord(name)]),) for name in "abc"}
+        times = {"a": 2.0 + world.rank, "b": 3.0 - world.rank, "c": 1.0}
+        clock = {run: times[name] for name, run in runs.items()}
+        contest = Contest(None, 1, torch.bfloat16, True, {}, world, clock.__getitem__)
+        result = contest.decide(
+            runs, lambda got: "c is off" if world.rank == 1 and got[0] == ord("c") else "")
+        world.print0(world.all_gather(result.winner), result.said)
+        world.destroy()
+        """, ranks=2)
+    assert "['a', 'a'] a 2.00 ms, b 3.00, c c is off" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_choice_that_was_kept_is_checked_and_not_raced(clock, capsys):
@@ -227,6 +246,24 @@ def test_blocks_that_would_keep_too_much_are_left_out():
     contest.require_room(40 * 2**30, 80 * 2**30)
     with pytest.raises(RuntimeError, match="would keep 41 GiB of the card's 80"):
         contest.require_room(41 * 2**30, 80 * 2**30)
+
+
+def test_blocks_by_hand_launch_the_attention_that_was_chosen(clock):
+    def ran(ops, chosen):
+        clock.ran.clear()
+        passes = training.passes_of(ops, chosen)
+        qkv = torch.randn(1, 20, 384)
+        out, lse = passes.attention_forward(qkv.bfloat16(), 2)
+        passes.attention_backward(out, qkv.bfloat16(), out, lse, 2)
+        return clock.ran
+
+    chosen = {"attention_forward": "cudnn", "attention_backward": "flash"}
+    assert ran(OURS, chosen) == ["cudnn", "flash"]
+    assert training.passes_of(OURS, {}) == kernel_passes.triton_passes()
+    # Ours is wrong here, and there is no other: in fp32, say.
+    passes = training.passes_of(operators.without(OURS, ["attention"]), {})
+    qkv = torch.randn(1, 20, 384)
+    assert torch.equal(passes.attention_forward(qkv, 2)[0], reference.attention(qkv, 2))
 
 
 # ---- runs ----
