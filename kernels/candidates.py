@@ -99,7 +99,7 @@ BACKWARD = {"triton": launch_backward, "flash": _flash_backward, "cudnn": _cudnn
 
 
 def _able(name: str, qkv: Tensor) -> str:
-    """Who takes this: PyTorch's know no fp32, in which kernels are checked too, and no empty batch."""
+    """Who takes this: PyTorch's know no fp32, in which kernels are checked too, nor no sequence."""
     if name in ("flash", "cudnn") and (qkv.dtype not in HALF or not qkv.numel()):
         return "triton"
     return name

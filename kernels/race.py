@@ -58,9 +58,11 @@ def merge(of_ranks: list[Findings]) -> Findings:
     """The same names on every rank; a fault of one outweighs bits of another that didn't repeat."""
     merged = {}
     for name in of_ranks[0]:
-        against = [findings[name] for findings in of_ranks if findings[name]]
-        against.sort(key=NOT_REPEATABLE.__eq__)  # faults first
-        merged[name] = against[0] if against else ""
+        of_this = [findings[name] for findings in of_ranks]
+        faults = [finding for finding in of_this if finding not in ("", NOT_REPEATABLE)]
+        merged[name] = NOT_REPEATABLE if NOT_REPEATABLE in of_this else ""
+        if faults:
+            merged[name] = faults[0]
     return merged
 
 
@@ -70,9 +72,13 @@ def may_win(finding: str, repeatable: bool) -> bool:
 
 
 def decide(
-    runs: dict[str, Run], findings: Findings, judge: Callable[[Run], float], repeatable: bool
+    runs: dict[str, Run], findings: Findings, judge: Callable[[Run], float], repeatable: bool,
+    unit: str = " ms",
 ) -> Result:
-    """Times those that may win. Of equally fast ones the first that was named is taken."""
+    """Times those that may win. Of equally fast ones the first that was named is taken.
+
+    unit: behind the first time; "" in a line that has said it before.
+    """
     times, left_out = {}, {}
     for name, run in runs.items():
         if not may_win(findings[name], repeatable):
@@ -83,13 +89,12 @@ def decide(
         except Exception as error:  # too little memory for many runs in a row, say
             left_out[name] = _in_a_line(error)
     ranked = sorted(times, key=times.__getitem__)
-    said = [_with_time(name, times[name], findings[name], first=name == ranked[0])
+    said = [_with_time(name, times[name], unit * (name == ranked[0]), findings[name])
             for name in ranked]
     said += [f"{name} {reason}" for name, reason in left_out.items()]
     return Result(ranked[0] if ranked else None, ", ".join(said))
 
 
-def _with_time(name: str, milliseconds: float, finding: str, first: bool) -> str:
-    unit = " ms" if first else ""  # once in a line
+def _with_time(name: str, milliseconds: float, unit: str, finding: str) -> str:
     note = f" ({finding})" if finding else ""
     return f"{name} {milliseconds:.2f}{unit}{note}"

@@ -57,12 +57,13 @@ class Contest:
     judge: Callable[[Run], float] = milliseconds
 
     def decide(
-        self, runs: dict[str, Run], fault_of: Callable[[tuple[Tensor, ...]], str]
+        self, runs: dict[str, Run], fault_of: Callable[[tuple[Tensor, ...]], str],
+        unit: str = " ms",
     ) -> race.Result:
-        """The same on every rank."""
+        """The same on every rank. unit: see race.decide."""
         findings = race.merge(self.world.all_gather(race.check(runs, fault_of)))
         return self.world.broadcast_from_rank0(
-            race.decide, runs, findings, self.judge, self.repeatable)
+            race.decide, runs, findings, self.judge, self.repeatable, unit)
 
     def clean_up(self) -> None:
         """Gives back the memory in which they ran, and forgets how much it was."""
@@ -126,7 +127,7 @@ def _race_attention(
     line = f"attention: forward {forward.said}"
     if forward.winner:
         runs = case.backward_runs(backward_names, forward.winner)
-        backward = contest.decide(runs, case.backward_fault)
+        backward = contest.decide(runs, case.backward_fault, unit="")
         line += f"; backward {backward.said}"
         if backward.winner:
             passes = forward.winner, backward.winner
