@@ -26,7 +26,7 @@ from tests.gpucheck.machine import Machine, find_machine
 from tests.gpucheck.parts import PARTS, Part, measure_all
 from tests.gpucheck.predict import predict
 from tests.gpucheck.settings import Settings, batch_that_fits
-from tests.running import ROOT
+from tests.nullgpu.venv import ROOT
 
 FOLDER = ROOT / "build" / "gpu-check"  # a disk with room for checkpoints, unlike many a /tmp
 

@@ -1,9 +1,9 @@
 """The parts of the check, each a process of its own with a time limit.
 
-    python -m tests.gpucheck.parts steps FOLDER     # one of them, here: FOLDER/measured.json
+    python -m tests.gpucheck.parts tests.gpucheck.runs steps FOLDER     # one of them, in this one
 
-FOLDER/settings.json says how large it is. A part that fails, hangs or fills the card takes nothing
-from the others.
+FOLDER/settings.json says how large it is, FOLDER/measured.json what was measured. A part that
+fails, hangs or fills the card takes nothing from the others.
 """
 
 import contextlib
@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 
 from launch.errors import one_line_errors
 from tests.gpucheck.settings import Settings
-from tests.running import ROOT
+from tests.nullgpu.venv import ROOT
 
-LEAVING = 10  # seconds that a part's processes have to end once they are told to
 KEPT = 4000  # characters of what a part said that has failed
 
 
 class Part(NamedTuple):
-    """A function of runs.py or measure.py, and the seconds after which it has failed."""
+    """A function of a module, and the seconds after which it has failed."""
 
     name: str
     module: str
@@ -35,18 +34,19 @@ class Part(NamedTuple):
     seconds: int
 
 
+RUNS, MEASURE = "tests.gpucheck.runs", "tests.gpucheck.measure"
 # In the order in which they would be missed; where time is up the last are left out.
 PARTS = [
-    Part("errors", "measure", "kernel_errors", 120),
-    Part("steps", "runs", "steps", 120),
-    Part("all GPUs", "runs", "steps_on_all", 120),
-    Part("rates", "measure", "rates", 40),
-    Part("losses", "runs", "first_losses", 180),
-    Part("sampling", "measure", "sampling", 60),
-    Part("HellaSwag", "measure", "hellaswag", 60),
-    Part("saving", "measure", "saving", 60),
-    Part("largest", "measure", "largest_batch", 60),
-    Part("kernels", "measure", "kernel_times", 150),
+    Part("errors", MEASURE, "kernel_errors", 120),
+    Part("steps", RUNS, "steps", 120),
+    Part("all GPUs", RUNS, "steps_on_all", 120),
+    Part("rates", MEASURE, "rates", 40),
+    Part("losses", RUNS, "first_losses", 180),
+    Part("sampling", MEASURE, "sampling", 60),
+    Part("HellaSwag", MEASURE, "hellaswag", 60),
+    Part("saving", MEASURE, "saving", 60),
+    Part("largest", MEASURE, "largest_batch", 60),
+    Part("kernels", MEASURE, "kernel_times", 150),
 ]
 
 
@@ -57,7 +57,8 @@ def measure(part: Part, settings: Settings, folder: Path, seconds: float) -> dic
     """
     folder.mkdir(parents=True)
     settings.write(folder / "settings.json")
-    command = [sys.executable, "-m", "tests.gpucheck.parts", part.name, str(folder)]
+    command = [sys.executable, "-m", "tests.gpucheck.parts", part.module, part.function,
+               str(folder)]
     fault = ""
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
@@ -85,13 +86,10 @@ def result(folder: Path, fault: str) -> dict[str, Any]:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a part's process and those that it started; torchrun ends its ranks by itself, given
-    time."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(LEAVING)
+    """Ends a part's process and those that it started; of torchrun the ranks leave when it dies."""
+    with contextlib.suppress(ProcessLookupError):  # all are gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def measure_all(
@@ -115,10 +113,9 @@ def measure_all(
 
 def main(words: list[str]) -> None:
     """Measures a part in this process."""
-    name, folder = words[0], Path(words[1])
-    (part,) = [part for part in PARTS if part.name == name]
-    module = importlib.import_module(f"tests.gpucheck.{part.module}")
-    found = getattr(module, part.function)(Settings.read(folder / "settings.json"), folder)
+    module, function, folder = words[0], words[1], Path(words[2])
+    measured_by = getattr(importlib.import_module(module), function)
+    found = measured_by(Settings.read(folder / "settings.json"), folder)
     (folder / "measured.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

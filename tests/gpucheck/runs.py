@@ -3,6 +3,7 @@
 Each takes the check's settings and a folder of its own, and returns what it measured by name.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -17,9 +18,11 @@ from tests.gpucheck.settings import Settings
 from tests.running import ROOT, losses
 
 LOSSES = 20  # steps that are compared
-# Of losses of the same step, in bf16 on the GPU and in fp32 on the CPU. On a CPU the two formats
-# were TOLERATED
-TOLERANCE = 0.05
+# Between losses of the same step, in bf16 on the GPU and in fp32 on the CPU. Tried on a CPU, with
+# steps of 256 tokens: where all that the products take and give was rounded to bf16, losses were
+# off by 0.0007 at most; where one block's attention had no gradient, by 0.039. This is 14 times the
+# one and a quarter of the other.
+TOLERANCE = 0.01
 WARM = 20  # steps that aren't timed: among them what compiles, and those that are recorded
 TIMED = 60
 RECORDED = 5  # steps in the profiler's trace
@@ -64,7 +67,8 @@ def compare_losses(on_gpu: list[float], on_cpu: list[float]) -> dict[str, Any]:
     if not len(on_gpu) == len(on_cpu) == LOSSES:
         raise Failed(f"{len(on_gpu)} losses on the GPU and {len(on_cpu)} on the CPU, expected "
                          f"{LOSSES} each")
-    difference = max(abs(a - b) for a, b in zip(on_gpu, on_cpu, strict=True))
+    differences = [abs(a - b) for a, b in zip(on_gpu, on_cpu, strict=True)]
+    difference = max(differences, key=lambda x: (math.isnan(x), x))  # a NaN is the farthest
     found: dict[str, Any] = {"difference": difference, "gpu": on_gpu, "cpu": on_cpu}
     if not difference <= TOLERANCE:
         found["fault"] = (f"losses of a step differ by {difference:.3f} from the CPU's, and "
