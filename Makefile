@@ -1,5 +1,5 @@
-# make train | test | lint | audit | bench | cuda-check | lessons | speedrun-cpu: each sets up .venv
-# by itself first. make gpu-check takes the torch of this machine's own Python instead.
+# make train | test | lint | audit | bench | cuda-check | versions | lessons | speedrun-cpu: each
+# sets up .venv by itself first. make gpu-check takes the torch of this machine's own Python instead.
 # make train ARGS='--steps 100' passes flags on; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ GPU_VENV := build/gpu-check/venv
 NEW_ENOUGH := -c 'import sys; sys.exit("error: Python 3.11 or newer is needed; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: train test lint audit bench cuda-check gpu-check lessons speedrun-cpu clean
+.PHONY: train test lint audit bench cuda-check gpu-check versions lessons speedrun-cpu clean
 
 train: $(RUNTIME)
 	@$(BIN)/python train_gpt2.py demo $(ARGS)
@@ -36,6 +36,9 @@ cuda-check: $(RUNTIME)
 gpu-check: $(GPU_VENV)/ready
 	@$(GPU_VENV)/bin/python -m tests.gpucheck $(ARGS)
 
+versions: $(RUNTIME)
+	@$(BIN)/python -m tests.versions $(ARGS)
+
 lessons: $(READY)
 	@$(BIN)/python -m lessons.render $(ARGS)
 
@@ -43,7 +46,7 @@ speedrun-cpu: $(RUNTIME)
 	@$(BIN)/python -m eval.speedrun_cpu $(ARGS)
 
 clean:
-	rm -rf .venv build/cuda-check build/gpu-check
+	rm -rf .venv build/cuda-check build/gpu-check build/versions
 
 $(RUNTIME): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) $(NEW_ENOUGH)

@@ -42,7 +42,7 @@ VENVS = (".venv/bin/", "build/gpu-check/venv/bin/")  # make's
 BARE_ARGUMENTS = {"kernels.selfcheck": 0, "tests.baseline_sampling": 2, "tests.measure_data": 2,
                   "tests.gpucheck.venv": 1}
 # Others' programs: what they do, none of which is ours to check.
-OTHERS = {"cp", "echo", "grep", "jupyter", "scancel", "source", "tail", "tensorboard", "vllm"}
+OTHERS = {"cp", "echo", "grep", "jupyter", "rm", "scancel", "source", "tail", "tensorboard", "vllm"}
 # sbatch's own flags that the pages use.
 SBATCH = {"--array", "--nodes"}
 

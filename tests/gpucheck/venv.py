@@ -8,14 +8,13 @@ it, wherever that keeps them, and pip adds those alone that are missing: small w
 Needs nothing but Python's own library, and pip.
 """
 
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 from launch.errors import BadInput, exit_process, one_line_errors
 from tests.gpucheck.machine import find_machine
-from tests.nullgpu.venv import constraints, requirements
+from tests.nullgpu.venv import constraints, requirements, run
 
 OURS = "parent.pth"  # Python adds the folders that such a file names to its path
 
@@ -52,15 +51,6 @@ def is_here(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def run(command: list[str]) -> None:
-    """Raises BadInput with the last line of what a failing command says."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        complaint = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise BadInput(f"can't set up an environment for gpu-check: {''.join(complaint)}; an "
-                       "interpreter that has all: PYTHON -m tests.gpucheck")
 
 
 def main(words: list[str]) -> None:
