@@ -317,7 +317,7 @@ def test_a_part_that_failed_is_named_and_the_exit_code_is_1(checked, capsys):
     code, out = checked(MEASURED)
     said = capsys.readouterr().out
     assert code == 1
-    assert "\nsampling: exit code 1: RuntimeError: no\n" in said
+    assert "\nkernels: triton\nsampling: exit code 1: RuntimeError: no\nwritten to " in said
     content = json.loads(out.read_text())
     assert content["faults"] == ["sampling: exit code 1: RuntimeError: no"]
     assert content["machine"]["torch"] == "2.14.1+cu130" and content["card"] == "h100"
@@ -419,6 +419,11 @@ def test_what_torch_finds_is_told_apart():
 def test_an_unknown_part_is_bad_input():
     with pytest.raises(BadInput, match="no part 'speed': there are errors, steps, all GPUs"):
         command.Arguments(("speed",))
+
+
+def test_a_file_that_could_not_be_written_is_bad_input_at_once(tmp_path):
+    with pytest.raises(BadInput, match="there is no folder .*/none"):
+        command.Arguments(out=tmp_path / "none" / "gpu_report.json")
 
 
 def test_one_gpu_has_no_part_for_all():

@@ -46,6 +46,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         cli.within("minutes", self.minutes, 0.1, 1440)
+        if not self.out.parent.is_dir():  # said now, not after eight minutes
+            raise BadInput(f"--out {self.out}: there is no folder {self.out.parent}")
         known = [part.name for part in PARTS]
         for name in self.parts:
             if name not in known:
@@ -68,7 +70,8 @@ def main(arguments: Arguments) -> int:
     lines = report.rows(predict(card, settings), measured)
     report.write(arguments.out, machine, card, settings, lines, measured)
     print(f"\n{report.table(lines)}\n")
-    for line in [report.note_on_versions(machine), *report.faults(measured)]:
+    for line in [*measured.get("steps", {}).get("said", []), *report.faults(measured),
+                 report.note_on_versions(machine)]:
         if line:
             print(line)
     print(f"written to {arguments.out}")

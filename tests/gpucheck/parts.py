@@ -40,12 +40,12 @@ PARTS = [
     Part("errors", MEASURE, "kernel_errors", 120),
     Part("steps", RUNS, "steps", 120),
     Part("all GPUs", RUNS, "steps_on_all", 120),
-    Part("rates", MEASURE, "rates", 40),
+    Part("rates", MEASURE, "rates", 90),
     Part("losses", RUNS, "first_losses", 180),
-    Part("sampling", MEASURE, "sampling", 60),
-    Part("HellaSwag", MEASURE, "hellaswag", 60),
-    Part("saving", MEASURE, "saving", 60),
-    Part("largest", MEASURE, "largest_batch", 60),
+    Part("sampling", MEASURE, "sampling", 90),
+    Part("HellaSwag", MEASURE, "hellaswag", 90),
+    Part("saving", MEASURE, "saving", 120),
+    Part("largest", MEASURE, "largest_batch", 90),
     Part("kernels", MEASURE, "kernel_times", 150),
 ]
 

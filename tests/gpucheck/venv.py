@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from launch.errors import BadInput, exit_process, one_line_errors
+from launch.errors import exit_process, one_line_errors
 from tests.gpucheck.machine import find_machine
 from tests.nullgpu.venv import constraints, requirements, run
 
