@@ -488,7 +488,7 @@ def on_stand_in(tmp_path_factory) -> dict:
     environment = running.environment(counted_rows.SMALL, place, folder)
     done = subprocess.run(
         [place.python, "-m", "tests.gpucheck", "steps", "rates", "sampling", "HellaSwag", "saving",
-         "largest", "--quick", "True", "--out", str(folder / "gpu_report.json")],
+         "largest", "kernels", "--quick", "True", "--out", str(folder / "gpu_report.json")],
         cwd=ROOT, env=environment | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}, text=True,
         capture_output=True, timeout=600)
     assert done.returncode == 1, done.stdout + done.stderr  # there is no trace of its kernels
@@ -503,6 +503,7 @@ def test_on_the_stand_in_all_parts_come_to_their_end(on_stand_in):
     assert measured["steps"]["said"][1].startswith("blocks: backward pass by hand")
     assert measured["largest"]["sequences"] == 8  # four times the batch is where it stops trying
     assert measured["saving"]["bytes"] > 12 * 6e6
+    assert {row["by"] for row in measured["kernels"]["rows"]} >= {"triton", "torch"}
     for part, figure in [("steps", "tokens_per_second"), ("steps", "peak_mib"),
                          ("rates", "matmul_flops"), ("rates", "attention_flops"),
                          ("sampling", "tokens_per_second"),

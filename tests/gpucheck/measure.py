@@ -77,11 +77,13 @@ def shape_of(settings: Settings) -> roofline.Shape:
 
 
 def kernel_times(settings: Settings, folder: Path) -> dict[str, Any]:
-    """python -m kernels.bench: every operator beside PyTorch's own."""
+    """As python -m kernels.bench: every operator beside PyTorch's own. What torch.compile makes of
+    them is left out, for it takes minutes to."""
     s = shape_of(settings)
     ops = operators.choose("triton", CUDA, s.C // s.H)
     card = by_name(torch.cuda.get_device_name())
-    return {"rows": [bench.as_row(timing, card) for timing in bench.measure(ops, s)]}
+    timings = bench.measure(ops, s, left_out=("torch.compile",))
+    return {"rows": [bench.as_row(timing, card) for timing in timings]}
 
 
 def state_of(settings: Settings) -> tuple[TrainState, World, str]:
