@@ -23,7 +23,7 @@ from tests.nullgpu import venv
 BUILD = venv.ROOT / "build"
 TORCH = {"oldest": "2.11.0", "newest": venv.TORCH}  # with Triton 3.6.0 and 3.8.0
 FOLDERS = {"oldest": BUILD / "versions", "newest": BUILD / "cuda-check"}  # that one has it already
-TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "zstandard")  # conftest.py wants them
 KERNELS = ("interpreter", "numerics", "passes", "speedrun", "decode", "draw", "judge_step")
 
 
