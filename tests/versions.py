@@ -33,6 +33,7 @@ def environment(which: str) -> str:
     if venv.cuda_build(python) != TORCH[which]:
         venv.set_up(Path(python), TORCH[which])
     pins = FOLDERS[which] / "constraints.txt"
+    pins.write_text(venv.constraints())  # not there, where the environment is of somebody's making
     venv.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
               "--no-cache-dir", "-c", str(pins), *TOOLS])
     return python

@@ -91,7 +91,8 @@ def state_of(settings: Settings) -> tuple[TrainState, World, str]:
     world = init_distributed()
     dtype = choose_dtype("auto", world.device)
     state, _ = build_train_state(
-        settings.model, OptimConfig(), ComputeConfig(), dtype, 1337, "", None, world)
+        settings.model, OptimConfig(), ComputeConfig(), dtype, 1337, "", None, world,
+        micro_batch=settings.batch)
     return state, world, dtype
 
 
