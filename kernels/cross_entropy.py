@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import tiles
+from kernels.constants import GPU_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from kernels.constants import IGNORE
-from kernels.constants import TRITON_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from kernels.reference import product_dtype
 
 NO_TARGET = tl.constexpr(IGNORE)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kernels import operators
+from kernels import operators, reference
 from kernels.operators import Operators
 from model.gpt2 import GPT, Attend, GPTConfig
 from model.speedrun import SpeedrunGPT
@@ -67,7 +67,8 @@ def use_operators(model: Any, ops: Operators) -> None:
 
 
 def compile_blocks(model: Any) -> None:
-    """torch.compile on each block, in place, so that parameter names stay.
+    """torch.compile on each block, in place, so that parameter names stay; and on a GPU on plain
+    PyTorch's loss.
 
     Block by block the compiler sees one small graph twelve times over (compiled once), and
     gradients arrive block by block, so DDP can send them while the backward pass goes on.
@@ -78,6 +79,11 @@ def compile_blocks(model: Any) -> None:
     torch._dynamo.config.optimize_ddp = False
     for block in model.h:
         block.compile()
+    loss = model.ops.linear_cross_entropy
+    if loss is reference.linear_cross_entropy and model.wte.weight.is_cuda:
+        of_chunk = torch.compile(reference.loss_of_chunk)
+        loss = functools.partial(loss, of_chunk=of_chunk)
+        use_operators(model, model.ops._replace(linear_cross_entropy=loss))
 
 
 class NoFirstWeights(TorchFunctionMode):
