@@ -219,6 +219,21 @@ def linear_cross_entropy(
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
+def embedding(
+    idx: Tensor, wte: Tensor, wpe: Tensor | None = None, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Looks up tokens and adds their positions.
+
+    idx: (B, T) int64, below V; wte: (V, C); wpe: (n_ctx, C), or none for a network without such.
+    order: of no use here. Returns (x (B, T, C), wte for the output head): who has the head take it
+    from here lets the kernel add up its two gradients in place.
+    """
+    x = F.embedding(idx, wte)  # (B, T, C)
+    if wpe is not None:
+        x = x + wpe[: idx.shape[1]]
+    return x, wte
+
+
 def rotary_angles(
     T: int, D: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -40,9 +40,13 @@ class Network(Protocol):
         ...
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean",
+        order: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) tokens -> logits (B, T, V), or with targets (B, T) the loss, a scalar in nats."""
+        """(B, T) tokens -> logits (B, T, V), or with targets (B, T) the loss, a scalar in nats.
+
+        order: of the tokens, for the embedding's gradient (kernels/embedding.py).
+        """
         ...
 
 

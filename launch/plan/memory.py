@@ -128,7 +128,7 @@ def peaks(job: Job, B: int) -> dict[str, int]:
     output = Held("last LayerNorm's output", N * C, e if job.arch == "gpt2" else FP32)
     # dh and dW are multiplied by the gradient that comes in: first one has a copy, then the other.
     scaled = [
-        total([output, Held("gradient of that, scaled", N * C, FP32)]),
+        total([output, output._replace(what="gradient of that, scaled")]),
         total([output, head._replace(what="the embedding's gradient, scaled")]),
     ]
     tied = [head] if job.arch == "gpt2" else []  # another head's is added up before the blocks
