@@ -1,5 +1,5 @@
-# make train | test | lint | audit | bench | cuda-check | lessons | speedrun-cpu: each sets up .venv
-# by itself first.
+# make train | test | lint | audit | bench | cuda-check | versions | lessons | speedrun-cpu: each
+# sets up .venv by itself first.
 # make train ARGS='--steps 100' passes flags on; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ RUNTIME := .venv/runtime
 READY := .venv/ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: train test lint audit bench cuda-check lessons speedrun-cpu clean
+.PHONY: train test lint audit bench cuda-check versions lessons speedrun-cpu clean
 
 train: $(RUNTIME)
 	@$(BIN)/python train_gpt2.py demo $(ARGS)
@@ -31,6 +31,9 @@ bench: $(READY)
 cuda-check: $(RUNTIME)
 	@$(BIN)/python -m tests.nullgpu $(ARGS)
 
+versions: $(RUNTIME)
+	@$(BIN)/python -m tests.versions $(ARGS)
+
 lessons: $(READY)
 	@$(BIN)/python -m lessons.render $(ARGS)
 
@@ -38,7 +41,7 @@ speedrun-cpu: $(RUNTIME)
 	@$(BIN)/python -m eval.speedrun_cpu $(ARGS)
 
 clean:
-	rm -rf .venv build/cuda-check
+	rm -rf .venv build/cuda-check build/versions
 
 $(RUNTIME): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -198,8 +198,8 @@ def faults(row: dict) -> list[str]:
     if arch.startswith("gfx"):
         return found
     if kernel == "attention_forward" and arch == "sm_90":
-        if row["registers"] > 190 or row["ctas_per_sm"] < 2:
-            found.append(f"{row['registers']} registers (190), {row['ctas_per_sm']} CTAs/SM (2)")
+        if row["registers"] > 200 or row["ctas_per_sm"] < 2:
+            found.append(f"{row['registers']} registers (200), {row['ctas_per_sm']} CTAs/SM (2)")
     if kernel in ("attention_dq", "attention_dkdv"):
         if row["registers"] > 190 and row["ctas_per_sm"] < 2:
             found.append(f"{row['registers']} registers (190) at {row['ctas_per_sm']} CTA/SM (2)")
@@ -213,7 +213,7 @@ def faults(row: dict) -> list[str]:
         found.append(f"loads of {sorted(narrow)} bits in the inner loop")
     if kernel in STATISTICS:
         count, most = max((i["narrow_loads"] for i in row["loops"]), default=0), STATISTICS[kernel]
-        if count > most:
+        if count > most and tiles.triton_version() >= (3, 7):  # 3.6 reads them singly: 4 to 64
             found.append(f"{count} loads of less than 128 bits in the inner loop, of {most}")
     if any((loop["mma_waste"] or 1) > 1 for loop in row["loops"]):
         found.append("warps repeat each other's matrix products")

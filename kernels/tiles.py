@@ -9,7 +9,9 @@ nothing here was timed on a GPU.
 A search at run time would make two runs of one configuration differ, and needs a GPU to test.
 """
 
+import contextlib
 import functools
+import importlib.metadata
 from typing import NamedTuple
 
 import torch
@@ -131,11 +133,45 @@ _ROWS = {
     ("judge_step", EVERY, 1): (Tile(1, 128, 1),),  # a window of 128 numbers
 }
 
-TABLE: dict[tuple[str, str, int], tuple[Tile, ...]] = {
-    (kernel, arch, size): row
-    for (kernel, archs, size), row in (_ATTENTION | _FP32 | _ROWS).items()
-    for arch in archs.split()
+# What ships above spills with another Triton's compiler: its version -> rows in place of those.
+_OTHER_TRITON: dict[tuple[int, int], dict[tuple[str, str, int], tuple[Tile, ...]]] = {
+    (3, 6): {  # comes with torch 2.11; on sm_120 whatever is loaded by TMA spills
+        ("attention_forward", "sm_100", 128): (Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),
+        ("attention_forward", "sm_120", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+        ("attention_dq", "sm_86 sm_89", 64): (Tile(64, 32, 4, 3), Tile(64, 64, 4, 2)),
+        ("attention_dq", "sm_120", 64): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+        ("attention_dkdv", "sm_120", 64): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+        ("attention_forward_fp32", "sm_100", 128): (Tile(16, 16, 4),),
+    },
+    (3, 8): {  # comes with torch 2.14
+        ("attention_forward", "sm_80", 128): (Tile(64, 32, 4, 1), Tile(128, 32, 8, 2)),
+        ("layer_norm_backward", "sm_86 sm_89", 2048): (Tile(1, 2048, 4),),
+        ("draw", "sm_80", 65536): (Tile(1, 8192, 16), Tile(1, 1024, 4)),
+        ("draw", "sm_90", 65536): (Tile(1, 2048, 8),),
+    },
 }
+
+
+def triton_version() -> tuple[int, int]:
+    """(3, 7) of the Triton that is installed, without importing it; the pinned one's where none is
+    found: plans are made of its table."""
+    for name in ("triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            major, minor, *_ = importlib.metadata.version(name).split(".")
+            return int(major), int(minor)
+    return 3, 7
+
+
+def table(triton: tuple[int, int]) -> dict[tuple[str, str, int], tuple[Tile, ...]]:
+    """{(kernel, architecture, size): tiles} for a version of Triton."""
+    rows: dict[tuple[str, str, int], tuple[Tile, ...]] = {}
+    for part in (_ATTENTION, _FP32, _ROWS, _OTHER_TRITON.get(triton, {})):
+        for (kernel, archs, size), row in part.items():
+            rows |= {(kernel, arch, size): row for arch in archs.split()}
+    return rows
+
+
+TABLE = table(triton_version())
 
 
 def arch(device: torch.device) -> str:

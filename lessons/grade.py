@@ -9,7 +9,8 @@ of what is done. A file that can't be imported and a function that never ends co
 next one is graded. Exit code 0, or 1 where an answer is wrong.
 
 Each function runs in a process of its own. One that isn't done after FLOOR seconds gets TIMES as
-long as our solution then takes. What it prints is not shown.
+long as our solution then takes. What it prints is not shown. A file that isn't imported after
+IMPORT seconds is given up, with all its functions.
 """
 
 import contextlib
@@ -37,7 +38,8 @@ from lessons.course import Wrong
 HERE = Path(__file__).parent
 TIMES = 10  # autograd takes twice as long as gradients by hand, a loop longer than a product
 FLOOR = 4.0  # seconds: what is over at once takes longer on a machine that is busy
-RIGHT, TO_DO = "right", "to do"
+IMPORT = 30.0  # seconds, the same way: torch is there already, another library may not be
+RIGHT, TO_DO, IMPORTED = "right", "to do", "imported"
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ def late(*_: object) -> None:
 
 
 def answer(path: Path, name: str, check: Callable, verdict: Connection) -> None:
-    """In a process of its own: sends one line about a function."""
+    """In a process of its own: sends IMPORTED once that is so, and one line about a function."""
     signal.signal(signal.SIGTERM, late)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            check(load(path, name))
+            function = load(path, name)
+            verdict.send(IMPORTED)
+            check(function)
             line = RIGHT
         except NotImplementedError:
             line = TO_DO
@@ -118,7 +122,8 @@ def begin(path: Path, name: str, check: Callable) -> tuple[ForkProcess, Connecti
 def seconds_of_ours(file: str, name: str, check: Callable) -> float:
     start = time.monotonic()
     process, verdict = begin(HERE / "solutions" / file, name, check)
-    verdict.recv()
+    while verdict.recv() == IMPORTED:
+        pass
     process.join()
     return time.monotonic() - start
 
@@ -127,6 +132,11 @@ def in_time(path: Path, name: str, check: Callable) -> str:
     """The verdict on one function, or a line that says why there is none."""
     process, verdict = begin(path, name, check)
     try:
+        if not verdict.poll(IMPORT):
+            return not_imported(path)
+        line = verdict.recv()
+        if line != IMPORTED:
+            return line
         if not verdict.poll(FLOOR):
             limit = TIMES * seconds_of_ours(path.name, name, check)
             if not verdict.poll(limit):
@@ -144,12 +154,22 @@ def in_time(path: Path, name: str, check: Callable) -> str:
         process.join()
 
 
+def not_imported(path: Path) -> str:
+    return (f"wrong: {path.name} is not imported after {IMPORT:.0f} s: what stands outside its "
+            "functions takes too long")
+
+
 def grade(number: str, answers: Path) -> dict[str, str]:
     """{name of a function: the verdict}, printed as they come."""
     verdicts = {}
     path = answers / f"e{number}.py"
     for name, check in importlib.import_module(f"lessons.checks.c{number}").CHECKS.items():
-        verdicts[name] = in_time(path, name, check) if path.is_file() else TO_DO
+        if not path.is_file():
+            verdicts[name] = TO_DO
+        elif not_imported(path) in verdicts.values():
+            verdicts[name] = not_imported(path)
+        else:
+            verdicts[name] = in_time(path, name, check)
         print(f"{number} {name:<24} {coloured(verdicts[name])}", flush=True)
     return verdicts
 

@@ -4,7 +4,8 @@ It turns the interpreter on (triton decides when a kernel is defined), and mends
 Triton 3.7's: bf16 is kept as bit patterns in uint16, which products, sums and comparisons would
 take for numbers, and fp32 -> bf16 truncates. Here products and casts go through fp32 and round to
 the nearest even, as on the GPU; any other arithmetic on bf16 raises, which also holds the kernels
-to fp32. Overflow of int32, silent on the GPU, raises too.
+to fp32. Overflow of int32, silent on the GPU, raises too. Triton 3.6's takes a number out of an
+array of one as NumPy 2.4 no longer allows.
 """
 
 import os
@@ -45,7 +46,7 @@ def to_bf16(x: TensorHandle) -> TensorHandle:
 
 _dot, _cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 _fp_to_fp, _binary = InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.binary_op
-_reduce = ReduceOps.apply
+_reduce, _patch_tensor = ReduceOps.apply, interpreter._patch_lang_tensor
 
 
 def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -82,7 +83,13 @@ def reduce(self, operands):
     return _reduce(self, operands)
 
 
+def patch_tensor(tensor, scope):
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = dot, cast
 InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.binary_op = fp_to_fp, binary
 ReduceOps.apply = reduce
+interpreter._patch_lang_tensor = patch_tensor
 object.__setattr__(interpreter.interpreter_builder.options, "debug", True)  # int32 overflow raises

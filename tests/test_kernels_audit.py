@@ -219,3 +219,12 @@ print(json.dumps(audit.audit_all(cases)))
     remembered["attention_forward sm_90 64 128x64 w4 s2 tma"]["registers"] = 1
     cache.write_text(json.dumps(remembered))
     assert 1 in [row["registers"] for row in run()]  # read, not compiled again
+
+
+def test_another_triton_has_tiles_of_its_own_where_the_table_says_so():
+    pinned = tiles.table((3, 7))
+    for triton, rows in tiles._OTHER_TRITON.items():
+        theirs = tiles.table(triton)
+        assert theirs.keys() == pinned.keys()
+        differ = {key for key in pinned if theirs[key] != pinned[key]}
+        assert differ == {(k, arch, size) for k, archs, size in rows for arch in archs.split()}

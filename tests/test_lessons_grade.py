@@ -60,6 +60,17 @@ def test_a_file_that_gives_no_function_is_told_so(tmp_path, source, told):
     assert done.stdout.count(told) == 5, done.stdout + done.stderr
 
 
+def test_a_file_that_is_never_imported_is_waited_for_once(tmp_path):
+    Path(tmp_path, "e01.py").write_text("import sys\nprint('once', file=sys.stderr)\n"
+                                        "while True: pass\n")
+    wait_less = "from lessons import grade; grade.IMPORT = 0.5; "
+    run = f"from pathlib import Path; grade.grade('01', Path({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", wait_less + run], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.stdout.count("wrong: e01.py is not imported after ") == 5, done.stdout + done.stderr
+    assert done.stderr == "once\n"
+
+
 @pytest.mark.parametrize("arguments, told", [
     (("11",), "there is no lesson 11: 01, 02"), (("--answers", "nowhere"), "no folder nowhere"),
 ])

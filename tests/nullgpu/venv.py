@@ -51,8 +51,8 @@ def cuda_build(python: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def set_up(python: Path) -> None:
-    """A virtual environment with torch and what runs need. Raises BadInput."""
+def set_up(python: Path, torch: str = TORCH) -> None:
+    """A virtual environment with this torch and what runs need. Raises BadInput."""
     if sys.platform != "linux":
         raise BadInput("the stand-in for a GPU needs Linux, where PyTorch has CUDA builds")
     venv = python.parent.parent
@@ -66,14 +66,19 @@ def set_up(python: Path) -> None:
     pins = venv.parent / "constraints.txt"
     pins.write_text(constraints())
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-           "--no-cache-dir", "-c", str(pins), f"torch=={TORCH}", *requirements()]
+           "--no-cache-dir", "-c", str(pins), f"torch=={torch}", *requirements()]
+    run([sys.executable, "-m", "venv", str(venv)])
+    run(pip)
+
+
+def run(command: list[str]) -> None:
+    """Raises BadInput where a command of the setting up fails, with its last line."""
     # The index that README names for CPUs has a torch of the same version, which pip prefers.
     environment = {k: v for k, v in os.environ.items() if k != "PIP_EXTRA_INDEX_URL"}
-    for command in ([sys.executable, "-m", "venv", str(venv)], pip):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            complaint = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise BadInput(f"can't set up {venv}: {''.join(complaint)}")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        complaint = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise BadInput(f"{command[0]} can't be set up: {''.join(complaint)}")
 
 
 def constraints() -> str:

@@ -1,0 +1,87 @@
+"""The oldest and the newest PyTorch that the project works with, each in a smoke run.
+
+    make versions                        # both
+    make versions ARGS=oldest
+    make versions ARGS=--where-possible  # where one can't be set up: says why, and exits with 0
+
+The pinned pair of PyTorch and Triton passes every test; of these two, each with the Triton that it
+brings, the demo's first steps, the kernels' tests under Triton's interpreter, and the audit of what
+the compiler makes of them. Each has an environment of its own under build/, set up once: a CUDA
+build of PyTorch, 5 to 6 GB, for nothing lighter brings a Triton. Exit code 1 where something fails.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch.errors import BadInput, exit_process, one_line_errors
+from tests.nullgpu import venv
+
+BUILD = venv.ROOT / "build"
+TORCH = {"oldest": "2.11.0", "newest": venv.TORCH}  # with Triton 3.6.0 and 3.8.0
+FOLDERS = {"oldest": BUILD / "versions", "newest": BUILD / "cuda-check"}  # that one has it already
+TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+KERNELS = ("interpreter", "numerics", "passes", "speedrun", "decode", "draw", "judge_step")
+
+
+def environment(which: str) -> str:
+    """The interpreter with this PyTorch and pytest. Raises BadInput where it can't be set up."""
+    python = str(FOLDERS[which] / "venv" / "bin" / "python")
+    if venv.cuda_build(python) != TORCH[which]:
+        venv.set_up(Path(python), TORCH[which])
+    pins = FOLDERS[which] / "constraints.txt"
+    venv.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+              "--no-cache-dir", "-c", str(pins), *TOOLS])
+    return python
+
+
+def smoke(which: str, python: str) -> list[str]:
+    """Runs the three; the names of those that failed."""
+    runs = FOLDERS[which] / "runs"
+    kernels = [f"tests/test_kernels_{name}.py" for name in KERNELS]
+    commands = {
+        "demo": ["train_gpt2.py", "demo", "--steps", "20", "--eval_every", "20",
+                 "--out_dir", str(runs), "--name", str(time.time_ns())],
+        "kernels' tests": ["-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *kernels],
+        "audit": ["-m", "kernels.audit"],
+    }
+    failed = []
+    for name, command in commands.items():
+        started = time.monotonic()
+        done = subprocess.run([python, *command], cwd=venv.ROOT, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, env=os.environ)
+        verdict = "passed" if done.returncode == 0 else f"failed (exit code {done.returncode})"
+        print(f"torch {TORCH[which]}, {name}: {verdict} ({time.monotonic() - started:.0f} s)",
+              flush=True)
+        if done.returncode:
+            failed.append(name)
+            print(done.stdout[-20_000:], flush=True)
+    return failed
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("make versions", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", choices=[*TORCH, []], help="both, if none is named")
+    parser.add_argument("--where-possible", action="store_true",
+                        help="where one can't be set up, say why and exit with 0")
+    arguments = parser.parse_args(words)
+    failed = []
+    for which in arguments.which or TORCH:
+        try:
+            python = environment(which)
+        except BadInput as reason:
+            if not arguments.where_possible:
+                raise
+            print(f"torch {TORCH[which]} is left out: {reason}")
+            continue
+        failed += smoke(which, python)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        exit_process(main(sys.argv[1:]))
