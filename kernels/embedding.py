@@ -98,10 +98,11 @@ def launch_backward(idx: Tensor, order: Tensor, dx: Tensor, dwte: Tensor) -> Non
 
 
 class _Embedding(torch.autograd.Function):
-    """(x, wte for the head)."""
+    """(x, wte for the head). wpe before wte: then DDP hears of it first, and reduces both at once,
+    in 14 buckets of GPT-2 124M, not 15."""
 
     @staticmethod
-    def forward(ctx, idx, wte, wpe, order):
+    def forward(ctx, idx, wpe, wte, order):
         ctx.save_for_backward(idx, order)
         ctx.V, ctx.n_ctx = len(wte), 0 if wpe is None else len(wpe)
         ctx.set_materialize_grads(False)  # no zeros for a head that is not this one
@@ -120,7 +121,7 @@ class _Embedding(torch.autograd.Function):
             dwpe = dx.sum(0)  # (T, C)
             if ctx.n_ctx > T:
                 dwpe = torch.nn.functional.pad(dwpe, (0, 0, 0, ctx.n_ctx - T))
-        return None, dwte, dwpe, None
+        return None, dwpe, dwte, None
 
 
 def embedding(
@@ -134,4 +135,4 @@ def embedding(
     """
     if order is None:
         return reference.embedding(idx, wte, wpe)
-    return _Embedding.apply(idx, wte, wpe, order)
+    return _Embedding.apply(idx, wpe, wte, order)
