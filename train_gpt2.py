@@ -52,7 +52,7 @@ from model.optim import decay_start, get_lr
 from model.saving import Saver
 from model.training import (
     TrainState,
-    are_by_hand,
+    are_compiled,
     build_train_state,
     device_decides,
 )
@@ -208,8 +208,10 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
         world.broadcast_from_rank0(folder.require_same_run, source, description)
 
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
-                                     config.seed, config.init, source, world, characters)
-    description["resolved"]["compile"] &= not are_by_hand(state)  # checked by now, on the GPU
+                                     config.seed, config.init, source, world, characters,
+                                     micro_batch)
+    description["resolved"]["compile"] = are_compiled(state)  # by hand, they are not
+    description["resolved"]["kernels"] = state.model.chosen  # the fastest, or as source says
     # On GPUs mostly: whether a step is applied is decided there, and heard of here a step late.
     late = state.model.device_decides = device_decides(state, config.tracker.diagnose_every)
     spikes = spike_detector(config.spikes, world.device if late else torch.device("cpu"))

@@ -344,7 +344,7 @@ def main() -> int:
         print("\nGPT-2 124M, 64 x 1,024 tokens: the least a card needs, nothing of it measured")
         print(floor_table(floors(rows)))
     for row in broken:
-        print(f"BROKEN: {row['kernel']} {row['arch']} {row['tile']}: {'; '.join(row['faults'])}")
+        print(f"BROKEN: {row['kernel']} {row['arch']} {row['size']} {row['tile']}: {'; '.join(row['faults'])}")
     print(f"\n{len(rows)} tiles, {len(broken)} of those that ship break a limit")
     return bool(broken)
 

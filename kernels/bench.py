@@ -246,9 +246,14 @@ def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
     return run
 
 
-def measure(ops: operators.Operators, s: Shape) -> list[Timing]:
+def measure(
+    ops: operators.Operators, s: Shape, left_out: tuple[str, ...] = ()
+) -> list[Timing]:
+    """left_out: whose implementations aren't timed."""
     timings = []
     for operator, by, prepare, needed in everyone(ops, s):
+        if by in left_out:
+            continue
         try:
             milliseconds = median(prepare())
         except RuntimeError as error:  # no cuDNN, too little memory: the others still count

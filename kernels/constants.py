@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-Choice = Literal["auto", "triton", "torch"]  # who computes the operators: kernels/operators.py
+# Who computes the operators: kernels/operators.py, and for the fastest kernels/race.py.
+Choice = Literal["auto", "fastest", "triton", "torch"]
 
 IGNORE = -100  # a target that is no target (torch.nn.functional.cross_entropy's ignore_index)
 

@@ -12,7 +12,7 @@ with, decode_attention and draw.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -48,13 +48,14 @@ def choose(
     """The operators for this device, these weights, and attention heads of this width if given.
 
     "torch" is the reference. "triton" is the kernels, or a ValueError that says in one line why
-    they cannot run here. "auto" is the kernels on a GPU that can run them, else the reference.
+    they cannot run here. "auto" and "fastest" are the kernels on a GPU that can run them, else the
+    reference.
     """
     if choice == "torch":
         return TORCH
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     obstacle = _obstacle(device, head_width, weights, interpreted)
-    if choice == "auto" and (obstacle or interpreted):  # the interpreter is for tests: asked for
+    if choice != "triton" and (obstacle or interpreted):  # the interpreter is for tests: asked for
         return TORCH
     if obstacle:
         raise ValueError(f"--kernels triton: {obstacle}")
@@ -69,6 +70,16 @@ def choose(
 
     return Operators(attention, layer_norm, linear_cross_entropy, qk_norm_rotary, relu_squared,
                      embedding, decode_attention, draw)
+
+
+def by_reference(ops: Operators) -> list[str]:
+    """Which operators are the reference's."""
+    return [name for name in ops._fields if getattr(ops, name) is getattr(TORCH, name)]
+
+
+def without(ops: Operators, names: Iterable[str]) -> Operators:
+    """The same with the reference's in the place of these."""
+    return ops._replace(**{name: getattr(TORCH, name) for name in names})
 
 
 def _obstacle(

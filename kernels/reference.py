@@ -46,7 +46,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
     fp64 stays fp64, as torch.autocast leaves it; the meta device knows no autocast.
     """
-    if dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
+    if dtype == torch.float64 or device.type == "meta":
         return dtype
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

@@ -40,8 +40,8 @@ def checked(
     training: also what drawing text has no use for, the loss and all gradients.
 
     Where kernels were chosen they are compared first. If one disagrees with the reference, or fails
-    to run, "auto" warns and falls back to the reference, and "triton" stops with a RuntimeError;
-    both name operator, tensor and error.
+    to run, "triton" stops with a RuntimeError, and else its operator falls back to the reference,
+    with a warning; both name operator, tensor and error.
     """
     ops = operators.choose(choice, device, head_width, weights)
     if ops is operators.TORCH:
@@ -55,8 +55,9 @@ def checked(
     line = "kernels disagree with the reference: " + "; ".join(faults)
     if choice == "triton":
         raise RuntimeError(f"{line}; use --kernels torch")
-    warnings.warn(f"{line}; falling back to --kernels torch", stacklevel=2)
-    return operators.TORCH, f"kernels: torch ({line})"
+    wrong = [name for name in ops._fields if any(f.startswith(f"{name} in ") for f in faults)]
+    warnings.warn(f"{line}; {', '.join(wrong)} by torch", stacklevel=2)
+    return operators.without(ops, wrong), f"kernels: triton, {', '.join(wrong)} by torch ({line})"
 
 
 def checked_judge(device: torch.device) -> tuple[Callable, str]:
@@ -98,7 +99,8 @@ def compare(
     ops: operators.Operators, device: torch.device, head_width: int, speedrun: bool = True,
     training: bool = True,
 ) -> tuple[dict[str, float], list[str]]:
-    """The largest error of each dtype, and a sentence for each tensor beyond its limit."""
+    """The largest error of each dtype, and for each tensor beyond its limit "OPERATOR in DTYPE: "
+    and what is wrong."""
     worst, faults = {}, []
     for dtype, limit in LIMITS.items():
         name = str(dtype).removeprefix("torch.")

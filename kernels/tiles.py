@@ -138,7 +138,7 @@ _OTHER_TRITON: dict[tuple[int, int], dict[tuple[str, str, int], tuple[Tile, ...]
     (3, 6): {  # comes with torch 2.11; on sm_120 whatever is loaded by TMA spills
         ("attention_forward", "sm_100", 128): (Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),
         ("attention_forward", "sm_120", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-        ("attention_dq", "sm_86 sm_89", 64): (Tile(64, 32, 4, 3), Tile(64, 64, 4, 2)),
+        ("attention_dq", "sm_86 sm_89", 128): (Tile(64, 32, 4, 1), Tile(32, 32, 4, 2)),
         ("attention_dq", "sm_120", 64): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
         ("attention_dkdv", "sm_120", 64): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
         ("attention_forward_fp32", "sm_100", 128): (Tile(16, 16, 4),),

@@ -182,7 +182,8 @@ class ComputeConfig:
     compile: bool | None = None
     """torch.compile the blocks; None: on CUDA, unless they have a backward pass by hand."""
     kernels: Choice = "auto"
-    """Who computes attention, LayerNorm and the loss."""
+    """Of what is right on this GPU the fastest that repeats its bits, or just the fastest; or ours;
+    or plain PyTorch."""
     parallel: Mode = "ddp"
     """What ranks share out: gradients only averaged (ddp); moments (zero1); weights too (fsdp)."""
     activation_checkpointing: bool = False

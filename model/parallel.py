@@ -76,6 +76,7 @@ class ParallelModel:
         self.shards = [self._shard_of(name, p) for name, p in module.named_parameters()]
         self.steps_begun = 0  # applied or not
         self.device_decides = False  # whether a step is applied: model/training.py
+        self.chosen: dict[str, str] = {}  # who computes what several can: model/contest.py
 
     def __call__(
         self, idx: Tensor, targets: Tensor, reduction: str = "mean", order: Tensor | None = None

@@ -8,11 +8,12 @@ import torch
 
 from kernels import operators, selfcheck
 from kernels.constants import Choice
-from kernels.passes import triton_passes
+from kernels.passes import Passes, triton_passes
 from launch.errors import BadInput
 from launch.world import World
 from model import checkpoint, fused_block
 from model.config import ComputeConfig
+from model.contest import BY_HAND, EAGER, choose_attention, choose_blocks, open_contest
 from model.fused_block import fuse_blocks
 from model.gpt2 import GPT, GPTConfig
 from model.network import NoFirstWeights, compile_blocks, new_network
@@ -23,17 +24,18 @@ from model.train_state import TrainState, load_train_state
 
 def build_train_state(
     shape: GPTConfig, optim: OptimConfig, compute: ComputeConfig, dtype: str, seed: int,
-    init: str, source: Path | None, world: World, characters: str = "",
+    init: str, source: Path | None, world: World, characters: str = "", micro_batch: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
     """A new model from the seed, the weights of `init`, or everything that the checkpoint `source`
     holds; with the checkpoint's state.json, empty for a new run.
 
     dtype: of the matrix products. characters: what the run's tokens stand for, if they aren't
-    GPT-2's. Raises BadInput on all ranks where one of these can't be used.
+    GPT-2's. micro_batch: sequences at once, for which implementations are timed. Raises BadInput on
+    all ranks where one of these can't be used.
     """
     weights = torch.float64 if dtype == "fp64" else torch.float32
-    ops = choose_operators(shape, compute.kernels, weights, world)
     given = world.broadcast_from_rank0(checkpoint.resolve, init) if init and not source else ""
+    ops, by_hand, chosen = choose_kernels(shape, compute, dtype, micro_batch, source, world)
     with world.fail_together():
         with NoFirstWeights() if source or given else nullcontext():
             module = new_model(shape, compute, ops, weights, seed, world)
@@ -41,12 +43,13 @@ def build_train_state(
             checkpoint.copy_weights(module, given, characters)
     if given:
         world.print0(f"starts from the weights of {given} (--init {init})")
-    if compute.compile is None and blocks_by_hand(shape, ops, world):
+    if by_hand:
         sharded = compute.parallel == "fsdp" and world.size > 1
-        fuse_blocks(module, triton_passes(), copies=not sharded)
-    elif compute.compiled(world.device):
+        fuse_blocks(module, by_hand, copies=not sharded)
+    elif compute.compiled(world.device) and chosen.get("blocks") != EAGER:
         compile_blocks(module)
     model = ParallelModel(module, compute.parallel, world, dtype)
+    model.chosen = chosen
     optimizer = configure_optimizers(model, optim)
     state = TrainState(model, optimizer, LossScaler.of(dtype, world.device))
     if not source:
@@ -54,6 +57,29 @@ def build_train_state(
     with world.fail_together():
         saved = load_train_state(state, source)
     return state, saved
+
+
+def choose_kernels(
+    shape: GPTConfig, compute: ComputeConfig, dtype: str, micro_batch: int, source: Path | None,
+    world: World,
+) -> tuple[operators.Operators, Passes | None, dict[str, str]]:
+    """Who computes the operators; what blocks by hand launch, or None where they aren't by hand;
+    and the names of what has won where several can do it (model/contest.py)."""
+    weights = torch.float64 if dtype == "fp64" else torch.float32
+    ops = choose_operators(shape, compute.kernels, weights, world)
+    contest = open_contest(shape, compute.kernels, ops, dtype, micro_batch, source, world)
+    chosen: dict[str, str] = {}
+    if contest:
+        chosen, ops = choose_attention(contest, ops)
+    passes = None
+    if compute.compile is None and blocks_by_hand(shape, ops, chosen, world):
+        passes = passes_of(ops, chosen)
+        if contest:
+            chosen["blocks"] = choose_blocks(contest, ops, passes)
+            passes = passes if chosen["blocks"] == BY_HAND else None
+    if contest:
+        contest.clean_up()
+    return ops, passes, chosen
 
 
 def choose_operators(
@@ -70,26 +96,39 @@ def choose_operators(
                 choice, world.device, head_width, weights, speedrun=shape.arch == "speedrun")
         except (ValueError, RuntimeError) as error:  # kernels knows nothing of our errors
             raise BadInput(str(error)) from None
-    lines = world.all_gather(line)
-    torch_ranks = [rank for rank, line in enumerate(lines) if line.startswith("kernels: torch")]
-    if torch_ranks and ops is not operators.TORCH:
-        # A rank that has fallen back computes something else, by a rounding, than its peers.
-        rank = torch_ranks[0]
-        ops, line = operators.TORCH, f"{lines[rank]} on rank {rank}, and so on all"
-    if shape.dropout and ops is not operators.TORCH:
+    # A rank that has fallen back computes something else, by a rounding, than its peers.
+    of_ranks = world.all_gather((operators.by_reference(ops), line))
+    for rank, (names, reason) in enumerate(of_ranks):
+        if missing := set(names) - set(operators.by_reference(ops)):
+            ops = operators.without(ops, missing)
+            line = f"{reason} on rank {rank}, and so on all"
+    if shape.dropout and ops.attention is not operators.TORCH.attention:
         line += "; attention by torch while training, for --model.dropout: the kernel has none"
     world.print0(line)
     return ops
 
 
-def blocks_by_hand(shape: GPTConfig, ops: operators.Operators, world: World) -> bool:
-    """Whether blocks compute themselves by model/fused_block.py: on GPUs with our kernels, where
-    every rank finds that they are right."""
-    if world.device.type != "cuda" or ops is operators.TORCH or not fused_block.fits(shape):
+def passes_of(ops: operators.Operators, chosen: dict[str, str]) -> Passes:
+    """What blocks by hand launch: our kernels, and attention as it was chosen."""
+    if not chosen and ops.attention is not operators.TORCH.attention:
+        return triton_passes()
+    from kernels.candidates import TORCH, passes_by
+
+    return passes_by(triton_passes(), chosen.get("attention_forward", TORCH),
+                     chosen.get("attention_backward", TORCH))
+
+
+def blocks_by_hand(
+    shape: GPTConfig, ops: operators.Operators, chosen: dict[str, str], world: World
+) -> bool:
+    """Whether blocks can compute themselves by model/fused_block.py: on GPUs with our kernels,
+    where every rank finds that they are right."""
+    ours = ops.layer_norm is not operators.TORCH.layer_norm
+    if world.device.type != "cuda" or not ours or not fused_block.fits(shape):
         return False
     try:
         errors, faults = fused_block.check(
-            triton_passes(), world.device, shape.n_embd, shape.n_head)
+            passes_of(ops, chosen), world.device, shape.n_embd, shape.n_head)
     except RuntimeError as error:  # too little memory, say: the other ranks wait for an answer
         errors, faults = "", str(error)
     all_faults = [faults for faults in world.all_gather(faults) if faults]
@@ -108,9 +147,9 @@ def device_decides(state: TrainState, diagnose_every: int) -> bool:
             and state.model.world.device.type == "cuda" and state.model.dtype != "fp64")
 
 
-def are_by_hand(state: TrainState) -> bool:
-    """Whether its blocks compute themselves by model/fused_block.py; nothing is compiled then."""
-    return any(getattr(block, "fused", None) for block in state.model.module.h)
+def are_compiled(state: TrainState) -> bool:
+    """Whether torch.compile makes its blocks: where they aren't by hand, and none is wrong here."""
+    return any(block._compiled_call_impl is not None for block in state.model.module.h)
 
 
 def new_model(

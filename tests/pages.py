@@ -37,8 +37,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.
          ROOT / "lessons" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 VARIABLE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
+VENVS = (".venv/bin/", "build/gpu-check/venv/bin/")  # make's
 # Modules that read sys.argv themselves, and how many arguments they take at most.
-BARE_ARGUMENTS = {"kernels.selfcheck": 0, "tests.baseline_sampling": 2, "tests.measure_data": 2}
+BARE_ARGUMENTS = {"kernels.selfcheck": 0, "tests.baseline_sampling": 2, "tests.measure_data": 2,
+                  "tests.gpucheck.venv": 1}
 # Others' programs: what they do, none of which is ours to check.
 OTHERS = {"cp", "echo", "grep", "jupyter", "rm", "scancel", "source", "tail", "tensorboard", "vllm"}
 # sbatch's own flags that the pages use.
@@ -88,8 +90,14 @@ def is_command(span: str) -> bool:
     words = span.split()
     while words and VARIABLE.fullmatch(words[0]):
         words = words[1:]
-    program = words[0].removeprefix(".venv/bin/") if words else ""
-    return len(words) > 1 and program in CHECKS
+    return len(words) > 1 and program_of(words[0]) in CHECKS
+
+
+def program_of(word: str) -> str:
+    """What is started, whichever environment it is taken from."""
+    for venv in VENVS:
+        word = word.removeprefix(venv)
+    return word
 
 
 def split_line(line: str, page: str) -> Iterator[Command]:
@@ -117,7 +125,7 @@ def check(command: Command) -> None:
     for name in command.variables:
         assert is_known_variable(name), f"{command}: nobody reads {name}"
     program, *arguments = command.words
-    program = program.removeprefix(".venv/bin/")
+    program = program_of(program)
     if program in OTHERS:
         return
     assert program in CHECKS, f"{command}: no program that tests/pages.py knows"
@@ -256,7 +264,8 @@ def check_make(arguments: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
-        if line.startswith(".venv/bin/python") and " -m venv " not in line and " pip " not in line:
+        python = line.startswith(tuple(f"{venv}python" for venv in VENVS))
+        if python and " -m venv " not in line and " pip " not in line:
             for command in split_line(line, "Makefile"):
                 check(command)
 

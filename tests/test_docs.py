@@ -35,7 +35,7 @@ WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 MODULES = ["data.fineweb", "eval.core", "eval.hellaswag", "eval.sample", "eval.serve",
            "eval.speedrun_cpu", "eval.tasks", "eval.report", "kernels.audit", "kernels.bench",
            "kernels.schedule", "launch.preflight", "lessons.grade", "lessons.render",
-           "model.convert", "tests.bench"]
+           "model.convert", "tests.bench", "tests.gpucheck"]
 # Flags of torchrun, sbatch and others, that the pages name in their text.
 OTHERS_FLAGS = {"--signals_to_handle", "--standalone"}
 # What makes a preset's run tiny. After a page's own flags these win.

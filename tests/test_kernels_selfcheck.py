@@ -42,11 +42,15 @@ def crashing(*arguments):
     [(crooked, "attention in bfloat16: o is off by 5.0e-01"), (crashing, "ptxas died")],
 )
 def test_a_wrong_kernel_is_named_and_not_used(attention, said, monkeypatch):
-    wrong = operators.TORCH._replace(attention=attention)
-    monkeypatch.setattr(operators, "choose", lambda *_: wrong)
+    def relu_squared(x):
+        return reference.relu_squared(x)
+
+    others = operators.TORCH._replace(relu_squared=relu_squared)
+    monkeypatch.setattr(operators, "choose", lambda *_: others._replace(attention=attention))
     with pytest.warns(UserWarning, match=said):
         ops, line = selfcheck.checked("auto", CPU)
-    assert ops is operators.TORCH and said in line and line.startswith("kernels: torch")
+    assert ops == others and said in line
+    assert line.startswith("kernels: triton, attention by torch (")
     with pytest.raises(RuntimeError, match=said):
         selfcheck.checked("triton", CPU)
 

@@ -82,15 +82,26 @@ def test_one_rank_without_kernels_and_all_go_without(monkeypatch, capsys):
     """Kernels that fail the self-check on one card: its peers would train another model."""
     triton = operators.Operators(*"abc")
     monkeypatch.setattr(selfcheck, "checked", lambda *_, **__: (triton, "kernels: triton, checked"))
-    chosen = training.choose_operators(
-        GPTConfig(), "auto", torch.float32,
-        peers("kernels: triton, checked", "kernels: torch (dq is off by 0.3)"))
-    assert chosen is operators.TORCH
+    able = [], "kernels: triton, checked"
+    unable = list(operators.Operators._fields), "kernels: torch (dq is off by 0.3)"
+    chosen = training.choose_operators(GPTConfig(), "auto", torch.float32, peers(able, unable))
+    assert chosen == operators.TORCH
     assert capsys.readouterr().out == (
         "kernels: torch (dq is off by 0.3) on rank 2, and so on all\n"
     )
-    everywhere = peers("kernels: triton, checked", "kernels: triton, checked")
+    everywhere = peers(able, able)
     assert training.choose_operators(GPTConfig(), "auto", torch.float32, everywhere) is triton
+
+
+def test_one_rank_without_an_operator_and_all_go_without_that_one(monkeypatch, capsys):
+    triton = operators.Operators(*"abcdefg")
+    monkeypatch.setattr(selfcheck, "checked", lambda *_, **__: (triton, "kernels: triton, checked"))
+    one_wrong = ["layer_norm"], "kernels: triton, layer_norm by torch (dx is off by 0.3)"
+    chosen = training.choose_operators(GPTConfig(), "auto", torch.float32, peers(one_wrong))
+    assert chosen == triton._replace(layer_norm=operators.TORCH.layer_norm)
+    assert capsys.readouterr().out == (
+        "kernels: triton, layer_norm by torch (dx is off by 0.3) on rank 1, and so on all\n"
+    )
 
 
 @pytest.mark.parametrize(("sizes", "shape"), [((4, 4, 4, 4, 2, 2), (6,)), ((2, 2, 2, 2), (2, 2))])

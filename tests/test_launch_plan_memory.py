@@ -4,6 +4,7 @@
 """
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +15,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import operators, reference
 from kernels.cards import CARDS
 from kernels.passes import Passes
+from launch import cli
 from launch.plan import memory, muon, speedrun
 from launch.plan.job import Job
 from launch.world import World
 from model import fused_block, parallel
 from model.gpt2 import GPTConfig
 from model.muon import orthogonalise
-from model.network import new_network
+from model.network import flops_per_token, new_network, parameter_count
 from model.optim import configure_optimizers
 from model.parallel import ParallelModel
 from model.training import ComputeConfig
+from tests.gpucheck.predict import NOT_TENSORS
 from tests.jobs import job_of, preset
-from train_gpt2 import PRESETS
+from tests.nullgpu import rows, table
+from train_gpt2 import PRESETS, TrainConfig
 
 MIB = 2**20
 
@@ -253,6 +257,43 @@ def test_memory_of_a_plain_gpt2(name, B, ranks, measured):
     predicted = states + gathered + memory.activations(job, B) + 12 * N * V + 6 * N * C
     print(f"{name} B {B} ranks {ranks}: {predicted / MIB:,.0f} against {measured:,} MiB")
     assert predicted / MIB == pytest.approx(measured, rel=0.03)
+
+
+# Of --kernels torch the loss is planned from above, by some percent.
+COUNTED = [row for row in rows.ROWS if "step" in row.parts and "--kernels" not in row.arguments]
+
+
+@pytest.mark.parametrize("row", COUNTED, ids=lambda row: row.name)
+def test_memory_is_what_the_stand_in_counted(row):
+    """Within 2 %: the program's own tensors on a GPU, one micro-step a step (make cuda-check)."""
+    settings = cli.parse(TrainConfig, PRESETS, row.command(Path("inputs"), Path("out"))[1:])
+    model = settings.model
+    job = Job.of(asdict(settings), parameter_count(model), flops_per_token(model))
+    parts = memory.memory(job, row.ranks, row.batch)
+    predicted = sum(size for part, size in parts.items() if part not in NOT_TENSORS)
+    counted = table.read()[row.name]["step"]["peak MiB"]
+    print(f"{row.name}: {predicted / MIB:,.0f} MiB predicted, {counted:,} counted")
+    assert predicted / MIB == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize(("mode", "gpus", "micro_steps", "whole"), [
+    ("ddp", 1, 1, False), ("ddp", 1, 2, True), ("ddp", 8, 1, True), ("zero1", 8, 1, True),
+    ("fsdp", 8, 1, False), ("fsdp", 8, 2, True)])
+def test_gradients_are_there_during_the_loss_where_something_keeps_them(
+        mode, gpus, micro_steps, whole):
+    """DDP's buckets, or an earlier micro-step; else the update has let go of them."""
+    job = preset("gpt2-124m", parallel=mode, batch_tokens=64 * 1024 * gpus * micro_steps)
+    gradients, workspace = memory.gradients_and_workspace(job, gpus, 64)
+    assert gradients == whole * 4 * job.stored / (8 if mode == "fsdp" else 1)
+    assert workspace == memory.peaks(job, 64)["loss"]
+
+
+def test_of_a_small_batch_the_peak_is_where_all_gradients_are_there():
+    """Little is let go of then: less than the gradients that come."""
+    job = preset("gpt2-124m", batch_tokens=1024, checkpointing=True)
+    gradients, workspace = memory.gradients_and_workspace(job, 1, 1)
+    assert gradients == 4 * job.stored
+    assert workspace == memory.peaks(job, 1)["embedding backward"]
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not():

@@ -174,8 +174,8 @@ def test_the_check_finds_what_is_wrong_at_a_runs_own_width_alone(monkeypatch):
     monkeypatch.setattr(fused_block, "check", lambda passes, device, *shape: check(
         passes, torch.device("cpu"), *shape))
     ops = operators.choose("triton", torch.device("cpu"))
-    assert training.blocks_by_hand(GPTConfig(n_head=2, n_embd=128), ops, world)
-    assert not training.blocks_by_hand(GPTConfig(n_head=8, n_embd=512), ops, world)
+    assert training.blocks_by_hand(GPTConfig(n_head=2, n_embd=128), ops, {}, world)
+    assert not training.blocks_by_hand(GPTConfig(n_head=8, n_embd=512), ops, {}, world)
 
 
 @pytest.mark.parametrize("read", [0, 1], ids=["stream", "branch"])

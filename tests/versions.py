@@ -23,7 +23,7 @@ from tests.nullgpu import venv
 BUILD = venv.ROOT / "build"
 TORCH = {"oldest": "2.11.0", "newest": venv.TORCH}  # with Triton 3.6.0 and 3.8.0
 FOLDERS = {"oldest": BUILD / "versions", "newest": BUILD / "cuda-check"}  # that one has it already
-TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "zstandard")  # conftest.py wants them
 KERNELS = ("interpreter", "numerics", "passes", "speedrun", "decode", "draw", "judge_step")
 
 
@@ -33,6 +33,7 @@ def environment(which: str) -> str:
     if venv.cuda_build(python) != TORCH[which]:
         venv.set_up(Path(python), TORCH[which])
     pins = FOLDERS[which] / "constraints.txt"
+    pins.write_text(venv.constraints())  # not there, where the environment is of somebody's making
     venv.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
               "--no-cache-dir", "-c", str(pins), *TOOLS])
     return python

@@ -5,7 +5,7 @@
 It prints the memory of a GPU by part and the largest micro-batch that fits, the bytes on each link,
 and step time, tokens/s, hours and cost as a range with the assumptions beside it.
 
-    own_card.py     a GPU that kernels/cards.py doesn't know
+    own_card.py     a GPU that kernels/cards.py doesn't know, or that was measured
     job.py          the numbers of a run, and how many of which GPU it gets
     memory.py       bytes of one GPU, tensor by tensor
     speedrun.py     what its network keeps and moves
@@ -33,7 +33,8 @@ class PlanConfig:
     plan_price: float = 0.0
     """Dollars per GPU-hour, for --plan; 0: not known."""
     plan_card: str = ""
-    """A file that describes a GPU of one's own, for --plan 8x (launch/plan/own_card.py)."""
+    """A GPU of one's own, for --plan 8x: gpu_report.json, or a file as launch/plan/own_card.py has
+    it."""
     preflight: bool = False
     """Check these machines against what the run will need (launch/preflight.py), and exit."""
 

@@ -140,7 +140,7 @@ def peaks(job: Job, B: int) -> dict[str, int]:
         Held("gradients of the MLP's 4C, less what is let go of", N * (2 - 1) * 4 * C, e),
         Held("gradient of one of the MLP's weights", 4 * C * C, e),
     ]
-    gone = activations(job, B)  # when the blocks' backward passes are done
+    gone = kept = activations(job, B)  # when the blocks' backward passes are done
     in_block = total(block)
     if job.blocks_by_hand:
         gone -= job.n_layer * total(cast_weights(job))  # they are kept to the next forward pass
@@ -149,13 +149,32 @@ def peaks(job: Job, B: int) -> dict[str, int]:
     if tied:
         embedding += [head, head._replace(what="their sum")]
     update = muon.workspace(job) if job.optimizer == "muon" else 0
-    return {
+    return {  # in the order in which they come; the last block goes backward first
         "loss": last + loss_workspace(job, B) + total([output]),
         "loss backward": last + max(scaled),
         "block backward": in_block,
+        "first block's backward": in_block - kept * (job.n_layer - 1) // job.n_layer,
         "embedding backward": total(embedding) - gone,
         "update": update - gone,
     }
+
+
+# Until then a step with one micro-step has no gradient but the head's, which is counted there: the
+# update has let go of the last step's. DDP's buckets stay.
+BEFORE_GRADIENTS = ("loss", "loss backward", "block backward")
+
+
+def gradients_and_workspace(job: Job, gpus: int, B: int) -> tuple[float, int]:
+    """Bytes of gradients that one GPU has at the worst moment, and beside `activations`."""
+    gradients = FP32 * job.stored / gpus_of_shard(job, gpus)
+    moments = peaks(job, B)
+    buckets = gpus > 1 and job.parallel != "fsdp"
+    if buckets or sequences_per_gpu(job, gpus) > B:
+        return gradients, max(moments.values())
+    held = [(0.0 if moment in BEFORE_GRADIENTS else gradients, size)
+            for moment, size in moments.items()]
+    return max(held, key=sum)
+
 
 # ---- one GPU ----
 
@@ -170,12 +189,13 @@ def memory(job: Job, gpus: int, B: int) -> dict[str, float]:
     """Bytes of one GPU at the worst moment of a step, by part."""
     shard = gpus_of_shard(job, gpus)
     kept, state = optimizer_state(job)
+    gradients, workspace = gradients_and_workspace(job, gpus, B)
     parts = {
         "weights (fp32)": FP32 * job.stored / shard,
-        "gradients (fp32; DDP's buckets are the same)": FP32 * job.stored / shard,
+        "gradients (fp32) that are there by then": gradients,
         kept: state / gpus_of_moments(job, gpus),
         "activations": activations(job, B),
-        "loss and workspace": max(peaks(job, B).values()),
+        "loss and workspace": workspace,
     }
     if job.parallel == "fsdp":
         parts["weights gathered"] = total(gathered(job))

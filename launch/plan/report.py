@@ -11,7 +11,7 @@ from launch.files import human_size
 from launch.plan import muon, step_time
 from launch.plan.job import NODE, Job, parse_cluster, sequences_per_gpu
 from launch.plan.memory import largest_micro_batch, memory
-from launch.plan.own_card import read_card
+from launch.plan.own_card import MeasuredCard, read_card
 
 # What published runs took over what the roofline says (tests/test_launch_plan.py lists them): 1.04
 # to 1.17 where the program is tuned, up to 1.61 where it isn't or evaluations are in the time.
@@ -41,18 +41,26 @@ def report(job: Job, text: str, price: float = 0.0, own: Card | None = None) -> 
     B, largest = choose_micro_batch(job, gpus, card, text)
     parts = step_time.step(job, card, gpus, B)
     slow_parts = step_time.step(job, card, gpus, B, step_time.NETWORK / 2)
-    low = sum(parts.values())
-    high = SLOWEST * sum(slow_parts.values())
+    least, typical, slowest = over_roofline(card)
+    low = least * sum(parts.values())
+    high = slowest * sum(slow_parts.values())
     return "\n".join([
         describe_cluster(job, gpus, card),
         *describe_run(job),
         *describe_memory(job, gpus, card, B, largest),
         describe_traffic(job, gpus, card, B),
-        *describe_step(parts, low, high),
+        *describe_step(parts, low, high, typical, card),
         describe_speed(job, gpus, card, low, high),
         *describe_cost(job, gpus, low, high, price),
         *describe_assumptions(gpus, card),
     ])
+
+
+def over_roofline(card: Card) -> tuple[float, float, float]:
+    """How much longer a step takes than the roofline's: at least, typically, at most."""
+    if isinstance(card, MeasuredCard):
+        return card.over_roofline, card.over_roofline, card.over_roofline
+    return 1.0, TYPICAL, SLOWEST
 
 
 def choose_micro_batch(job: Job, gpus: int, card: Card, text: str) -> tuple[int, int]:
@@ -126,11 +134,16 @@ def describe_traffic(job: Job, gpus: int, card: Card, B: int) -> str:
             f"{human_size(network)} over the network a step")
 
 
-def describe_step(parts: dict[str, float], low: float, high: float) -> list[str]:
-    typical = TYPICAL * low
+def describe_step(
+    parts: dict[str, float], low: float, high: float, typical: float, card: Card
+) -> list[str]:
+    seconds = typical * sum(parts.values())
+    whose = "where the software is as good as the best published"
+    if isinstance(card, MeasuredCard):
+        whose = "as measured on one GPU"
     lines = [
-        f"step       {low * 1e3:,.0f} to {high * 1e3:,.0f} ms; about {typical * 1e3:,.0f} "
-        "where the software is as good as the best published; at the roofline:"
+        f"step       {low * 1e3:,.0f} to {high * 1e3:,.0f} ms; about {seconds * 1e3:,.0f} "
+        f"{whose}; at the roofline:"
     ]
     for part, seconds in parts.items():
         lines.append(f"  {part:<46}{seconds * 1e3:>9,.1f} ms")
@@ -170,15 +183,22 @@ def duration(low: float, high: float) -> str:
 
 
 def describe_assumptions(gpus: int, card: Card) -> list[str]:
-    rates = (f"assumed    matrix products at {step_time.matmul_rate(card):.0%} of the peak, "
+    rates = (f"{step_time.matmul_rate(card):.0%} of the peak, "
              f"attention at {step_time.attention_rate(card):.0%}, "
-             f"memory at {step_time.MEMORY:.0%}; {card.link} at {step_time.link_rate(card):.0%} "
-             f"of {card.link_bandwidth / 1e9:g} GB/s")
-    slow_end = f"           slow end: x {SLOWEST}, the slowest published run of fourteen"
-    if card.key not in VALIDATED:
-        slow_end += f"; none of them was on a {card.key}"
+             f"memory at {step_time.memory_rate(card):.0%}; {card.link} at "
+             f"{step_time.link_rate(card):.0%} of {card.link_bandwidth / 1e9:g} GB/s")
+    if isinstance(card, MeasuredCard):
+        rates = f"measured   matrix products at {rates}, assumed"
+        slow_end = (f"           a step of gpt2-124m took {card.over_roofline:.2f} times the "
+                    "roofline of these rates")
+    else:
+        rates = f"assumed    matrix products at {rates}"
+        slow_end = f"           slow end: x {SLOWEST}, the slowest published run of fourteen"
+        if card.key not in VALIDATED:
+            slow_end += f"; none of them was on a {card.key}"
     if gpus > NODE:
         rates += (f", network at {step_time.NETWORK:.0%} (slow end: half that) of "
                   f"{card.network_bandwidth / 1e9:g} GB/s a GPU, nodes of {NODE}")
-        slow_end += "; none was on several nodes"
+        if not isinstance(card, MeasuredCard):
+            slow_end += "; none was on several nodes"
     return [rates, slow_end]

@@ -13,6 +13,7 @@ import math
 from kernels.cards import Card
 from launch.plan import by_hand, muon, speedrun
 from launch.plan.job import FP32, NODE, Job, gpus_of_moments, sequences_per_gpu
+from launch.plan.own_card import MeasuredCard
 from launch.plan.tables import Pass, total_bytes
 
 # ---- rates, as a fraction of what kernels/cards.py says ----
@@ -40,12 +41,23 @@ TILE = 128  # rows and columns of the product that one SM computes
 
 def matmul_rate(card: Card) -> float:
     """The fraction of the peak that matrix products reach."""
+    if isinstance(card, MeasuredCard):
+        return card.matmul_rate
     return MATMUL.get(card.arch, MATMUL_ASSUMED)
 
 
 def attention_rate(card: Card) -> float:
     """The fraction of the peak that attention reaches."""
+    if isinstance(card, MeasuredCard):
+        return card.attention_rate
     return ATTENTION.get(card.arch, ATTENTION_ASSUMED)
+
+
+def memory_rate(card: Card) -> float:
+    """The fraction of the memory's bandwidth that a copy reaches."""
+    if isinstance(card, MeasuredCard):
+        return card.memory_rate
+    return MEMORY
 
 
 def link_rate(card: Card) -> float:
@@ -57,7 +69,7 @@ def link_rate(card: Card) -> float:
 
 def copy_seconds(size: float, card: Card) -> float:
     """Seconds that the card's memory needs for so many bytes read or written."""
-    return size / (card.memory_bandwidth * MEMORY)
+    return size / (card.memory_bandwidth * memory_rate(card))
 
 
 # ---- matrix products and attention ----

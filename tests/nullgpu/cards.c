@@ -41,7 +41,9 @@ const struct card *card(void)
 
 int device_count(void)
 {
-    const char *count = getenv("NULLGPU_COUNT");
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES"), *count = getenv("NULLGPU_COUNT");
+    if (visible && !*visible) /* hidden from a run on the CPU */
+        return 0;
     return count ? atoi(count) : 1;
 }
 

@@ -87,6 +87,8 @@ ROWS = [
     Row("gpt2-124m, b200", "b200"),
     Row("gpt2-124m, h100", "h100"),
     Row("gpt2-124m, --deterministic, h100", "h100", arguments=("--deterministic", "True")),
+    Row("gpt2-124m, --activation_checkpointing, h100", "h100",
+        arguments=("--activation_checkpointing", "True")),
     Row("gpt2-124m, ddp, 8 h100", "h100", ranks=8),
     Row("gpt2-124m, zero1, 8 h100", "h100", ranks=8, arguments=("--parallel", "zero1")),
     Row("gpt2-124m, fsdp, 8 h100", "h100", ranks=8, arguments=("--parallel", "fsdp")),
