@@ -130,21 +130,22 @@ def train(config: TrainConfig) -> int:
 
             # ---- one training step ----
             started = time.perf_counter()
-            micro_batches, targets_a_rank = recovery.get_batch(run, step)  # (micro-steps, B, T + 1)
+            # (micro-steps, B, T + 1) tokens, and (micro-steps, B T) their places sorted by token
+            micro_batches, orders, targets_a_rank = recovery.get_batch(run, step)
             lr = get_lr(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]  # 1 but for AdamW's groups beside Muon
 
             # forward and backward: the gradients of all micro-steps are added up
             world.seed_step(config.seed, step)  # what dropout draws
-            loss = torch.zeros((), device=world.device)
-            for i, tokens in enumerate(micro_batches):  # (B, T + 1)
+            micro_losses = []
+            for i, (tokens, order) in enumerate(zip(micro_batches, orders, strict=True)):
                 last_micro_step = i == len(micro_batches) - 1
                 inputs, targets = run.loader.inputs_and_targets(tokens)  # (B, T) each
                 with model.gradient_sync(last_micro_step):  # ranks average in the last one only
-                    micro_loss = model(inputs, targets, "sum") / targets_a_rank
-                    (micro_loss * scaler.scale).backward()
-                loss = loss + micro_loss.detach()
+                    micro_loss = model(inputs, targets, "sum", order) / targets_a_rank
+                    scaler.scaled(micro_loss).backward()
+                micro_losses.append(micro_loss.detach())
                 interrupted = not last_micro_step and run.signals.stop_requested_in_step()
                 if interrupted:  # asked of all ranks, but not of several GPUs: theirs are fast
                     break
@@ -155,6 +156,7 @@ def train(config: TrainConfig) -> int:
             total_norm = model.gradient_norm()  # under fsdp ranks add up what each has, else agree
 
             # the update, unless it would do harm: judged where loss and norm are, on the device
+            loss = sum(micro_losses[1:], micro_losses[0])
             verdict = run.reports.judge(run, loss, total_norm)
             model.optimizer_step(optimizer, verdict)  # clips; under zero1 all ranks get all rows
             model.zero_grad()

@@ -109,6 +109,17 @@ class Loader:
             return inputs_and_targets(tokens)
         return tokens[:, :-1], tokens[:, 1:]
 
+    def token_orders(self, batch: torch.Tensor) -> torch.Tensor:
+        """Of each micro-batch the places of its inputs, those of one token side by side:
+        (micro-steps, B T) int32. In this order a GPU adds up the gradients of a token's embedding,
+        and need not sort (kernels/embedding.py).
+        """
+        orders = np.empty((len(batch), self.batch_shape[1] * self.T), np.int32)
+        for order, tokens in zip(orders, batch, strict=True):
+            inputs, _ = self.inputs_and_targets(tokens)  # (B, T), below 2^16: a radix sort
+            order[:] = np.argsort(inputs.flatten().numpy().astype(np.uint16), kind="stable")
+        return torch.from_numpy(orders).pin_memory() if self.pin else torch.from_numpy(orders)
+
     def count_targets(self, step: int) -> int:
         """Tokens to predict in a step, over all ranks: batch_tokens, or fewer in conversations."""
         if self.stream.align != "rows":

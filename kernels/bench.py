@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import operators, passes, reference, tiles
+from kernels import embedding, operators, passes, reference, tiles
 from kernels.cards import Card, by_name
 from kernels.launches import SOFTCAP, VOCAB
 from kernels.roofline import GPT2, Shape, Work, floor, work
@@ -213,9 +213,29 @@ def contestants_of_drawing(
     return rows
 
 
+def contestants_of_embedding(s: Shape) -> list[tuple[str, str, Callable, Work]]:
+    """GPT-2's two embeddings, fp32, as contestants(). The tokens are drawn evenly: a text has some
+    that are far more frequent."""
+    idx = torch.randint(0, VOCAB, (s.B, s.T), device="cuda")
+    order = idx.flatten().argsort(stable=True).int()
+    wte = torch.randn(s.V, s.C, device="cuda", requires_grad=True)
+    wpe = torch.randn(s.T, s.C, device="cuda", requires_grad=True)
+    one, other = work("embedding_forward", s), work("embedding_backward", s)
+    both = Work(one.bytes + other.bytes, 0.0)
+    rows: list[tuple[str, str, Callable, Work]] = []
+    for by, f in (("triton", embedding.embedding), ("torch", reference.embedding)):
+        def run(wte: Tensor, wpe: Tensor, f: Callable = f) -> Tensor:
+            return f(idx, wte, wpe, order)[0]
+
+        rows.append(("embedding", by, partial(no_grad, run, [wte, wpe]), one))
+        rows.append(("embedding + backward", by, partial(forward_backward, run, [wte, wpe]), both))
+    return rows
+
+
 def everyone(ops: operators.Operators, s: Shape) -> list[tuple[str, str, Callable, Work]]:
     """All contestants."""
-    return contestants(ops, s) + contestants_by_hand(s) + contestants_of_drawing(ops, s)
+    return (contestants(ops, s) + contestants_by_hand(s) + contestants_of_embedding(s)
+            + contestants_of_drawing(ops, s))
 
 
 def no_grad(function: Callable, inputs: list[Tensor]) -> Callable:
@@ -281,6 +301,8 @@ CALLED_BY = {  # what launches a kernel
     "gelu_forward": "gelu with bias",
     "gelu_backward": "its backward alone, and y",
     "column_sums": "column sums",
+    "embedding_forward": "embedding",
+    "embedding_backward": "embedding + backward",
     "decode_attention": "attention to a cache",
     "draw": "draw of a token",
 }
@@ -290,7 +312,7 @@ def sized(kernel: str, size: int, s: Shape) -> Shape:
     """s with heads, or rows, of the size of one row of kernels/tiles.py, and as many elements."""
     if kernel.startswith(("attention", "decode_attention", "qk_norm_rotary")):
         return s._replace(H=s.C // size)
-    if kernel.startswith("layer_norm"):
+    if kernel.startswith(("layer_norm", "embedding_forward")):
         C = {1024: 768, 2048: 1600}.get(size, size)  # the widths of GPT-2 that such a row holds
         return s._replace(C=C, H=1, B=max(1, s.B * s.C // C))
     return s

@@ -11,11 +11,11 @@ IGNORE = -100  # a target that is no target (torch.nn.functional.cross_entropy's
 # beats PyTorch's blocked SDPA (12 % of a whole GPT-2 124M step at T = 256).
 SHORT = 256
 
-# Logits that the loss holds at once, whatever the number of tokens. In plain PyTorch 2^25: 128 MiB
-# in fp32. In Triton 2^28: 512 MiB in bf16, and 5,120 of GPT-2's rows, enough to fill a GPU in each
-# product. Half as much would read and write the fp32 dW (154 MB at 124M) twice as often.
+# Logits that the loss holds at once, whatever the number of tokens. On a CPU 2^25: 128 MiB in fp32.
+# On a GPU 2^28: 512 MiB in bf16, and 5,120 of GPT-2's rows, enough to fill it in each product. Half
+# as much would read and write the fp32 dW (154 MB at 124M) twice as often.
 CHUNK_ELEMENTS = 2**25
-TRITON_CHUNK_ELEMENTS = 2**28
+GPU_CHUNK_ELEMENTS = 2**28
 
 # The widest C of a block whose backward pass is by hand (model/fused_block.py): LayerNorm's keeps
 # three sums of a row's length in registers there.

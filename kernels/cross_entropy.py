@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import tiles
+from kernels.constants import GPU_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from kernels.constants import IGNORE
-from kernels.constants import TRITON_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from kernels.reference import product_dtype
 
 NO_TARGET = tl.constexpr(IGNORE)
@@ -209,7 +209,8 @@ def _remember(ctx, inputs, output):
 def _gradients(ctx, grad, ddh, ddw):
     dh, dw = ctx.saved_tensors
     h_dtype, weight_dtype = ctx.dtypes
-    return (dh * grad).to(h_dtype), (dw * grad).to(weight_dtype), None, None, None, None, None
+    scaled_dh = torch.mul(dh, grad, out=torch.empty_like(dh, dtype=h_dtype))  # rounded once
+    return scaled_dh, (dw * grad).to(weight_dtype), None, None, None, None, None
 
 
 _fused.register_autograd(_gradients, setup_context=_remember)

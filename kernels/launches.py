@@ -50,6 +50,7 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         cross_entropy,
         decode_attention,
         draw,
+        embedding,
         gelu,
         judge_step,
         layernorm,
@@ -109,6 +110,11 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         fn = column_sums.column_sums
         types = dict(first=bf16, second=bf16, partial=fp32, width=i32, N=i32, W1=i32, W2=i32)
         constants = dict(BLOCK_M=tile.m, BLOCK_N=tile.n)
+    elif kernel.startswith("embedding"):
+        fn = getattr(embedding, kernel)
+        types = dict.fromkeys(("wte", "wpe", "x", "dx", "dwte"), fp32)
+        types |= dict(tokens=f"*{i64}", order=f"*{i32}", stride=i32, N=i32, T=i32, C=i32)
+        constants = dict(BLOCK=size, POSITIONS=True, BLOCK_M=tile.m, BLOCK_N=tile.n)
     elif kernel == "judge_step":
         fn = judge_step.judge
         fp64, limits = "*fp64", LIMITS

@@ -4,6 +4,7 @@
     y = ops.attention(qkv, n_head)                            # (B, T, 3C) -> (B, T, C)
     x, y = ops.layer_norm(x, weight, bias, branch)            # x + branch, LayerNorm(x + branch)
     loss = ops.linear_cross_entropy(h, wte, targets, vocab)   # (N, C) -> scalar
+    x, head = ops.embedding(idx, wte, wpe, order)             # (B, T) -> (B, T, C); wte once more
 
 two that GPT-2 itself has no use for, qk_norm_rotary and relu_squared, and two that text is drawn
 with, decode_attention and draw.
@@ -29,6 +30,7 @@ class Operators(NamedTuple):
     # Of model/speedrun.py's network.
     qk_norm_rotary: Callable = reference.qk_norm_rotary
     relu_squared: Callable = reference.relu_squared
+    embedding: Callable = reference.embedding
     # Of drawing text (model/generate.py); no gradients.
     decode_attention: Callable = reference.decode_attention
     draw: Callable = reference.draw
@@ -61,12 +63,13 @@ def choose(
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.decode_attention import decode_attention
     from kernels.draw import draw
+    from kernels.embedding import embedding
     from kernels.layernorm import layer_norm
     from kernels.qk_norm_rotary import qk_norm_rotary
     from kernels.relu_squared import relu_squared
 
     return Operators(attention, layer_norm, linear_cross_entropy, qk_norm_rotary, relu_squared,
-                     decode_attention, draw)
+                     embedding, decode_attention, draw)
 
 
 def by_reference(ops: Operators) -> list[str]:

@@ -11,13 +11,21 @@ V vocabulary, Vp vocabulary padded to a multiple of 128.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.constants import CACHED_ROWS, CHUNK_ELEMENTS, DRAW_UNITS, IGNORE, SHORT
+from kernels.constants import (
+    CACHED_ROWS,
+    CHUNK_ELEMENTS,
+    DRAW_UNITS,
+    GPU_CHUNK_ELEMENTS,
+    IGNORE,
+    SHORT,
+)
 
 # Logits divided by less than fp32's smallest normal number are no numbers; the largest stands
 # alone long before that.
@@ -110,29 +118,47 @@ def layer_norm(
     return x, y.to(product_dtype(x.dtype, x.device))
 
 
-def _softcap(logits: Tensor, softcap: float) -> Tensor:
+def _softcap(logits: Tensor, exact: torch.dtype, softcap: float) -> Tensor:
     """Presses logits into (-softcap, softcap), where there is one; -inf (the padding) stays."""
     if not softcap:
         return logits
+    logits = logits.to(exact)
     return torch.where(logits == -math.inf, logits, softcap * torch.tanh(logits / softcap))
 
 
-def _softmax_in_place(logits: Tensor, exact: torch.dtype, softcap: float) -> Tensor:
-    """Replaces logits (rows, Vp) by their softmax and returns their log-sum-exp, (rows, 1), exact.
+def loss_of_chunk(
+    logits: Tensor, index: Tensor, vocab: int, softcap: float, need_grad: bool
+) -> Tensor:
+    """The losses of some tokens, (rows, 1), at least fp32: -log p of their targets.
 
-    softcap: the softmax is that of softcap * tanh(logits / softcap); 0: of the logits.
+    logits: (rows, Vp), which with need_grad become the losses' gradient, p minus one-hot; index:
+    (rows, 1), the targets. p: softmax of the logits, or with softcap of softcap * tanh(logits /
+    softcap); 0 in the padding, from column `vocab` on.
 
     On a CPU a few rows at a time, so that their fp32 copy stays in the cache (measured: 1.6 times
     as fast at 512 rows of 50,304).
     """
-    sums = []
+    exact = at_least_fp32(logits.dtype)
+    logits[:, vocab:] = -math.inf
+    at_target = _softcap(logits.gather(1, index), exact, softcap)  # (rows, 1)
+    if softcap and need_grad:  # the slope of the cap, 1 - tanh^2; 0 in the padding
+        slope = 1 - torch.tanh(logits / softcap).square()  # (rows, Vp)
+    sums = []  # log of the sum of exp(logits)
     for rows in logits.split(CACHED_ROWS if logits.device.type == "cpu" else len(logits)):
-        wide = _softcap(rows.to(exact), softcap)
-        p = wide.softmax(-1)
-        # The largest p is 1 / sum(exp(logit - largest logit)), and at least 1 / Vp: safe to log.
-        sums.append(wide.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log())
-        rows.copy_(p)
-    return torch.cat(sums)
+        capped = _softcap(rows, exact, softcap)
+        largest = capped.amax(-1, keepdim=True).to(exact)
+        p = (capped - largest).exp_()
+        total = p.sum(-1, keepdim=True)
+        sums.append(largest + total.log())
+        if need_grad:
+            rows.copy_(p.div_(total))
+    losses = torch.cat(sums) - at_target
+    if need_grad:
+        # p - 1 at the target, subtracted before it is rounded.
+        logits.scatter_(1, index, torch.expm1(-losses).to(logits.dtype))
+        if softcap:
+            logits *= slope
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -143,47 +169,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, vocab, dtype, need_grad, softcap):
-        exact = at_least_fp32(dtype)
-        low_h, low_w = h.to(dtype), weight.to(dtype)  # what the matrix products see
-        total = h.new_zeros((), dtype=exact)
+    def forward(ctx, h, weight, targets, vocab, dtype, need_grad, softcap, of_chunk):
+        valid = (targets != IGNORE).unsqueeze(1)  # (N, 1)
+        indices = targets.clamp(min=0).unsqueeze(1)  # (N, 1), any token where there is no target
+        # What the matrix products see: of tokens without a target 0, so dW has nothing of them.
+        low_h, low_w = h.to(dtype) * valid, weight.to(dtype)
         dh = torch.empty_like(low_h) if need_grad else low_h
-        dw = torch.zeros_like(weight, dtype=exact) if need_grad else weight
-        chunks = max(1, -(-h.shape[0] * weight.shape[0] // CHUNK_ELEMENTS))
-        parts = (t.tensor_split(chunks) for t in (low_h, targets, dh))
-        for x, target, dx in zip(*parts, strict=True):
+        dw = torch.zeros_like(weight, dtype=at_least_fp32(dtype)) if need_grad else weight
+        losses = []  # (rows, 1) of each chunk
+        at_once = GPU_CHUNK_ELEMENTS if h.is_cuda else CHUNK_ELEMENTS
+        chunks = max(1, -(-h.shape[0] * weight.shape[0] // at_once))
+        parts = (t.tensor_split(chunks) for t in (low_h, indices, dh))
+        for x, index, dx in zip(*parts, strict=True):
             logits = x @ low_w.t()  # (rows, Vp)
-            logits[:, vocab:] = -math.inf  # the padding takes no probability
-            index, valid = target.clamp(min=0).unsqueeze(1), (target != IGNORE).unsqueeze(1)
-            at_target = _softcap(logits.gather(1, index).to(exact), softcap)  # (rows, 1)
-            if softcap and need_grad:  # the slope of the cap, 1 - tanh^2; 0 in the padding
-                slope = 1 - torch.tanh(logits / softcap).square()  # (rows, Vp)
-            losses = _softmax_in_place(logits, exact, softcap) - at_target
-            total += (losses * valid).sum()
-            if need_grad:
-                # p - 1 at the target, subtracted before it is rounded.
-                dlogits = logits.scatter_(1, index, torch.expm1(-losses).to(dtype))
-                if softcap:
-                    dlogits *= slope
-                dx.copy_((dlogits @ low_w) * valid)
-                dw += dlogits.t() @ (x * valid)
+            losses.append(of_chunk(logits, index, vocab, softcap, need_grad))
+            if need_grad:  # the logits are their gradient now
+                torch.mm(logits, low_w, out=dx)
+                dw += logits.t() @ x
         if need_grad:
-            ctx.save_for_backward(dh, dw)
-        return total
+            ctx.save_for_backward(dh.mul_(valid), dw)
+        return (torch.cat(losses) * valid).sum()
 
     @staticmethod
     def backward(ctx, grad):
         dh, dw = ctx.saved_tensors
-        return dh * grad, dw * grad, None, None, None, None, None
+        return dh * grad, dw * grad, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str = "mean",
-    softcap: float = 0.0,
+    softcap: float = 0.0, of_chunk: Callable = loss_of_chunk,
 ) -> Tensor:
     """Cross-entropy of softmax(h @ weight.T) against targets, without ever holding all logits.
 
-    softcap: of softmax(softcap * tanh(h @ weight.T / softcap)) instead; 0: no cap.
+    softcap: of softmax(softcap * tanh(h @ weight.T / softcap)) instead; 0: no cap. of_chunk:
+    loss_of_chunk, perhaps compiled.
 
     h: (N, C); weight: (Vp, C), of which the rows from `vocab` on are padding that takes no
     probability; targets: (N,) in [0, vocab) or -100, which counts for nothing. Returns a scalar in
@@ -192,10 +212,26 @@ def linear_cross_entropy(
     # Inside forward() gradient mode is always off, so the question is asked here.
     need_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     dtype = product_dtype(h.dtype, h.device)
-    total = _LinearCrossEntropy.apply(h, weight, targets, vocab, dtype, need_grad, softcap)
+    total = _LinearCrossEntropy.apply(
+        h, weight, targets, vocab, dtype, need_grad, softcap, of_chunk)
     if reduction == "sum":
         return total
     return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def embedding(
+    idx: Tensor, wte: Tensor, wpe: Tensor | None = None, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Looks up tokens and adds their positions.
+
+    idx: (B, T) int64, below V; wte: (V, C); wpe: (n_ctx, C), or none for a network without such.
+    order: of no use here. Returns (x (B, T, C), wte for the output head): who has the head take it
+    from here lets the kernel add up its two gradients in place.
+    """
+    x = F.embedding(idx, wte)  # (B, T, C)
+    if wpe is not None:
+        x = x + wpe[: idx.shape[1]]
+    return x, wte
 
 
 def rotary_angles(

@@ -67,6 +67,10 @@ def work(kernel: str, s: Shape) -> Work:
         "gelu_backward": Work(16 * activation, 0.0),
         # reads (N, 3C) and (N, C)
         "column_sums": Work(4 * activation, 0.0),
+        # reads a row of wte (fp32) for each token; writes it, with its position
+        "embedding_forward": Work(4 * activation, 0.0),
+        # reads dx (fp32), and adds it to some rows of dwte
+        "embedding_backward": Work(2 * activation, 0.0),
         # reads the keys and values of T positions of B streams
         "decode_attention": Work(2 * activation, 0.0),
         # reads the logits of B streams

@@ -106,7 +106,7 @@ def compare(
         name = str(dtype).removeprefix("torch.")
         worst[name] = 0.0
         for operator, tensors, inputs, run in _cases(dtype, device, head_width, speedrun):
-            if operator == "linear_cross_entropy" and not training:
+            if operator in TRAINING_ONLY and not training:
                 continue
             gradients = training and operator not in FORWARD_ONLY
             try:
@@ -125,6 +125,7 @@ def compare(
     return worst, faults
 
 
+TRAINING_ONLY = ("linear_cross_entropy", "embedding")
 FORWARD_ONLY = ("decode_attention", "draw")  # they have no gradients
 
 Case = tuple[str, list[str], list[Tensor], Callable]
@@ -158,6 +159,14 @@ def _cases(
         ["loss", "dh", "dweight"],
         [random(N, 64), random(padded, 64) / 8],
         lambda f, h, weight: f(h, weight, targets, V),
+    )
+    idx = torch.tensor([[0, 3, 3, 8], [3, 0, 3, 5]], device=device)
+    order = idx.flatten().argsort(stable=True).int()
+    yield (
+        "embedding",
+        ["x", "the head's wte", "dwte", "dwpe"],
+        [random(9, C), random(6, C)],
+        lambda f, wte, wpe: f(idx, wte, wpe, order),
     )
     position = torch.tensor([T - 30], device=device)
     yield (

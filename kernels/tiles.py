@@ -121,6 +121,9 @@ _ROWS = {
     ("gelu_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
     ("gelu_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
     ("column_sums", EVERY, 1): (Tile(4, 256, 4), Tile(2, 512, 4)),
+    ("embedding_forward", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 8)),
+    ("embedding_forward", EVERY, 8192): (Tile(1, 8192, 16), Tile(1, 8192, 8)),
+    ("embedding_backward", EVERY, 1): (Tile(8, 256, 4), Tile(16, 128, 4)),
     # Of a cache: positions of one head, 8 values of each in a thread.
     ("decode_attention", EVERY, 64): (Tile(1, 128, 8), Tile(1, 64, 4), Tile(1, 256, 8)),
     ("decode_attention", EVERY, 128): (Tile(1, 64, 8), Tile(1, 32, 4), Tile(1, 128, 8)),

@@ -11,13 +11,16 @@ from launch import console
 from launch.errors import Failed
 
 
-def get_batch(run: Any, step: int) -> tuple[Any, float]:
-    """(this rank's tokens of a step, (micro-steps, B, T + 1), on its device; the targets that a
-    rank has on the average). Where its data can't be read it is other tokens: the other ranks need
-    this one for the step, which none of them applies, and then stop_for_data() ends the run."""
+def get_batch(run: Any, step: int) -> tuple[Any, Any, float]:
+    """(this rank's tokens of a step, (micro-steps, B, T + 1), and their orders, (micro-steps, B T),
+    on its device; the targets that a rank has on the average). Where its data can't be read it is
+    other tokens: the other ranks need this one for the step, which none of them applies, and then
+    stop_for_data() ends the run."""
     batch, targets, error = run.loader.try_get_batch(step)
     run.reports.data_error = run.reports.data_error or error
-    return batch.to(run.world.device, non_blocking=True), targets / run.world.size
+    orders = run.loader.token_orders(batch)
+    on_device = [x.to(run.world.device, non_blocking=True) for x in (batch, orders)]
+    return *on_device, targets / run.world.size
 
 
 def stop_for_data(run: Any, step: int) -> NoReturn:

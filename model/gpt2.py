@@ -165,15 +165,24 @@ class GPT(nn.Module):
         positions: (T,) or (B, T) where the tokens stand, if that isn't 0 to T - 1; attend: what
         computes attention, if not each token is to see its row up to itself.
         """
-        T = idx.shape[1]
-        if positions is None and T > self.config.n_ctx:
-            raise ValueError(f"{T} positions in a context of {self.config.n_ctx}")
-        token_embedding = self.wte(idx)  # (B, T, C)
         if positions is None:
-            position_embedding = self.wpe.weight[:T]  # (T, C)
+            x, _ = self.embed(idx)  # (B, T, C)
         else:
-            position_embedding = self.wpe.weight[positions]  # (T, C) or (B, T, C)
-        x = token_embedding + position_embedding  # (B, T, C)
+            x = self.wte(idx) + self.wpe.weight[positions]  # of (T, C) or (B, T, C)
+        return self.through_blocks(x, attend)
+
+    def embed(self, idx: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of token and position embeddings, (B, T, C), and the head's weight: wte.
+
+        order: (B T,) the places of the tokens sorted by token, for a faster gradient on a GPU.
+        """
+        T = idx.shape[1]
+        if T > self.config.n_ctx:
+            raise ValueError(f"{T} positions in a context of {self.config.n_ctx}")
+        return self.ops.embedding(idx, self.wte.weight, self.wpe.weight, order)
+
+    def through_blocks(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """What the blocks and the last LayerNorm make of the embeddings. (B, T, C) both."""
         x = F.dropout(x, self.config.dropout, self.training)
         if self.before_blocks is not None and attend is None:  # else blocks go by their own lines
             self.before_blocks()
@@ -186,19 +195,21 @@ class GPT(nn.Module):
         return normed  # (B, T, C)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean",
+        order: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) the loss in nats, -100 counting for nothing.
 
-        reduction: "mean" over the targets, or "sum".
+        reduction: "mean" over the targets, or "sum". order: as embed() takes it.
         """
-        x = self.hidden(idx)  # (B, T, C)
+        x, head = self.embed(idx, order)  # (B, T, C), (Vp, C)
+        x = self.through_blocks(x)  # (B, T, C)
         if targets is None:
             return self.logits(x)
         x = x.reshape(-1, self.config.n_embd)  # (B T, C)
         targets = targets.reshape(-1)  # (B T,)
         return self.ops.linear_cross_entropy(
-            x, self.wte.weight, targets, self.config.n_vocab, reduction
+            x, head, targets, self.config.n_vocab, reduction
         )
 
     def logits(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kernels import operators
+from kernels import operators, reference
 from kernels.operators import Operators
 from model.gpt2 import GPT, Attend, GPTConfig
 from model.speedrun import SpeedrunGPT
@@ -40,9 +40,13 @@ class Network(Protocol):
         ...
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean",
+        order: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) tokens -> logits (B, T, V), or with targets (B, T) the loss, a scalar in nats."""
+        """(B, T) tokens -> logits (B, T, V), or with targets (B, T) the loss, a scalar in nats.
+
+        order: of the tokens, for the embedding's gradient (kernels/embedding.py).
+        """
         ...
 
 
@@ -67,7 +71,8 @@ def use_operators(model: Any, ops: Operators) -> None:
 
 
 def compile_blocks(model: Any) -> None:
-    """torch.compile on each block, in place, so that parameter names stay.
+    """torch.compile on each block, in place, so that parameter names stay; and on a GPU on plain
+    PyTorch's loss.
 
     Block by block the compiler sees one small graph twelve times over (compiled once), and
     gradients arrive block by block, so DDP can send them while the backward pass goes on.
@@ -78,6 +83,11 @@ def compile_blocks(model: Any) -> None:
     torch._dynamo.config.optimize_ddp = False
     for block in model.h:
         block.compile()
+    loss = model.ops.linear_cross_entropy
+    if loss is reference.linear_cross_entropy and model.wte.weight.is_cuda:
+        of_chunk = torch.compile(reference.loss_of_chunk)
+        loss = functools.partial(loss, of_chunk=of_chunk)
+        use_operators(model, model.ops._replace(linear_cross_entropy=loss))
 
 
 class NoFirstWeights(TorchFunctionMode):

@@ -158,6 +158,10 @@ class LossScaler:
         """What the loss is multiplied by."""
         return self.state[0] if self.enabled else 1.0
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as the backward pass begins with it."""
+        return loss * self.state[0] if self.enabled else loss
+
     @torch.no_grad()
     def update(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether a step has to be left out because its scale was too large: a scalar.

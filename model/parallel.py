@@ -78,10 +78,15 @@ class ParallelModel:
         self.device_decides = False  # whether a step is applied: model/training.py
         self.chosen: dict[str, str] = {}  # who computes what several can: model/contest.py
 
-    def __call__(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """The loss. (B, T) tokens and targets -> this rank's mean or sum, in nats."""
+    def __call__(
+        self, idx: Tensor, targets: Tensor, reduction: str = "mean", order: Tensor | None = None
+    ) -> Tensor:
+        """The loss. (B, T) tokens and targets -> this rank's mean or sum, in nats.
+
+        order: of the tokens, as Loader.token_orders has it.
+        """
         with self.autocast():
-            return self.forward(idx, targets, reduction)
+            return self.forward(idx, targets, reduction, order)
 
     def autocast(self) -> AbstractContextManager:
         """Matrix products run in the compute dtype inside this context."""

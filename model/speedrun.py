@@ -112,7 +112,8 @@ class SpeedrunGPT(nn.Module):
         nn.init.normal_(self.wte.weight[: self.config.n_vocab])  # padding rows are always 0
 
     def hidden(
-        self, idx: Tensor, positions: Tensor | None = None, attend: Attend | None = None
+        self, idx: Tensor, positions: Tensor | None = None, attend: Attend | None = None,
+        order: Tensor | None = None,
     ) -> Tensor:
         """What the head reads, as in GPT.hidden. idx: (B, T) token ids -> (B, T, C)."""
         T, D = idx.shape[1], self.config.n_embd // self.config.n_head
@@ -122,20 +123,22 @@ class SpeedrunGPT(nn.Module):
         places = slice(T) if positions is None else positions
         rotary = cos[places], sin[places]  # each (T, D/2) or (B, T, D/2)
         # The stream keeps the weights' master dtype, also where the embedding is stored in bf16.
-        x = x0 = norm(self.wte(idx).to(self.x0_mix.dtype))  # (B, T, C), (record 8)
+        x, _ = self.ops.embedding(idx, self.wte.weight, None, order)  # (B, T, C)
+        x = x0 = norm(x.to(self.x0_mix.dtype))  # (record 8)
         for i, block in enumerate(self.h):
             values = self.value_embeddings.of_layer(i, idx)  # (B, T, C) or None
             x = run_block(self, block, x, x0, self.x0_mix[i], rotary, values, attend)
         return norm(x)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean",
+        order: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) the loss in nats: as GPT.forward."""
         attend = None
         if self.config.document_mask and targets is not None:
             attend = DocumentMask(idx, end_of_text=self.config.n_vocab - 1).attend
-        x = self.hidden(idx, attend=attend)  # (B, T, C)
+        x = self.hidden(idx, attend=attend, order=order)  # (B, T, C)
         if targets is None:
             return self.logits(x)
         return self.ops.linear_cross_entropy(

@@ -7,7 +7,7 @@ e: bytes of a number in the matrix products (Job.itemsize).
 """
 
 from kernels.cards import MIB, Card
-from kernels.constants import CHUNK_ELEMENTS, TRITON_CHUNK_ELEMENTS
+from kernels.constants import GPU_CHUNK_ELEMENTS
 from launch.plan import by_hand, muon, speedrun
 from launch.plan.job import FP32, Job, gpus_of_moments, gpus_of_shard, sequences_per_gpu
 from launch.plan.tables import Held, total
@@ -18,8 +18,7 @@ from launch.plan.tables import Held, total
 FRAGMENTATION = 0.07
 CONTEXT = 600 * MIB  # assumed: CUDA context and loaded kernels, cuBLAS's workspace (32 MiB, Hopper)
 NCCL = 400 * MIB  # assumed: its buffers, where there is more than one GPU
-LOGITS = TRITON_CHUNK_ELEMENTS  # held at once by the Triton loss
-LOGITS_TORCH = CHUNK_ELEMENTS  # by the reference
+LOGITS = GPU_CHUNK_ELEMENTS  # held at once by the loss
 TILE_ROWS = 128  # the Triton loss holds its logits in whole tiles of so many tokens
 
 
@@ -105,19 +104,19 @@ def loss_workspace(job: Job, B: int) -> int:
     if job.fused:
         whole_tiles = LOGITS + (TILE_ROWS - 1) * V
         return total([embedding, Held("logits", min(whole_tiles, N * V), e)])
-    chunk = min(LOGITS_TORCH, N * V)
+    chunk = min(LOGITS, N * V)
+    reads = Held("what the head reads, 0 where there is no target", N * C, e)
     logits = Held("logits", chunk, e)
-    softmax = [
-        embedding,
-        logits,
-        Held("their fp32 copy", chunk, FP32),
-        Held("its softmax", chunk, FP32),
-    ]
-    if job.arch == "speedrun":  # while logits are capped: their fp32 copy twice, which are padding
-        capped = [Held("the cap's slope", chunk, e), Held("another fp32 copy", chunk, FP32),
-                  Held("where the padding is", chunk, 1)]
-        softmax += capped
-    gradient = [embedding, logits, Held("this chunk's share of the embedding's gradient", V * C, e)]
+    softmax = [embedding, reads, logits]
+    if job.compile:
+        softmax += [Held("their gradient, before it takes their place", chunk, e)]
+    else:
+        softmax += [Held("their softmax", chunk, FP32)]
+        if job.arch == "speedrun":  # while they are capped: fp32 copies, which are padding
+            softmax += [Held("the cap's slope", chunk, e), Held("two copies", 2 * chunk, FP32),
+                        Held("where the padding is", chunk, 1)]
+    gradient = [embedding, reads, logits,
+                Held("this chunk's share of the embedding's gradient", V * C, e)]
     return max(total(softmax), total(gradient))
 
 
@@ -129,7 +128,7 @@ def peaks(job: Job, B: int) -> dict[str, int]:
     output = Held("last LayerNorm's output", N * C, e if job.arch == "gpt2" else FP32)
     # dh and dW are multiplied by the gradient that comes in: first one has a copy, then the other.
     scaled = [
-        total([output, Held("gradient of that, scaled", N * C, FP32)]),
+        total([output, output._replace(what="gradient of that, scaled")]),
         total([output, head._replace(what="the embedding's gradient, scaled")]),
     ]
     tied = [head] if job.arch == "gpt2" else []  # another head's is added up before the blocks
