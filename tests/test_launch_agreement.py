@@ -94,7 +94,7 @@ def test_one_rank_without_kernels_and_all_go_without(monkeypatch, capsys):
 
 
 def test_one_rank_without_an_operator_and_all_go_without_that_one(monkeypatch, capsys):
-    triton = operators.Operators(*"abcdefg")
+    triton = operators.Operators(*operators.Operators._fields)
     monkeypatch.setattr(selfcheck, "checked", lambda *_, **__: (triton, "kernels: triton, checked"))
     one_wrong = ["layer_norm"], "kernels: triton, layer_norm by torch (dx is off by 0.3)"
     chosen = training.choose_operators(GPTConfig(), "auto", torch.float32, peers(one_wrong))
