@@ -137,9 +137,9 @@ for name, context, shape, count, first, train_loss, dev_loss in LADDER:
             course.figure(f"  batch {step:,}", loss, SEEN[step], SEEN[step], f"{SEEN[step]}")
     if FULL:
         wide = 0.001 if larger else 0.01
-        course.figure("  train", tree.loss(*train), train_loss - wide, train_loss + wide,
-                      f"{train_loss}")
-        course.figure("  dev", tree.loss(*dev), dev_loss - wide, dev_loss + wide, f"{dev_loss}")
+        for split, rows, loss in (("train", train, train_loss), ("dev", dev, dev_loss)):
+            low, high = round(loss - wide, 4), round(loss + wide, 4)
+            course.figure(f"  {split}", tree.loss(*rows), low, high, f"{loss}")
     elif larger:
         course.figure(f"  train after {STEPS:,} steps", tree.loss(*train), 1.935, 1.97,
                       "1.769 after 200,000")
