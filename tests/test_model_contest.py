@@ -272,7 +272,8 @@ def test_blocks_by_hand_launch_the_attention_that_was_chosen(clock):
 @pytest.mark.parametrize("changes", [
     dict(choice="triton"), dict(choice="torch", ops=operators.TORCH), dict(ops=operators.TORCH),
     dict(dtype="fp32"), dict(dtype="fp64"), dict(shape=replace(SHAPE, dropout=0.1)),
-    dict(shape=GPTConfig(arch="speedrun", document_mask=True))], ids=str)
+    dict(shape=GPTConfig(arch="speedrun", document_mask=True))],
+    ids=["triton", "torch", "fallen back", "fp32", "fp64", "dropout", "speedrun"])
 def test_nothing_is_compared_where_there_is_no_choice(changes):
     settings = dict(shape=SHAPE, choice="auto", ops=OURS, dtype="bf16", B=1, source=None,
                     world=ALONE)
