@@ -32,12 +32,15 @@ def kept_by_block(job: Job, B: int) -> list[Held]:
     mlp = Held("the MLP's 4C before and after GELU", N * 2 * 4 * C, e)
     if job.blocks_by_hand:
         mlp = by_hand.kept_of_mlp(job, B)
+    stream = [Held("residual stream, as either LayerNorm takes it", N * 2 * C, FP32)]
+    if job.compile and not job.fused:  # the compiler adds up the second one's again
+        stream = [Held("residual stream", N * C, FP32), Held("what is added to it", N * C, e)]
     masks = []
     if job.dropout:  # CUDA's native_dropout keeps a byte a number; flash attention keeps a seed
         masks = [Held("masks of two branches", N * 2 * C, 1)]
     return [
         *masks,
-        Held("residual stream, as either LayerNorm takes it", N * 2 * C, FP32),
+        *stream,
         Held("outputs of two LayerNorms", N * 2 * C, e),
         Held("q, k, v", N * 3 * C, e),
         Held("attention's output", N * C, e),
