@@ -102,8 +102,13 @@ def chat_rows(path: Path, T: int) -> tuple[np.ndarray, np.ndarray]:
 
 def read_conversations(path: Path) -> list[list[Message]]:
     """The conversations of a JSONL file. Raises BadInput that names the line."""
+    if path.is_fifo():
+        raise BadInput(f"{path} is a pipe: a file of conversations is read more than once")
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            raise BadInput(f"{path} is compressed: unpack it first (gunzip)")
+        lines = data.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise BadInput(f"can't read the conversations {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -120,7 +125,7 @@ def read_conversations(path: Path) -> list[list[Message]]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"no JSON ({error})"
+        return f"no JSON ({error.msg}): a conversation a line is expected"
     return "brackets in brackets without end" if isinstance(error, RecursionError) else str(error)
 
 
@@ -138,6 +143,13 @@ def _messages(row: Any) -> list[Message]:
                              "user or assistant")
         if not isinstance(content, str):
             raise ValueError(f"message {number} has no content that is a text")
+        if any("\ud800" <= letter <= "\udfff" for letter in content):
+            raise ValueError(f"message {number} holds half of a surrogate pair, no character")
+        if message.get("weight", 1) != 1:
+            raise ValueError(f"message {number} has the weight {message['weight']}: all that the "
+                             "assistant says is learnt alike; leave the field out")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise ValueError(f"message {number} calls a tool, for which there are no words here")
     found = [(message["role"], message["content"]) for message in messages]
     if all(role != "assistant" for role, _text in found):
         raise ValueError("the assistant says nothing in it, so there is nothing to learn")

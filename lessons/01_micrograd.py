@@ -183,8 +183,8 @@ course.picture(drawings.moons(points, labels, grid, np.reshape(heights, (36, 36)
 # %% The door: kernels/layernorm.py
 # A kernel is one large Value. `_forward.register_autograd(_gradients, setup_context=_remember)`
 # tells PyTorch what a Value knows: `_remember` keeps what the slopes are made of (the sum, mean and
-# rstd), `_gradients` is `_backward` and hands on dx, dweight and dbias. Here is one of 130 Values,
-# y = (x - mean) / sqrt(variance + eps) w + b, against the kernels' judge, kernels/reference.py.
+# rstd), `_gradients` is `_backward` and hands on dx, dweight and dbias. Here is a row of it, made
+# of 130 Values, y = (x - mean) / sqrt(variance + eps) w + b, against kernels/reference.py.
 torch.manual_seed(0)
 rows = torch.randn(4, 8, dtype=torch.float64).requires_grad_()
 x, w, b, dy = (list(map(Value, row)) for row in rows.tolist())

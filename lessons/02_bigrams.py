@@ -120,7 +120,7 @@ for n in (2, 3, 4):
     for split, figure, word in zip(splits, right[n], words[n], strict=True):
         loss = likelihood(table, *data[split], best)
         course.figure(f"{n} letters in a row, a = {best}, {split}", loss, figure, figure,
-                      f"{figure}", embedded=(word, word))
+                      embedded=(word, word))
 
 # %% The same table, learned
 # A network of one layer: one-hot(x) @ W are the logits; exp and a division by the row's sum make
@@ -146,7 +146,7 @@ W = torch.randn(V, V, generator=torch.Generator().manual_seed(2147483647))
 for _ in range(7000):
     W -= 50 * (W.softmax(1) * n.sum(1, keepdim=True) - n) / n.sum()
 learned = -(n * W.log_softmax(1)).sum().item() / n.sum().item()
-course.figure("learned in 7,000 steps, train", learned, 2.4542, 2.4545, "2.4543",
+course.figure("learned in 7,000 steps, train", learned, 2.4542, 2.4545,
               embedded=(2.4908, 2.4911))
 apart = (W.softmax(1) - n / n.sum(1, keepdim=True)).abs().max().item()
 course.figure("largest difference from the counted table", apart, 0, 3e-3, embedded=(0, 3e-3))

@@ -29,6 +29,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from launch import console, flags
@@ -57,6 +58,7 @@ def load(path: Path, name: str) -> Callable:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their own module up
     spec.loader.exec_module(module)
     if not hasattr(module, name):
         raise Wrong(f"{path.name} has no function of this name")
@@ -78,6 +80,7 @@ def answer(path: Path, name: str, check: Callable, verdict: Connection) -> None:
         try:
             function = load(path, name)
             verdict.send(IMPORTED)
+            torch.set_grad_enabled(True)  # the checks' own, whatever the file has switched off
             check(function)
             line = RIGHT
         except NotImplementedError:
@@ -86,16 +89,20 @@ def answer(path: Path, name: str, check: Callable, verdict: Connection) -> None:
             line = f"wrong: {wrong}"
         except Late as end:
             line = where(end, path)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             line = f"wrong: {blame(error, path)}"
     verdict.send(" ".join(line.split()))
 
 
 def blame(error: BaseException, path: Path) -> str:
     """A student's exception in one line, with the line of their file that it came from."""
-    what = f"{type(error).__name__}: {error}".removesuffix(": ")
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f"{path.name} can't be imported: {error.msg} (line {error.lineno})"
+    try:
+        what = f"{type(error).__name__}: {error}".removesuffix(": ")[:300]
+    except Exception:  # its __str__ fails
+        what = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename in (str(path), None):
+        at = f" (line {error.lineno})" if error.lineno else ""
+        return f"{path.name} can't be imported: {error.msg}{at}"
     if line := where(error, path):
         return f"{what} ({line})"
     return f"what it returned is not what its docstring asks for ({what})"
@@ -161,8 +168,8 @@ def not_imported(path: Path) -> str:
 
 def grade(number: str, answers: Path) -> dict[str, str]:
     """{name of a function: the verdict}, printed as they come."""
-    verdicts = {}
-    path = answers / f"e{number}.py"
+    verdicts: dict[str, str] = {}
+    path = (answers / f"e{number}.py").resolve()
     for name, check in importlib.import_module(f"lessons.checks.c{number}").CHECKS.items():
         if not path.is_file():
             verdicts[name] = TO_DO
@@ -187,6 +194,9 @@ def main(arguments: Arguments) -> int:
             raise BadInput(f"there is no lesson {number}: {', '.join(titles)}")
     if not arguments.answers.is_dir():
         raise BadInput(f"there is no folder {arguments.answers}")
+    if not any((arguments.answers / f"e{number}.py").is_file() for number in titles):
+        raise BadInput(f"{arguments.answers} holds none of e01.py to e10.py: "
+                       "copy lessons/exercises to begin with")
     done = {number: list(grade(number, arguments.answers).values()) for number in numbers}
     print()
     for number, verdicts in done.items():

@@ -1,7 +1,9 @@
 """Conversations: what is learnt of them, on any number of ranks, and a model that then answers."""
 
+import gzip
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -120,7 +122,7 @@ def test_every_twentieth_is_held_out(file):
 
 
 @pytest.mark.parametrize("line, said", [
-    ("{", "no JSON"),
+    ("{", "no JSON .*: a conversation a line is expected"),
     ("[" * 100_000, "without end|no JSON"),
     ("[]", 'expected {"messages"'),
     ('{"messages": []}', 'expected {"messages"'),
@@ -130,6 +132,11 @@ def test_every_twentieth_is_held_out(file):
     ('{"messages": [{"content": "a"}]}', "message 1 has the role 'None'"),
     ('{"messages": [{"role": "user", "content": ["a"]}]}', "message 1 has no content that is a"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "the assistant says nothing"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
+     "message 1 has the weight 0: .* leave the field out"),
+    ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}',
+     "message 1 calls a tool"),
+    (r'{"messages": [{"role": "assistant", "content": "a\ud83d b"}]}', "half of a surrogate pair"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, said):
     path = write(tmp_path / "a.jsonl", [conversation(("a", "b")), "\n", line + "\n"])
@@ -139,11 +146,18 @@ def test_a_bad_line_is_named(tmp_path, line, said):
 
 @pytest.mark.parametrize("content, said", [
     (b"\xff\n", "no UTF-8"), (b"", "has 0 conversations"),
+    (gzip.compress(b"{}"), "is compressed: unpack it first"),
     (conversation(("a", "b")).encode(), "has 1 conversations to train on, and one more"),
 ])
 def test_a_file_of_too_little_is_one_line(tmp_path, content, said):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(BadInput, match=said):
+        chat_rows(tmp_path / "a.jsonl", 10)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(BadInput, match="a.jsonl is a pipe"):
         chat_rows(tmp_path / "a.jsonl", 10)
 
 

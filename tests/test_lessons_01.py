@@ -80,6 +80,38 @@ def nothing_from_above(a, b, out):
     b.grad += a.data
 
 
+def by_division(a, b, out):
+    a.grad += out.data / a.data * out.grad
+    b.grad += a.data * out.grad
+
+
+def taken_away(a, b, out):
+    a.grad -= b.data * out.grad
+    b.grad -= a.data * out.grad
+
+
+def divided_by_2h(f, at, h):
+    return [slope / 2 for slope in e01.one_sided(f, at, h)]
+
+
+def beside_the_label(right, label):
+    slopes = without_the_one(right, label)
+    slopes[label - 1] -= 1
+    return slopes
+
+
+def log_of_p(logits, label):
+    """Of the largest taken off, but p is rounded to 0 before its logarithm is taken."""
+    powers = [math.exp(logit - max(logits)) for logit in logits]
+    p = [power / sum(powers) for power in powers]
+    return -math.log(p[label]), [q - (i == label) for i, q in enumerate(p)]
+
+
+def slopes_not_a_number(logits, label):
+    loss, right = e01.softmax_loss(logits, label)
+    return loss, [math.nan if max(logits) > 700 else slope for slope in right]
+
+
 def loss_with(loss=lambda right: right, slopes=lambda right, label: right):
     def softmax_loss(logits, label):
         value, right = e01.softmax_loss(logits, label)
@@ -103,6 +135,8 @@ def overflowing(logits, label):
     ("gradient", sign_of_the_inverse, r"-0.0625 where 0.0625 is right: -1/c is -c\^-1"),
     ("gradient", learnt_by_heart, r"at \(1.5, 2.0, 5.0\)"),
     ("gradient", lambda a, b, c: None, "is there a return"),
+    ("gradient", lambda a, b, c: [s + 2e-9 for s in e01.gradient(a, b, c)],
+     r"-12.353553389 where -12.353553391 is right"),
     ("one_sided", not_put_back, "not been put back"),
     ("one_sided", caller_s_list_moved, "move a copy"),
     ("one_sided", from_below, r"f\(x - h\)"),
@@ -110,15 +144,23 @@ def overflowing(logits, label):
     ("one_sided", e01.symmetric, "symmetric quotient"),
     ("symmetric", e01.one_sided, "one-sided quotient"),
     ("symmetric", divided_by_h, "2 h apart"),
+    ("symmetric", divided_by_2h, "and the points are h apart"),
+    ("one_sided", lambda f, at, h: [-s for s in e01.one_sided(f, at, h)], "turned round"),
     ("multiply_backward", overwritten, "-30 where -29.75 is right: .* = for \\+= forgets"),
     ("multiply_backward", own_factor, "the other factor"),
     ("multiply_backward", nothing_from_above, "out.grad, is left out"),
+    ("multiply_backward", lambda a, b, out: (b.data * out.grad, a.data * out.grad), "nothing has"),
+    ("multiply_backward", taken_away, "-= for"),
+    ("multiply_backward", by_division, "not where a is 0"),
     ("softmax_loss", loss_with(loss=lambda right: -right), "minus is missing"),
     ("softmax_loss", loss_with(loss=lambda right: math.exp(-right)), "that is p"),
     ("softmax_loss", loss_with(loss=lambda right: right / math.log(2)), "log2"),
     ("softmax_loss", loss_with(slopes=without_the_one), "1 is taken off"),
     ("softmax_loss", loss_with(slopes=lambda right, label: [-s for s in right]), "turned round"),
     ("softmax_loss", overflowing, "more than a double holds"),
+    ("softmax_loss", loss_with(slopes=beside_the_label), "logit 2: .* belongs to the label, 3"),
+    ("softmax_loss", log_of_p, "p is too small for a double"),
+    ("softmax_loss", slopes_not_a_number, "the slope in logit 0 of .* nan where"),
     ("softmax_loss", lambda logits, label: 2.1755153626, "a list of 2"),
 ])
 def test_a_mistake_is_named(name, wrong, told):

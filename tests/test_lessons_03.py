@@ -43,6 +43,26 @@ def newest_first(names, size):
     return X.flip(1), Y
 
 
+def floats(names, size):
+    X, Y = e03.contexts(names, size)
+    return X.float(), Y
+
+
+def one_list(names, size):
+    X, Y = e03.contexts(names, size)
+    return X[-1].expand_as(X), Y
+
+
+def alike(generator):
+    network = e03.start(generator)
+    network[3] = torch.full((200, 27), 0.5)
+    return network
+
+
+def own_seed(generator):
+    return e03.start(torch.Generator().manual_seed(5))
+
+
 def started(scales):
     """As the solution, each parameter drawn from N(0, scale^2)."""
     def start(generator):
@@ -57,6 +77,8 @@ def started(scales):
     ("contexts", carried_on, "reaches into this one"),
     ("contexts", newest_first, "newest letter first"),
     ("contexts", lambda names, size: e03.contexts(names, 3), r"not a tensor of shape \(9, 3\)"),
+    ("contexts", floats, "X is torch.float32"),
+    ("contexts", one_list, "one list, changed each time"),
     ("rates", lambda count: torch.linspace(0.001, 1, count), "evenly spaced"),
     ("rates", lambda count: torch.linspace(-3, 0, count), "-3 where 0.001 .*exponent of 10"),
     ("rates", lambda count: torch.linspace(-3, 0, count).exp(), "power of e"),
@@ -65,6 +87,8 @@ def started(scales):
     ("start", started((1, 1, 1, 0.01, 0)), "beyond 0.99"),
     ("start", started((1, 0.2, 0, 0, 0)), "W2 is zero"),
     ("start", lambda generator: torch.zeros(27, 10), "five tensors"),
+    ("start", alike, "W2 says the same to every letter"),
+    ("start", own_seed, "draw them from the one given"),
 ])
 def test_a_mistake_is_named(name, wrong, told):
     with pytest.raises(Wrong, match=told):

@@ -96,6 +96,10 @@ def layernorm(correction=0, eps=1e-5, inside=True, dweight=None):
     ("layernorm_backward", layernorm(inside=False), "weight belongs inside"),
     ("layernorm_backward", layernorm(dweight=lambda dy, x: (dy * x).sum(0)), r"x, and not \(x - "),
     ("layernorm_backward", lambda dy, x, weight: dy, "three gradients"),
+    ("layernorm_backward", lambda dy, x, weight: None, "is there a return"),
+    ("layernorm_backward",
+     lambda dy, x, weight: [-d for d in e05.layernorm_backward(dy, x, weight)], "turned round"),
+    ("batchnorm_backward", lambda *given: -e05.batchnorm_backward(*given), "turned round"),
     ("attention_delta", lambda o, do: (o * do).mean(-1), "the mean over the head's width"),
     ("attention_delta", lambda o, do: (o * o).sum(-1), "without do"),
     ("attention_delta", lambda o, do: o * do, "shape"),
@@ -116,8 +120,10 @@ def test_a_mistake_is_named(name, wrong, told):
     ("dp_t = tl.dot(v, do.T", "dp_t = tl.dot(v, do", "dv is right and dk is not"),
     ("dk = tl.dot(ds_t.to(q.dtype), q, dk", "dk = tl.dot(ds_t.to(q.dtype), lse, dk",
      "the kernel stops"),
+    ("return dk, dv", "return dv, dk", "dk is returned first"),
+    ("return dk, dv", "pass", "is there a return"),
 ], ids=["= for +=", "no delta", "delta along the keys", "k for v", "scores for p", "no transpose",
-        "no tile"])
+        "no tile", "swapped", "no return"])
 def test_a_mistake_in_the_kernel_is_placed(tmp_path, right, wrong, told):
     """Written to a file, as a student's is: Triton reads the source of what it compiles."""
     source = inspect.getsource(e05)

@@ -71,6 +71,48 @@ def test_a_file_that_is_never_imported_is_waited_for_once(tmp_path):
     assert done.stderr == "once\n"
 
 
+def test_what_a_file_does_outside_its_functions_is_no_mistake(tmp_path):
+    """Dataclasses look up their module; the checks need gradients, whatever a file switches off."""
+    (tmp_path / "e04.py").write_text("""
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from lessons.solutions.e04 import *
+torch.set_grad_enabled(False)
+@dataclass
+class Own:
+    x: int
+""")
+    done = graded("04", "--answers", str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert "wrong" not in done.stdout and " right\n" in done.stdout
+
+
+def test_however_an_answer_ends_it_is_one_line(tmp_path):
+    (tmp_path / "e01.py").write_text("""
+class Silent(Exception):
+    def __str__(self): raise ValueError
+def gradient(a, b, c): raise KeyboardInterrupt
+def one_sided(f, at, h): raise Silent
+def symmetric(f, at, h): raise ValueError("long " * 1000)
+""")
+    relative = os.path.relpath(tmp_path, ROOT)
+    done = graded("01", "--answers", relative)
+    gradient, one_sided, symmetric, *_ = done.stdout.splitlines()
+    assert gradient.endswith("wrong: KeyboardInterrupt (line 4 of e01.py)")
+    assert one_sided.endswith("wrong: Silent (line 5 of e01.py)")
+    assert symmetric.endswith("(line 6 of e01.py)") and len(symmetric) < 400
+    assert done.stderr == ""
+    (tmp_path / "e01.py").write_bytes(b"x = 1\0")
+    assert "wrong: e01.py can't be imported: " in graded("01", "--answers", relative).stdout
+
+
+def test_a_folder_without_answers_is_named(tmp_path):
+    done = graded("--answers", str(tmp_path))
+    assert done.returncode == 2
+    assert "holds none of e01.py to e10.py: copy lessons/exercises" in done.stderr
+
+
 @pytest.mark.parametrize("arguments, told", [
     (("11",), "there is no lesson 11: 01, 02"), (("--answers", "nowhere"), "no folder nowhere"),
 ])

@@ -21,7 +21,8 @@ def expect(what: str, seen: Any, right: float, tolerance: float,
         raise Wrong(f"{what}: a number is asked for, not {describe(seen)}") from None
     if abs(number - right) <= tolerance:
         return
-    line = f"{what}: {number:.7g} where {right:.7g} is right"
+    digits = next((d for d in range(7, 17) if f"{number:.{d}g}" != f"{right:.{d}g}"), 17)
+    line = f"{what}: {number:.{digits}g} where {right:.{digits}g} is right"
     for mistake, wrong in mistakes.items():
         if number == wrong or abs(number - wrong) <= tolerance:  # infinity too
             raise Wrong(f"{line}: {mistake}")
@@ -56,4 +57,5 @@ def describe(seen: Any) -> str:
         return f"a tensor of shape {tuple(seen.shape)}"
     if isinstance(seen, list | tuple):
         return f"a {type(seen).__name__} of {len(seen)}"
-    return f"a {type(seen).__name__}"
+    kind = type(seen).__name__
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

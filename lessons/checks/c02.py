@@ -39,7 +39,7 @@ def split(answer: Callable) -> None:
     parts = answer(given)
     if given != names:
         raise Wrong("the caller's list has been shuffled as well: shuffle a copy")
-    if not isinstance(parts, tuple) or len(parts) != 3:
+    if not isinstance(parts, tuple | list) or len(parts) != 3:
         raise Wrong(f"three lists are asked for, not {describe(parts)}")
     right = e02.split(names)
     sizes, wanted = [len(part) for part in parts], [len(part) for part in right]

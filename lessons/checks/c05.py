@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from lessons.checks import describe
 from lessons.checks.tensors import expect_tensor, numbers
 from lessons.course import Wrong
 from lessons.solutions import e05
@@ -48,6 +49,7 @@ def batchnorm_backward(answer: Callable) -> None:
         "mean and variance depend on x too: that is gain * inv * dy alone": gain * inv * dy,
         "gain is missing": right / gain,
         "inv is missing": right / inv,
+        "the sign is turned round": -right,
         "not divided by n": right * n})
 
 
@@ -56,7 +58,7 @@ def layernorm_backward(answer: Callable) -> None:
     right = e05.layernorm_backward(dy, x, weight)
     seen = answer(dy, x, weight)
     if not isinstance(seen, tuple | list) or len(seen) != 3:
-        raise Wrong("three gradients are asked for: dx, dweight, dbias")
+        raise Wrong(f"three gradients are asked for, dx, dweight, dbias, not {describe(seen)}")
 
     def with_inv(inv: Tensor, g: Tensor, factor: float = 1.0) -> Tensor:
         xhat = (x - x.mean(1, keepdim=True)) * inv
@@ -73,6 +75,9 @@ def layernorm_backward(answer: Callable) -> None:
         "C / (C - 1) belongs to an unbiased variance, and this one is biased": with_inv(
             inv, g, 48 / 47),
         "eps is missing": with_inv(biased**-0.5, g),
+        "what the mean hands back is missing": right[0] + inv * g.mean(1, keepdim=True),
+        "what the variance hands back is missing": with_inv(inv, g, 0.0),
+        "the sign is turned round": -right[0],
         "weight is missing": with_inv(inv, dy),
         "weight belongs inside: it differs along the row": weight * with_inv(inv, dy),
         "mean and variance depend on x too: that is weight * inv * dy alone": g * inv})
@@ -127,7 +132,8 @@ def dkdv_errors(step: Callable) -> dict[str, float]:
 KERNEL_MISTAKES = {
     (False, True): "dk is right and dv is not: dv += p^T do, added to what dv held",
     (True, False): "dv is right and dk is not: dp = do v^T, ds = p (dp - delta), dk += ds^T q",
-    (True, True): "dk and dv are both wrong: each is added to what it held before",
+    (True, True): "dk and dv are both wrong: each is added to what it held before, and dk is "
+                  "returned first",
 }
 
 
@@ -138,11 +144,14 @@ def dkdv_step(answer: Callable) -> None:
     from triton.runtime.errors import InterpreterError
 
     try:
+        answer = getattr(answer, "fn", answer)  # of somebody who has written @triton.jit above it
         errors = dkdv_errors(triton.jit(answer))
     except InterpreterError as error:
         cause = error.__cause__ or error
         if isinstance(cause, NotImplementedError) or "NotImplementedError" in repr(cause):
             raise NotImplementedError from None
+        if "NoneType" in repr(cause):
+            raise Wrong("nothing comes back from it: is there a return?") from None
         raise Wrong(f"the kernel stops: {cause}") from None
     wrong = errors["dk"] > KERNEL, errors["dv"] > KERNEL
     if any(wrong):

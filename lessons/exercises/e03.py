@@ -31,7 +31,7 @@ def start(generator: Generator) -> list[Tensor]:
 def train(batches: Iterator[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """The same five tensors, trained: the loss on dev is below 2.2.
 
-    batches: 20,000 times X (32, 3) and Y (32,), int64. The lecture's start and rates reach 2.28
-    with as many; your start, and how the rate falls, have to save the rest.
+    batches: 20,000 times X (32, 3) and Y (32,), int64. The lecture's start reaches 2.28 with
+    as many, at a rate that falls; your start has to save the rest.
     """
     raise NotImplementedError
