@@ -155,9 +155,7 @@ def test_tuning_goes_through_every_row_of_a_gpu(monkeypatch, capsys):
         return [(name, "triton", lambda: None, None) for name in bench.CALLED_BY.values()]
 
     monkeypatch.setattr(tiles, "arch", lambda device: "sm_90")
-    monkeypatch.setattr(bench, "contestants", contestants)
-    monkeypatch.setattr(bench, "contestants_by_hand", lambda shape: [])
-    monkeypatch.setattr(bench, "contestants_of_drawing", lambda ops, shape: [])
+    monkeypatch.setattr(bench, "everyone", contestants)
     monkeypatch.setattr(bench, "median", lambda function: float(next(clock)))
     bench.tune(None, GPT2)
     assert tiles.TABLE == table  # as it was

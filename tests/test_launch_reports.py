@@ -164,4 +164,11 @@ def test_data_that_one_rank_cannot_read_end_the_run_after_a_save(tiny, tmp_path,
     assert run(tiny(steps=9, eval_every=9, save_every=9), ranks=2)[0] == 0
     assert run(tiny(name="whole", steps=9, eval_every=9, save_every=9), ranks=2)[0] == 0
     one, two = weights(tmp_path / "whole", 9), weights(tmp_path / "tiny", 9)
+    # Late, gradients are clipped with an error of 2.4e-7 (above), of which an update of at most lr
+    # passes 1e-3 on; 9 updates round a weight of 1 by 6e-8 each. A bias of the keys has no gradient
+    # but for rounding, which AdamW makes as large as any.
+    for state in (one, two):
+        for name in state:
+            if name.endswith("c_attn.bias"):
+                state[name][32:64] = 0
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6
