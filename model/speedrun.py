@@ -95,14 +95,12 @@ class SpeedrunGPT(nn.Module):
         self.h = nn.ModuleList(Block(config, ops, i) for i in range(config.n_layer))
         self.x0_mix = nn.Parameter(torch.empty(config.n_layer, 2))  # of each block: of x, of x0
         self.value_embeddings = ValueEmbeddings(config)  # an option, empty where it is off
-        # Not tied to wte: each has its own learning rate (record 8).
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=False)  # untied: record 8
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """What writes to the residual stream, and the head, begin at 0: at first every block hands
-        its input on, and every token is equally likely (record 5)."""
+        """At first blocks hand their input on, and all tokens are equally likely (record 5)."""
         for name, parameter in self.named_parameters():
             if name.endswith(("c_attn.weight", "c_fc.weight")):
                 nn.init.normal_(parameter, 0.0, math.sqrt(INIT_VARIANCE / self.config.n_embd))
