@@ -302,12 +302,18 @@ def test_the_environment_is_set_up_with_the_projects_pins():
 # ---- faults, planted in a run on the stand-in ----
 
 @pytest.fixture(scope="module")
-def workplace():
-    """What make cuda-check has set up."""
+def workplace(tmp_path_factory):
+    """What make cuda-check has set up; folders of its own, for two processes may test at once."""
     try:
         monkey = pytest.MonkeyPatch()
         with monkey.context() as patched:
             patched.setattr(venv, "set_up", lambda python: None)  # nothing is downloaded here
+            python, shared = venv.cuda_python(command.FOLDER), command.FOLDER / "cache"
+            own = tmp_path_factory.mktemp("nullgpu")
+            shared.mkdir(parents=True, exist_ok=True)
+            (own / "cache").symlink_to(shared)
+            patched.setattr(command, "FOLDER", own)
+            patched.setattr(command, "cuda_python", lambda folder: python)
             return command.prepared()
     except BadInput as reason:
         pytest.skip(f"after make cuda-check: {reason}")
