@@ -103,7 +103,7 @@ def chat_rows(path: Path, T: int) -> tuple[np.ndarray, np.ndarray]:
 def read_conversations(path: Path) -> list[list[Message]]:
     """The conversations of a JSONL file. Raises BadInput that names the line."""
     if path.is_fifo():
-        raise BadInput(f"{path} is a pipe: a file of conversations is read more than once")
+        raise BadInput(f"{path} is a pipe: a file is read by every rank and at every start")
     try:
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):

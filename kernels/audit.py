@@ -198,8 +198,9 @@ def faults(row: dict) -> list[str]:
     if arch.startswith("gfx"):
         return found
     if kernel == "attention_forward" and arch == "sm_90":
-        if row["registers"] > 200 or row["ctas_per_sm"] < 2:
-            found.append(f"{row['registers']} registers (200), {row['ctas_per_sm']} CTAs/SM (2)")
+        most = 190 if tiles.triton_version() < (3, 8) else 200  # 194 there, and still two CTAs
+        if row["registers"] > most or row["ctas_per_sm"] < 2:
+            found.append(f"{row['registers']} registers ({most}), {row['ctas_per_sm']} CTAs/SM (2)")
     if kernel in ("attention_dq", "attention_dkdv"):
         if row["registers"] > 190 and row["ctas_per_sm"] < 2:
             found.append(f"{row['registers']} registers (190) at {row['ctas_per_sm']} CTA/SM (2)")

@@ -174,7 +174,7 @@ class GPT(nn.Module):
     def embed(self, idx: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum of token and position embeddings, (B, T, C), and the head's weight: wte.
 
-        order: (B T,) the places of the tokens sorted by token, for a faster gradient on a GPU.
+        order: (B T,) the places of the tokens sorted by token: a GPU need not sort them then.
         """
         T = idx.shape[1]
         if T > self.config.n_ctx:

@@ -60,5 +60,7 @@ def test_where_one_cannot_be_set_up_it_says_why(monkeypatch, capsys):
     assert versions.main(["oldest", "--where-possible"]) == 0
     assert capsys.readouterr().out == (
         "torch 2.11.0 is left out: a CUDA build of torch wants 12 GiB of disk\n")
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match="12 GiB of disk"):
         versions.main(["oldest"])
+    with pytest.raises(BadInput, match="no version 'older': oldest, newest"):
+        versions.main(["older"])

@@ -66,10 +66,13 @@ def smoke(which: str, python: str) -> list[str]:
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser("make versions", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", choices=[*TORCH, []], help="both, if none is named")
+    parser.add_argument("which", nargs="*", help="oldest, newest: both, if none is named")
     parser.add_argument("--where-possible", action="store_true",
                         help="where one can't be set up, say why and exit with 0")
     arguments = parser.parse_args(words)
+    for which in arguments.which:
+        if which not in TORCH:
+            raise BadInput(f"there is no version {which!r}: {', '.join(TORCH)}")
     failed = []
     for which in arguments.which or TORCH:
         try:

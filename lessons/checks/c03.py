@@ -65,10 +65,15 @@ def rates(answer: Callable) -> None:
             "1 is not among them": e03.rates(302)[i].item()})
 
 
-def loss_of(network: list[Tensor], x: Tensor, y: Tensor) -> float:
-    embedding, W1, b1, W2, b2 = (p.detach() for p in network)
-    h = (embedding[x].view(-1, 30) @ W1 + b1).tanh()  # (N, 200)
-    return F.cross_entropy(h @ W2 + b2, y).item()
+def hidden(network: list[Tensor], x: Tensor) -> Tensor:
+    """(N, 3) letters -> (N, 200) units."""
+    embedding, W1, b1, *_ = network
+    return (embedding[x].view(-1, 30) @ W1 + b1).tanh()
+
+
+def loss_of(network: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+    *_, W2, b2 = network
+    return F.cross_entropy(hidden(network, x) @ W2 + b2, y)
 
 
 def five(network: list[Tensor]) -> list[Tensor]:
@@ -87,7 +92,7 @@ def start(answer: Callable) -> None:
                         "it (or, with all of them zero, anything but b2)")
     x = torch.randint(27, (2000, 3), generator=torch.Generator().manual_seed(2))
     y = torch.randint(27, (2000,), generator=torch.Generator().manual_seed(3))
-    loss = loss_of(network, x, y)
+    loss = loss_of(network, x, y).item()
     if not loss <= math.log(27) + 0.05:  # NaN too
         raise Wrong(f"a loss of {loss:.4f} where 3.2958 is right: W2 or b2 is large, and letters "
                     "are ruled out that nobody has seen yet")
@@ -105,12 +110,11 @@ def start(answer: Callable) -> None:
 def reaches_all(network: list[Tensor], x: Tensor, y: Tensor) -> None:
     """A gradient has to come through: W2 that says the same to every letter lets none."""
     parameters = [p.detach().clone().requires_grad_() for p in network]
-    embedding, W1, b1, W2, b2 = parameters
-    h = (embedding[x].view(-1, 30) @ W1 + b1).tanh()  # (N, 200)
-    F.cross_entropy(h @ W2 + b2, y).backward()
-    assert W1.grad is not None
-    if W1.grad.norm() < LEAST_GRADIENT:
-        raise Wrong(f"a gradient of {W1.grad.norm():.1e} reaches W1: W2 says the same to every "
+    loss_of(parameters, x, y).backward()
+    gradient = parameters[1].grad
+    assert gradient is not None
+    if gradient.norm() < LEAST_GRADIENT:
+        raise Wrong(f"a gradient of {gradient.norm():.1e} reaches W1: W2 says the same to every "
                     "letter, or hardly anything")
 
 
@@ -126,7 +130,7 @@ def train(answer: Callable) -> None:
     random.shuffle(names)
     n1, n2 = int(0.8 * len(names)), int(0.9 * len(names))
     dev = e03.contexts(names[n1:n2], 3)
-    judge(loss_of(five(answer(batches(*e03.contexts(names[:n1], 3)))), *dev))
+    judge(loss_of(five(answer(batches(*e03.contexts(names[:n1], 3)))), *dev).item())
 
 
 def judge(loss: float) -> None:
