@@ -53,14 +53,20 @@ def load(rows_of, start, ROWS: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr
 def store(rows_of, start, tile):
     """Writes a tile (ROWS, D) to some Columns from row `start` on, up to row T."""
     x, batch, first, T, width = rows_of
-    rows = start + tl.arange(0, tile.shape[0])
-    corner = x + batch.to(tl.int64) * T * width + first
-    cells = corner + rows[:, None] * width + tl.arange(0, tile.shape[1])[None, :]
-    tl.store(cells, tile.to(x.dtype.element_ty), mask=rows[:, None] < T)
+    ROWS: tl.constexpr = tile.shape[0]
+    D: tl.constexpr = tile.shape[1]
+    if isinstance(x, tl.tensor_descriptor):  # which ends at T by itself
+        x.store([batch, start, first], tile.to(x.dtype).reshape(1, ROWS, D))
+    else:
+        rows = start + tl.arange(0, ROWS)
+        corner = x + batch.to(tl.int64) * T * width + first
+        cells = corner + rows[:, None] * width + tl.arange(0, D)[None, :]
+        tl.store(cells, tile.to(x.dtype.element_ty), mask=rows[:, None] < T)
 
 
 def operand(x: Tensor, rows: int, D: int, tma: bool) -> Tensor | TensorDescriptor:
-    """What load() takes: x (B, T, width) itself, or a descriptor of its tiles of (rows, D)."""
+    """What load() and store() take: x (B, T, width) itself, or a descriptor of its tiles of
+    (rows, D)."""
     return TensorDescriptor.from_tensor(x, [1, rows, D]) if tma else x
 
 

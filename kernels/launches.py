@@ -69,10 +69,12 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
 
         x = f"*{kind}"
         q, k = tiled(tile.m), tiled(tile.n)
-        types = dict(queries=q, keys=k, out=x, dout=x, lse=fp32, delta=fp32, dqkv=x)
+        types = dict(queries=q, keys=k, out=x, dout=x, lse=fp32, delta=fp32, dqkv=q)
         types |= dict(T=i32, H=i32, group=i32)
+        if "forward" in kernel:
+            types["out"] = q
         if "dkdv" in kernel:
-            types["dout"] = q
+            types |= dict(dout=q, dqkv=k)
         fn = getattr(attention, kernel.removesuffix("_fp32"))
         tmem = tiles.tensor_memory_rows(case.arch, tile)
         constants = dict(D=size, BLOCK_M=tile.m, BLOCK_N=tile.n, TMEM=tmem)

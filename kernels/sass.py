@@ -16,7 +16,7 @@ from pathlib import Path
 # Matrix instructions: of a warp (sm_80), of four warps (sm_90, wgmma), of one thread (sm_100,
 # tcgen05).
 MMA = ("HMMA", "HGMMA", "UTCHMMA")
-ASYNC = {"LDGSTS": "cp.async", "UTMALDG": "tma"}
+ASYNC = {"LDGSTS": "cp.async", "UTMALDG": "tma", "UTMASTG": "tma-store"}
 SPILLS = ("LDL", "STL")  # loads and stores of a thread's local memory
 FP32 = ("FADD", "FADD2", "FMUL", "FMUL2", "FFMA", "FFMA2", "FMNMX", "FMNMX3", "FSEL", "FSETP")
 
