@@ -52,17 +52,13 @@ def _place(T, group, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _forward_step(
-    running, q, keys, values, q_start, k_start,
-    BLOCK_N: tl.constexpr, TMEM: tl.constexpr, DIAGONAL: tl.constexpr,
+def _scores(
+    q, keys, q_start, k_start, BLOCK_N: tl.constexpr, TMEM: tl.constexpr, DIAGONAL: tl.constexpr
 ):
-    """Takes BLOCK_N keys into the running (acc, l_i, m_i) of a tile of queries q (BLOCK_M, D)."""
-    acc, l_i, m_i = running
+    """s (BLOCK_M, BLOCK_N) of queries q (BLOCK_M, D) and BLOCK_N keys: q k^T, not scaled yet."""
     BLOCK_M: tl.constexpr = q.shape[0]
-    D: tl.constexpr = q.shape[1]
-    SCALE: tl.constexpr = LOG2E / D**0.5
-    k = load(keys, k_start, BLOCK_N, D, EDGE=DIAGONAL)  # (BLOCK_N, D)
-    s = tl.dot(q, k.T, input_precision=IEEE)  # (BLOCK_M, BLOCK_N): q k^T, without the scale yet
+    k = load(keys, k_start, BLOCK_N, q.shape[1], EDGE=DIAGONAL)  # (BLOCK_N, D)
+    s = tl.dot(q, k.T, input_precision=IEEE)
     if DIAGONAL:  # s_ij = -inf for j > i
         i, j = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
         # The side that takes the offset is made anew: the one of which a thread holds little (the
@@ -73,15 +69,64 @@ def _forward_step(
         else:
             seen = i >= k_start - q_start + j
         s = tl.where(seen, s, float("-inf"))
-    # m_i = max_j s_ij, finite from the first tile on: it holds key 0, which all queries see.
+    return s
+
+
+@triton.jit
+def _softmax(s, l_i, m_i, D: tl.constexpr):
+    """Takes scores s (BLOCK_M, BLOCK_N) into the running sum l_i and maximum m_i, both (BLOCK_M,).
+
+    Returns p_ij = exp(s_ij - m_i), the factor for what was summed before, and the new l_i and m_i.
+    """
+    SCALE: tl.constexpr = LOG2E / D**0.5
+    # m_i = max_j s_ij, finite from the first keys on: each query sees one of them.
     m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
     p = tl.exp2(s * SCALE - m_new[:, None])  # exp(s_ij - m_i)
-    shrink = tl.exp2(m_i - m_new)  # what was summed before, for the new m_i
+    shrink = tl.exp2(m_i - m_new)
     l_i = l_i * shrink + tl.sum(p, 1)  # l_i = sum_j exp(s_ij - m_i)
+    return p, shrink, l_i, m_new
+
+
+@triton.jit
+def _forward_step(
+    running, q, kv, q_start, k_start,
+    BLOCK_N: tl.constexpr, TMEM: tl.constexpr, DIAGONAL: tl.constexpr,
+):
+    """Takes BLOCK_N keys into the running (acc, l_i, m_i) of a tile of queries q (BLOCK_M, D)."""
+    acc, l_i, m_i = running
+    keys, values = kv
+    D: tl.constexpr = q.shape[1]
+    s = _scores(q, keys, q_start, k_start, BLOCK_N, TMEM, DIAGONAL)
+    p, shrink, l_i, m_i = _softmax(s, l_i, m_i, D)
     v = load(values, k_start, BLOCK_N, D, EDGE=DIAGONAL)
     # acc = sum_j exp(s_ij - m_i) v_j
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=IEEE)
-    return acc, l_i, m_new
+    return acc, l_i, m_i
+
+
+@triton.jit
+def _forward_delayed(running, q, kv, q_start):
+    """Takes all keys that a tile of queries q (BLOCK, D) sees into its running (acc, l_i, m_i).
+
+    The product p v comes one step late: the tensor cores make it during the next scores' softmax.
+    That makes no use of it, so the compiler waits for it after the scores that follow, not at once.
+    The BLOCK keys on the diagonal come first and key 0 last: one step alone has a mask.
+    """
+    acc, l_i, m_i = running
+    keys, values = kv
+    BLOCK: tl.constexpr = q.shape[0]
+    D: tl.constexpr = q.shape[1]
+    s = _scores(q, keys, q_start, q_start, BLOCK, TMEM=False, DIAGONAL=True)
+    p, shrink, l_i, m_i = _softmax(s, l_i, m_i, D)
+    for taken in range(0, q_start, BLOCK):
+        k_start = q_start - taken  # of p
+        s = _scores(q, keys, q_start, k_start - BLOCK, BLOCK, TMEM=False, DIAGONAL=False)
+        v = load(values, k_start, BLOCK, D, EDGE=True)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=IEEE)
+        p, shrink, l_i, m_i = _softmax(s, l_i, m_i, D)
+    v = load(values, 0, BLOCK, D, EDGE=True)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=IEEE)
+    return acc, l_i, m_i
 
 
 # T, H and group differ from call to call (generation) and between models: no variant for each.
@@ -89,9 +134,11 @@ def _forward_step(
 def attention_forward(
     queries, keys, out, lse, T, H, group,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMEM: tl.constexpr,
+    DELAYED: tl.constexpr,
 ):
     """One program, one tile of BLOCK_M queries of one head: see _place. queries and keys are both
-    qkv, as operand() hands it out. TMEM: each thread holds a whole row of the scores.
+    qkv, as operand() hands it out. TMEM: each thread holds a whole row of the scores. DELAYED: by
+    _forward_delayed.
 
     It alone writes these rows of the head's columns in out (B, T, C) and of lse (B, H, T). The last
     queries see the most keys: they come first.
@@ -100,20 +147,17 @@ def attention_forward(
     q_start = (tl.cdiv(T, BLOCK_M) - 1 - tile) * BLOCK_M
     batch, column, C = batch_head // H, batch_head % H * D, H * D
     q = load(Columns(queries, batch, column, T, 3 * C), q_start, BLOCK_M, D, EDGE=True)
-    k_columns = Columns(keys, batch, C + column, T, 3 * C)
-    v_columns = Columns(keys, batch, 2 * C + column, T, 3 * C)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running = acc, l_i, m_i
-    for k_start in range(0, q_start, BLOCK_N):  # every query of the tile sees all of these keys
-        running = _forward_step(
-            running, q, k_columns, v_columns, q_start, k_start, BLOCK_N, TMEM, DIAGONAL=False
-        )
-    for k_start in range(q_start, min(q_start + BLOCK_M, T), BLOCK_N):
-        running = _forward_step(
-            running, q, k_columns, v_columns, q_start, k_start, BLOCK_N, TMEM, DIAGONAL=True
-        )
+    kv = Columns(keys, batch, C + column, T, 3 * C), Columns(keys, batch, 2 * C + column, T, 3 * C)
+    acc, l_i = tl.zeros([BLOCK_M, D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    running = acc, l_i, tl.full([BLOCK_M], float("-inf"), tl.float32)  # m_i
+    if DELAYED:
+        tl.static_assert(BLOCK_M == BLOCK_N)
+        running = _forward_delayed(running, q, kv, q_start)
+    else:
+        for k_start in range(0, q_start, BLOCK_N):  # every query of the tile sees all of these keys
+            running = _forward_step(running, q, kv, q_start, k_start, BLOCK_N, TMEM, DIAGONAL=False)
+        for k_start in range(q_start, min(q_start + BLOCK_M, T), BLOCK_N):
+            running = _forward_step(running, q, kv, q_start, k_start, BLOCK_N, TMEM, DIAGONAL=True)
     acc, l_i, m_i = running
     store(Columns(out, batch, column, T, C), q_start, acc / l_i[:, None])  # o = p v
     rows = q_start + tl.arange(0, BLOCK_M)
@@ -123,11 +167,11 @@ def attention_forward(
 
 @triton.jit
 def _dq_step(
-    dq, query_tile, keys, values, q_start, k_start,
-    BLOCK_N: tl.constexpr, DIAGONAL: tl.constexpr,
+    dq, query_tile, kv, q_start, k_start, BLOCK_N: tl.constexpr, DIAGONAL: tl.constexpr
 ):
     """Adds what BLOCK_N keys contribute to dq (BLOCK_M, D), without the last 1 / sqrt(D)."""
     q, do, lse_i, delta_i = query_tile
+    keys, values = kv
     BLOCK_M: tl.constexpr = q.shape[0]
     D: tl.constexpr = q.shape[1]
     SCALE: tl.constexpr = LOG2E / D**0.5
@@ -164,17 +208,12 @@ def attention_dq(
     lse_i = tl.load(lse + start + rows, mask=rows < T, other=0.0)
     q = load(Columns(queries, batch, column, T, 3 * C), q_start, BLOCK_M, D, EDGE=True)
     query_tile = q, do, lse_i, delta_i
-    k_columns = Columns(keys, batch, C + column, T, 3 * C)
-    v_columns = Columns(keys, batch, 2 * C + column, T, 3 * C)
+    kv = Columns(keys, batch, C + column, T, 3 * C), Columns(keys, batch, 2 * C + column, T, 3 * C)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     for k_start in range(0, q_start, BLOCK_N):  # every query of the tile sees all of these keys
-        dq = _dq_step(
-            dq, query_tile, k_columns, v_columns, q_start, k_start, BLOCK_N, DIAGONAL=False
-        )
+        dq = _dq_step(dq, query_tile, kv, q_start, k_start, BLOCK_N, DIAGONAL=False)
     for k_start in range(q_start, min(q_start + BLOCK_M, T), BLOCK_N):
-        dq = _dq_step(
-            dq, query_tile, k_columns, v_columns, q_start, k_start, BLOCK_N, DIAGONAL=True
-        )
+        dq = _dq_step(dq, query_tile, kv, q_start, k_start, BLOCK_N, DIAGONAL=True)
     dq *= 1 / D**0.5  # dq = ds k / sqrt(D)
     store(Columns(dqkv, batch, column, T, 3 * C), q_start, dq)
 
@@ -270,7 +309,7 @@ def launch_forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     attention_forward[_grid(B, n_head, T, t.m)](
         operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), operand(out, t.m, D, t.tma),
         lse, T, n_head, _group(qkv, D), D=D, BLOCK_M=t.m, BLOCK_N=t.n,
-        TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t),
+        TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t), DELAYED=t.delayed,
         num_warps=t.warps, num_stages=t.stages,
     )
     return out, lse
@@ -297,7 +336,8 @@ def launch_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head:
     t = _tile("attention_dq", qkv, D)
     attention_dq[_grid(B, n_head, T, t.m)](
         operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), out, dout, lse, delta,
-        operand(dqkv, t.m, D, t.tma), T, n_head, group, D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,
+        operand(dqkv, t.m, D, t.tma), T, n_head, group,
+        D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,
     )
     t = _tile("attention_dkdv", qkv, D)
     attention_dkdv[_grid(B, n_head, T, t.n)](

@@ -122,6 +122,7 @@ def loop_row(case: Case, card: Card, loop: sass.Code) -> dict:
     return dict(
         instructions=loop.count,
         mma=sum(loop.mma.values()),
+        mma_waits=loop.mma_waits,
         load_widths=loop.load_widths,
         narrow_loads=loop.narrow_loads,
         mma_waste=loop.mma_flops(warps) / tile_flops(case) if loop.mma_flops(warps) else None,
@@ -218,6 +219,8 @@ def faults(row: dict) -> list[str]:
             found.append(f"{count} loads of less than 128 bits in the inner loop, of {most}")
     if any((loop["mma_waste"] or 1) > 1 for loop in row["loops"]):
         found.append("warps repeat each other's matrix products")
+    if "delayed" in row["tile"] and any(loop["mma_waits"] > 1 for loop in row["loops"]):
+        found.append("it waits for p v too before it goes on")
     return found
 
 
@@ -265,7 +268,7 @@ def loop_text(loop: dict) -> str:
 def table(rows: list[dict]) -> str:
     head = (
         f"{'kernel':22} {'arch':6} {'size':>5} {'tile (* ships)':20} {'reg':>3} {'spill':>5} "
-        f"{'shared':>6} {'CTAs/SM':12} {'mma':7} {'copies':13} {'load bits':9} inner loops"
+        f"{'shared':>6} {'CTAs/SM':12} {'mma':7} {'copies':22} {'load bits':9} inner loops"
     )
     lines = [head]
     for r in rows:
@@ -275,7 +278,7 @@ def table(rows: list[dict]) -> str:
         lines.append(
             f"{r['kernel']:22} {r['arch']:6} {r['size']:5} {name:20} {r['registers']:3} "
             f"{r['spills']:5} {r['shared_bytes']:6} {ctas:12} {r['mma'] or '-':7} "
-            f"{r['async_copies'] or '-':13} {widths:9} {'; '.join(map(loop_text, r['loops']))}"
+            f"{r['async_copies'] or '-':22} {widths:9} {'; '.join(map(loop_text, r['loops']))}"
         )
     return "\n".join(lines)
 

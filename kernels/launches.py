@@ -30,7 +30,8 @@ class Case(NamedTuple):
 
 
 def tile_name(tile: tiles.Tile) -> str:
-    return f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}" + (" tma" if tile.tma else "")
+    name = f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}"
+    return name + " tma" * tile.tma + " delayed" * tile.delayed
 
 
 def cases(archs: list[str]) -> list[Case]:
@@ -77,7 +78,7 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
             types |= dict(dout=q, dqkv=k)
         fn = getattr(attention, kernel.removesuffix("_fp32"))
         tmem = tiles.tensor_memory_rows(case.arch, tile)
-        constants = dict(D=size, BLOCK_M=tile.m, BLOCK_N=tile.n, TMEM=tmem)
+        constants = dict(D=size, BLOCK_M=tile.m, BLOCK_N=tile.n, TMEM=tmem, DELAYED=tile.delayed)
     elif kernel.startswith("cross_entropy"):
         fn = cross_entropy.cross_entropy
         types = dict(logits=bf16, targets=f"*{i64}", losses=fp32)

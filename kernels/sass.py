@@ -73,6 +73,11 @@ class Code:
         return Counter({op: n for op, n in self.opcodes.items() if op in MMA})
 
     @property
+    def mma_waits(self) -> int:
+        """How often it waits for HGMMA to end."""
+        return sum(i.full.startswith("WARPGROUP.DEPBAR") for i in self.instructions)
+
+    @property
     def asynchronous(self) -> str:
         return " ".join(name for op, name in ASYNC.items() if self.opcodes[op])
 

@@ -30,7 +30,8 @@ class Tile(NamedTuple):
     n: int  # keys (attention), columns taken at once
     warps: int
     stages: int = 1
-    tma: bool = False  # loads through tensor descriptors: one instruction a tile, sm_90 and later
+    tma: bool = False  # through tensor descriptors: one instruction a tile, sm_90 and later
+    delayed: bool = False  # attention_forward, M = N: p v during the next keys' softmax
 
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -46,10 +47,16 @@ _ATTENTION = {
         Tile(128, 64, 4, 2, True),
         Tile(128, 64, 4, 3, True),
         Tile(128, 64, 4, 4, True),
-        Tile(128, 128, 8, 2, True),  # one CTA of 184 registers
+        Tile(128, 128, 8, 2, True),  # one CTA of 180 registers
+        Tile(128, 128, 8, 2, True, True),  # of 210
         Tile(64, 64, 4, 2, True),
     ),
-    ("attention_forward", "sm_90", 128): (Tile(64, 64, 4, 2, True), Tile(128, 128, 8, 2, True)),
+    ("attention_forward", "sm_90", 128): (
+        Tile(64, 64, 4, 2, True),
+        Tile(64, 64, 4, 2, True, True),
+        Tile(128, 128, 8, 2, True),
+        Tile(128, 128, 8, 2, True, True),  # one CTA of 244 registers
+    ),
     ("attention_forward", "sm_100", 64): (Tile(128, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
     ("attention_forward", "sm_100", 128): (Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True)),
     ("attention_forward", "sm_120", 64): (Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2)),

@@ -58,6 +58,8 @@ def test_tiles_cover_the_sequence_without_a_gap():
             if kernel.startswith("attention"):
                 long, short = (tile.n, tile.m) if "dkdv" in kernel else (tile.m, tile.n)
                 assert long % short == 0, (kernel, tile)
+                if tile.delayed:
+                    assert kernel == "attention_forward" and tile.m == tile.n, tile
             elif kernel.startswith("layer_norm"):
                 assert tile.n == size
     for kernel in {kernel for kernel, _, _ in tiles.TABLE}:
@@ -79,10 +81,12 @@ SASS = """
         /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
         /*0030*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;
         /*0040*/                   MUFU.EX2 R9, R9 ;
+        /*0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*0050*/                   STL [R1], R9 ;
 """ + "        /*0060*/                   FFMA R1, R2, R3, R4 ;\n" * 16 + """
         /*0160*/               @P1 BRA `(.L_x_1) ;
         /*0170*/               @P2 BRA `(.L_x_0) ;
+        /*0178*/               @UP0 UTMASTG.3D [UR4], [UR8] ;
         /*0180*/                   EXIT ;
 """
 
@@ -90,11 +94,13 @@ SASS = """
 def test_machine_code_is_read():
     code = sass.parse(SASS)
     (loop,) = code.loops  # the outer one holds another
-    assert loop.opcodes["FFMA"] == 16 and loop.count == 21
+    assert loop.opcodes["FFMA"] == 16 and loop.count == 22
     assert loop.load_widths == [128] and code.load_widths == [16, 128]
     assert loop.narrow_loads == 0 and code.narrow_loads == 1
     assert loop.spills == 1 and loop.asynchronous == "cp.async"
-    assert loop.mma == {"HGMMA": 1} and loop.mma_flops(warps=4) == 2 * 64 * 64 * 16
+    assert code.asynchronous == "cp.async tma-store"
+    assert loop.mma == {"HGMMA": 1} and loop.mma_waits == 1
+    assert loop.mma_flops(warps=4) == 2 * 64 * 64 * 16
     assert sass.Instruction("HMMA", "HMMA.16816.F32.BF16", None).mma_flops == 2 * 16 * 8 * 16
 
 
@@ -133,6 +139,13 @@ GOOD = dict(
             "3 loads of less than 128 bits",
         ),
         (dict(loops=[dict(mma_waste=2.0, narrow_loads=0)]), "repeat each other"),
+        (
+            dict(
+                tile="128x128 w8 s2 tma delayed",
+                loops=[dict(mma_waste=1.0, narrow_loads=0, mma_waits=2)],
+            ),
+            "waits for p v",
+        ),
     ],
 )
 def test_the_gate_shuts(broken, word):
@@ -191,8 +204,8 @@ def test_the_audit_compiles_and_remembers(tmp_path):
     code = """
 import json, sys
 from kernels import audit
-cases = [c for c in audit.cases(["sm_90", "gfx942"]) if c.default and c.size in (64, 65536)
-         and c.kernel in ("attention_forward", "cross_entropy")]
+cases = [c for c in audit.cases(["sm_90", "gfx942"]) if c.size in (64, 65536)
+         and c.kernel in ("attention_forward", "cross_entropy") and (c.default or c.tile.delayed)]
 print(json.dumps(audit.audit_all(cases)))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -209,8 +222,11 @@ print(json.dumps(audit.audit_all(cases)))
         for kernel in ("attention_forward", "cross_entropy")
         for arch in ("sm_90", "gfx942")
     }
+    (delayed,) = (row for row in rows if "delayed" in row["tile"])
+    assert [loop["mma_waits"] for loop in delayed["loops"]] == [1]  # for q k^T, and not for p v
+    assert delayed["async_copies"] == "tma tma-store" and not delayed["spills"]
     for row in rows:
-        assert audit.faults(row) == [], row
+        assert audit.faults(row) == [] or row is delayed, row
         assert {"tile", "default", "registers", "spills", "shared_bytes", "mma"} <= set(row)
     (cache,) = (tmp_path / "gpt2-kernels").iterdir()
     remembered = json.loads(cache.read_text())

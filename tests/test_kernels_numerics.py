@@ -11,20 +11,26 @@ import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import operators
-from kernels import cross_entropy, reference, tiles
+from kernels import attention, cross_entropy, reference, tiles
+from kernels.columns import Columns, operand, store
 from tests.exact import LIMIT, compare, error, gradients, loss_inputs, poison, unfused  # noqa: F401
 
 OPS = operators.choose("triton", torch.device("cpu"))
 
 
-@pytest.fixture(params=["pointers", "descriptors"])
+# How a tile goes about it, apart from its size.
+WAYS = {"pointers": {}, "descriptors": dict(tma=True), "delayed": dict(tma=True, delayed=True)}
+
+
+@pytest.fixture(params=WAYS)
 def tile(request, monkeypatch):
-    """One tile for all: what differs between architectures is its size, and how it loads."""
-    tma = request.param == "descriptors"
-    monkeypatch.setattr(tiles, "pick", lambda *_: tiles.Tile(64, 64, 4, 1, tma))
+    """One tile for all kernels."""
+    monkeypatch.setattr(tiles, "pick", lambda *_: tiles.Tile(64, 64, 4, 1, **WAYS[request.param]))
 
 
 def qkv_parts(function, n_head: int):
@@ -42,6 +48,43 @@ def test_attention(T, dtype, tile):
     q, k, v, do = torch.randn(4, B, T, H * D).to(dtype)
     ours, own = qkv_parts(OPS.attention, H), qkv_parts(sdpa, H)
     compare("o dq dk dv", ours, own, [q, k, v], [do], qkv_parts(reference.attention, H))
+
+
+def passes_by(way: str, qkv: Tensor, dout: Tensor, monkeypatch) -> list[Tensor]:
+    """out, lse and dqkv of two heads. Tiles are twice as long on the side that a program holds."""
+    def pick(kernel: str, *_) -> tiles.Tile:
+        m, n = (32, 64) if kernel.startswith("attention_dkdv") else (64, 32)
+        return tiles.Tile(m, n, 4, 1, **WAYS[way])
+
+    monkeypatch.setattr(tiles, "pick", pick)
+    out, lse = attention.launch_forward(qkv, 2)
+    return [out, lse, attention.launch_backward(dout, qkv, out, lse, 2)]
+
+
+# 100: the last tiles reach past T, into the next sequence. 128: none does.
+@pytest.mark.parametrize("T", [100, 128])
+def test_a_descriptor_has_the_bits_of_a_pointer(T, monkeypatch):
+    torch.manual_seed(T)
+    qkv, dout = torch.randn(2, T, 3 * 128).bfloat16(), torch.randn(2, T, 128).bfloat16()
+    by_pointer = passes_by("pointers", qkv, dout, monkeypatch)
+    by_descriptor = passes_by("descriptors", qkv, dout, monkeypatch)
+    for one, other in zip(by_pointer, by_descriptor, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@triton.jit
+def store_ones(x, batch, start, first, T, width):
+    store(Columns(x, batch, first, T, width), start, tl.full([32, 64], 1.0, tl.float32))
+
+
+# A later program may write the same rows again: here none does, and what it has no right to shows.
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_stored_tile_ends_with_its_sequence(tma):
+    x = torch.zeros(3, 40, 192, dtype=torch.bfloat16)
+    store_ones[(1,)](operand(x, 32, 64, tma), 1, 32, 64, 40, 192)
+    expected = torch.zeros_like(x)
+    expected[1, 32:40, 64:128] = 1
+    assert torch.equal(x, expected)
 
 
 def sdpa(qkv: Tensor, n_head: int) -> Tensor:
