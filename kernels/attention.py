@@ -108,8 +108,8 @@ def _forward_step(
 def _forward_delayed(running, q, kv, q_start):
     """Takes all keys that a tile of queries q (BLOCK, D) sees into its running (acc, l_i, m_i).
 
-    The product p v comes one step late: the tensor cores make it during the next scores' softmax.
-    That makes no use of it, so the compiler waits for it after the scores that follow, not at once.
+    p v comes one step late: the tensor cores make it during the next scores' softmax. acc is scaled
+    just before it and not just after, and p kept in fp32: else Triton waits for each product.
     The BLOCK keys on the diagonal come first and key 0 last: one step alone has a mask.
     """
     acc, l_i, m_i = running
