@@ -284,7 +284,7 @@ def _grid(B: int, H: int, T: int, rows: int) -> tuple[int]:
     All on the first axis: CUDA's other two end at 65,535, and B * H passes that at 5,462 sequences
     of GPT-2 124M.
     """
-    return (B * H * triton.cdiv(T, rows),)
+    return (B * H * tiles.cdiv(T, rows),)
 
 
 def _group(qkv: Tensor, D: int) -> int:

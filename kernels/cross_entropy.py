@@ -174,7 +174,7 @@ def _fused(
     rows = -(-N // chunks // 128) * 128  # whole tiles of the matrix products
     logits = h.new_empty((min(rows, N), Vp))
     kernel = "cross_entropy_softcap" if softcap else "cross_entropy"
-    tile = tiles.pick(kernel, tiles.arch(h.device), triton.next_power_of_2(Vp))
+    tile = tiles.pick(kernel, tiles.arch(h.device), tiles.next_power_of_2(Vp))
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         z = logits[: part.stop - part.start]  # (rows, Vp)

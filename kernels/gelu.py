@@ -78,7 +78,7 @@ def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
     N, W = x.shape
     y = torch.empty_like(x)
     tile = tiles.pick("gelu_forward", tiles.arch(x.device), 1)
-    gelu_forward[(triton.cdiv(N, tile.m), triton.cdiv(W, tile.n))](
+    gelu_forward[(tiles.cdiv(N, tile.m), tiles.cdiv(W, tile.n))](
         x, bias, y, N, W, BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps
     )
     return y
@@ -92,7 +92,7 @@ def launch_backward(
     N, W = x.shape
     y = torch.empty_like(x)
     tile = tiles.pick("gelu_backward", tiles.arch(x.device), 1)
-    gelu_backward[(len(partial), triton.cdiv(W, tile.n))](
+    gelu_backward[(len(partial), tiles.cdiv(W, tile.n))](
         x, bias, dy, dy, y, partial, partial.stride(0), N, W,
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps,
     )

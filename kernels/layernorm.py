@@ -114,7 +114,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x + branch + branch_bias, y, mean, rstd); without a branch the first is empty. y: dtype."""
     total, y, mean, rstd = _forward_outputs(x, weight, bias, branch, eps, dtype)
-    block = triton.next_power_of_2(x.shape[-1])
+    block = tiles.next_power_of_2(x.shape[-1])
     kernel = "layer_norm_forward" if branch_bias is None else "layer_norm_forward_bias"
     tile = tiles.pick(kernel, tiles.arch(x.device), block)
     layer_norm_forward[(mean.numel(),)](
@@ -138,7 +138,7 @@ def launch_backward(
     dx = total.new_empty(total.shape, dtype=dtype)
     dbranch = total.new_empty(total.shape if dtype != branch_dtype else 0, dtype=branch_dtype)
     N, C = mean.numel(), total.shape[-1]
-    block = triton.next_power_of_2(C)
+    block = tiles.next_power_of_2(C)
     kernel = "layer_norm_backward_bias" if branch_bias else "layer_norm_backward"
     tile = tiles.pick(kernel, tiles.arch(total.device), block)
     layer_norm_backward[(len(partial),)](

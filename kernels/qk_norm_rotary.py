@@ -133,7 +133,7 @@ def _forward(
     if N == 0:  # no token: nothing to launch
         return out, rstd
     tile = tiles.pick("qk_norm_rotary_forward", tiles.arch(qkv.device), D)
-    qk_norm_rotary_forward[(triton.cdiv(N, tile.m),)](
+    qk_norm_rotary_forward[(tiles.cdiv(N, tile.m),)](
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), out, rstd, N, P, n_head, gain, eps,
         D=D, BLOCK=tile.m, num_warps=tile.warps,
     )
@@ -156,7 +156,7 @@ def _backward(
     if N == 0:
         return dqkv
     tile = tiles.pick("qk_norm_rotary_backward", tiles.arch(out.device), D)
-    qk_norm_rotary_backward[(triton.cdiv(N, tile.m),)](
+    qk_norm_rotary_backward[(tiles.cdiv(N, tile.m),)](
         dout.contiguous(), out.contiguous(), cos.contiguous(), sin.contiguous(), rstd, dqkv,
         N, P, n_head, gain, D=D, BLOCK=tile.m, num_warps=tile.warps,
     )

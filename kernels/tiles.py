@@ -181,6 +181,7 @@ def table(triton: tuple[int, int]) -> dict[tuple[str, str, int], tuple[Tile, ...
 TABLE = table(triton_version())
 
 
+@functools.cache
 def arch(device: torch.device) -> str:
     """The row of the table for a device; under the interpreter on a CPU, sm_80's.
 
@@ -212,6 +213,7 @@ def tensor_memory_rows(arch: str, tile: Tile) -> bool:
     return arch == "sm_100" and tile.warps == 4
 
 
+@functools.cache
 def programs(device: torch.device) -> int:
     """How many programs share the rows of layer_norm_backward."""
     if device.type != "cuda":
@@ -228,6 +230,18 @@ def l2_bytes(device: torch.device) -> int:
     if card is None:
         return torch.cuda.get_device_properties(device).L2_cache_size
     return card.l2_bytes  # of all dies; the driver of an MI300X names one die's
+
+
+# Triton has functions of these names, which in 3.8 first look whether a number is a compile-time
+# constant: at 150 launches a step that was 7 % of the host's time.
+def cdiv(count: int, size: int) -> int:
+    """How many tiles of this size `count` rows fill."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest that isn't below `count`, of 1 and more."""
+    return 1 << (count - 1).bit_length()
 
 
 def check_dtype(operator: str, dtype: torch.dtype) -> None:

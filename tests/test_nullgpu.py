@@ -12,7 +12,7 @@ import torch
 from kernels import cards
 from launch.errors import BadInput
 from tests.nullgpu import __main__ as command
-from tests.nullgpu import build, counts, largest, rows, running, table, venv
+from tests.nullgpu import build, counts, host, largest, rows, running, table, venv
 
 # A step of a run, as the stand-in writes it down.
 STEP = """\
@@ -59,6 +59,13 @@ def second_step(log: str) -> dict:
 
 def test_a_step_is_counted_by_kind():
     assert second_step(STEP) == COUNTED
+
+
+def test_spans_lie_between_two_marks_or_from_one_to_its_next():
+    clock = [("a", 1.0), ("b", 3.0), ("c", 3.5), ("a", 4.0), ("b", 8.0)]
+    assert host.spans(clock, "a", "b") == [2.0, 4.0]
+    assert host.spans(clock, "a", "a") == [3.0]
+    assert host.spans(clock, "b", "nothing") == []
 
 
 @pytest.mark.parametrize("line, difference", [

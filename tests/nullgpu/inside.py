@@ -13,7 +13,9 @@ import json
 import os
 import runpy
 import sys
+import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -26,12 +28,14 @@ import eval.hellaswag
 import kernels.race
 import kernels.selfcheck
 import model.fused_block
+import model.parallel
 import model.saving
 from tests.nullgpu.collectives import use_counted_group
-from tests.nullgpu.rows import PARTS, ROWS, SMALL, Row
+from tests.nullgpu.rows import PARTS, ROWS, SMALL, TIMED, Row
 
 peaks: dict[str, float] = {}  # part -> MiB
 marks: dict[str, int] = {}  # mark -> how often it was made
+clock: list[tuple[str, float]] = []  # marks in their order, with the CPU seconds of the process
 
 
 def peak_mib() -> float:
@@ -42,6 +46,7 @@ def peak_mib() -> float:
 def mark(text: str) -> None:
     """Writes a line into the log of launches; begins and ends what PARTS count."""
     ctypes.CDLL(None).nullgpu_mark(text.encode())
+    clock.append((text, time.process_time()))
     marks[text] = marks.get(text, 0) + 1
     for name, part in PARTS.items():
         if f"mark {text}" == part.end and marks[text] == part.nth_end:
@@ -76,6 +81,22 @@ def mark_around(module, function: str, what: str) -> None:
         return result
 
     setattr(module, function, marked)
+
+
+def mark_micro_steps() -> None:
+    """Around forward and backward of a micro-step in which ranks exchange no gradients."""
+    real = model.parallel.ParallelModel.gradient_sync
+
+    @contextmanager
+    def marked(self, enabled: bool):
+        if not enabled:
+            mark("unsynced begins")
+        with real(self, enabled):
+            yield
+        if not enabled:
+            mark("unsynced ends")
+
+    model.parallel.ParallelModel.gradient_sync = marked
 
 
 # ---- patches ----
@@ -119,6 +140,7 @@ def prepare(row: Row) -> None:
     # cuDNN looks for a real card. torch then takes its own flash attention.
     torch.backends.cuda.enable_cudnn_sdp(False)
     mark_updates()
+    mark_micro_steps()
     mark_around(eval.evaluator, "validation_loss", "validation")
     mark_around(eval.hellaswag, "evaluate", "HellaSwag")
     pass_the_self_checks()
@@ -135,7 +157,7 @@ def found() -> dict:
 
     recompiles = [m for m in get_compilation_metrics() if m.recompile_reason]
     return {"torch": torch.__version__, "graph_breaks": sum(counters["graph_break"].values()),
-            "recompiles": len(recompiles), "peaks": peaks, "peak": peak_mib()}
+            "recompiles": len(recompiles), "peaks": peaks, "peak": peak_mib(), "clock": clock}
 
 
 def run(row: Row, inputs: Path, out: Path) -> NoReturn:
@@ -174,7 +196,7 @@ def main() -> NoReturn:
         from tests.nullgpu import faults
 
         getattr(faults, arguments.fault)()
-    (row,) = [row for row in [*ROWS, SMALL] if row.name == arguments.row]
+    (row,) = [row for row in [*ROWS, SMALL, *TIMED] if row.name == arguments.row]
     run(replace(row, batch=arguments.batch or row.batch), arguments.inputs, arguments.out)
 
 
