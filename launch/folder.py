@@ -103,7 +103,8 @@ def summary(description: dict[str, Any], T: int) -> str:
     mps = "\n" + console.warning("this was never tested on Apple's MPS")
     return (
         f"{config['name']}: {resolved['parameters']:,} parameters on {ranks} x {device}, "
-        f"{resolved['dtype']}{', compiled' * resolved['compile']}\n"
+        f"{resolved['dtype']}{', compiled' * resolved['compile']}"
+        f"{how_gradients_travel(config['compute']['reduce_dtype'], ranks)}\n"
         f"{config['batch_tokens']:,} tokens a step: {ranks} ranks x {resolved['accumulation']} "
         f"micro-steps x {resolved['micro_batch']} sequences x {T} (micro-batch "
         f"{why_micro_batch(config['micro_batch'], resolved)})\n"
@@ -111,6 +112,15 @@ def summary(description: dict[str, Any], T: int) -> str:
         f"validates on {resolved['val_set']}"
         + mps * (device == "Apple MPS")
     )
+
+
+def how_gradients_travel(reduce_dtype: str, ranks: int) -> str:
+    """What --reduce_dtype does, where it isn't the default."""
+    if reduce_dtype == "fp32":
+        return ""
+    if ranks == 1:
+        return f", --reduce_dtype {reduce_dtype} without effect: gradients of one rank stay here"
+    return f", gradients sent in {reduce_dtype}"
 
 
 def why_micro_batch(asked: int, resolved: dict[str, Any]) -> str:
