@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch import console
+from launch import cli, console
 from launch.errors import BadInput
 from launch.files import atomic_write
 from launch.signals import remove_stopped_file
@@ -25,8 +25,6 @@ from launch.world import World, device_name
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "tyro")
 ROOT = Path(__file__).parent.parent
 
-
-
 # What may not change between a run and its continuation, beside the data.
 MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 # Settings that are younger than some runs, and what those runs did.
@@ -34,6 +32,20 @@ BEFORE_IT_WAS_SET = {"model.gelu": "tanh", "model.arch": "gpt2", "optim.optimize
                      "optim.schedule": "cosine", "model.dropout": 0.0}
 WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.", "model.value_embeddings",
                        "model.document_mask")  # on a run that says nothing of them
+# Ranks that disagree on these would wait for each other, or compute different things. Where data
+# lie may be called otherwise on another node: what is found there is compared (data/dataset.py).
+SAME_ON_ALL_RANKS = (*MUST_MATCH, "name", "minutes", "micro_batch", "compute", "saving",
+                     "evaluation", "spikes")
+
+
+def same_on_all_ranks(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that all ranks have to agree on, by their flags."""
+    settings = {}
+    for name, value in flatten({key: config[key] for key in SAME_ON_ALL_RANKS}).items():
+        group, _, bare = name.partition(".")
+        settings["--" + (bare if group in cli.BARE else name)] = value
+    del settings["--hellaswag"]  # mostly a place
+    return settings
 
 
 def describe(
