@@ -168,6 +168,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     """Opens data and run folder, builds the model, and loads the checkpoint to go on from."""
     world = init_distributed(config.compute.deterministic)  # ranks leave if torchrun dies; no TF32
     T, path = config.model.n_ctx, Path(config.out_dir) / config.name
+    world.require_same(folder.same_on_all_ranks(asdict(config)))  # places of data needn't be
     config, minutes = pace.known_steps(config, path, world)  # of --minutes, where it was planned
     run_pace = pace.Pace(config.minutes)
     watchdog = at_exit.enter_context(closing(Watchdog(world, path, config.watchdog)))
@@ -178,7 +179,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
 
     # data
     dtype = choose_dtype(config.compute.dtype, world.device)  # auto: bf16, fp16, fp32: what is fast
-    world.require_same("--dtype", dtype)
+    world.require_same({"--dtype": dtype})
     micro_batch = fit_micro_batch(config.batch_tokens, world.size, T, config.micro_batch)
     # Opened, not read; a text is tokenised anew. Fingerprints are of tokens, not of file names.
     data = open_on_all_ranks(config.data, T, world)

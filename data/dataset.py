@@ -71,7 +71,7 @@ def open_on_all_ranks(config: DataConfig, T: int, world: World) -> Data:
         world.broadcast_from_rank0(shakespeare.fetch)
     with world.fail_together():
         data = open_data(config, T)
-    world.require_same("the data", " and ".join(data.fingerprints().values()))
+    world.require_same({"the data": " and ".join(data.fingerprints().values())})
     return data
 
 

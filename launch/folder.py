@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch import console
+from launch import cli, console
 from launch.errors import BadInput
 from launch.files import atomic_write
 from launch.signals import remove_stopped_file
@@ -25,8 +25,6 @@ from launch.world import World, device_name
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "tyro")
 ROOT = Path(__file__).parent.parent
 
-
-
 # What may not change between a run and its continuation, beside the data.
 MUST_MATCH = ("model", "optim", "steps", "batch_tokens", "seed")
 # Settings that are younger than some runs, and what those runs did.
@@ -34,6 +32,20 @@ BEFORE_IT_WAS_SET = {"model.gelu": "tanh", "model.arch": "gpt2", "optim.optimize
                      "optim.schedule": "cosine", "model.dropout": 0.0}
 WITHOUT_EFFECT_THEN = ("optim.decay_ratio", "optim.muon.", "model.value_embeddings",
                        "model.document_mask")  # on a run that says nothing of them
+# Ranks that disagree on these would wait for each other, or compute different things. Where data
+# lie may be called otherwise on another node: what is found there is compared (data/dataset.py).
+SAME_ON_ALL_RANKS = (*MUST_MATCH, "name", "minutes", "micro_batch", "compute", "saving",
+                     "evaluation", "spikes")
+
+
+def same_on_all_ranks(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that all ranks have to agree on, by their flags."""
+    settings = {}
+    for name, value in flatten({key: config[key] for key in SAME_ON_ALL_RANKS}).items():
+        group, _, bare = name.partition(".")
+        settings["--" + (bare if group in cli.BARE else name)] = value
+    del settings["--hellaswag"]  # mostly a place
+    return settings
 
 
 def describe(
@@ -103,7 +115,8 @@ def summary(description: dict[str, Any], T: int) -> str:
     mps = "\n" + console.warning("this was never tested on Apple's MPS")
     return (
         f"{config['name']}: {resolved['parameters']:,} parameters on {ranks} x {device}, "
-        f"{resolved['dtype']}{', compiled' * resolved['compile']}\n"
+        f"{resolved['dtype']}{', compiled' * resolved['compile']}"
+        f"{how_gradients_travel(config['compute']['reduce_dtype'], ranks)}\n"
         f"{config['batch_tokens']:,} tokens a step: {ranks} ranks x {resolved['accumulation']} "
         f"micro-steps x {resolved['micro_batch']} sequences x {T} (micro-batch "
         f"{why_micro_batch(config['micro_batch'], resolved)})\n"
@@ -111,6 +124,15 @@ def summary(description: dict[str, Any], T: int) -> str:
         f"validates on {resolved['val_set']}"
         + mps * (device == "Apple MPS")
     )
+
+
+def how_gradients_travel(reduce_dtype: str, ranks: int) -> str:
+    """What --reduce_dtype does, where it isn't the default."""
+    if reduce_dtype == "fp32":
+        return ""
+    if ranks == 1:
+        return f", --reduce_dtype {reduce_dtype} without effect: gradients of one rank stay here"
+    return f", gradients sent in {reduce_dtype}"
 
 
 def why_micro_batch(asked: int, resolved: dict[str, Any]) -> str:

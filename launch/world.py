@@ -116,18 +116,20 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def require_same(self, what: str, value: str) -> None:
-        """Raises BadInput on all ranks, naming the odd ones, where they don't agree on a value.
+    def require_same(self, settings: dict[str, Any]) -> None:
+        """Raises BadInput on all ranks, naming the odd ones, where they don't agree on a setting.
 
-        Ranks that choose for themselves (by their own card, their own view of a disk) would go on
-        with different runs, and nobody would notice.
+        Ranks that were started with other flags, or chose for themselves (by their own card, their
+        own view of a disk), would wait for each other, or go on with different runs unnoticed.
         """
-        values = self.all_gather(value)
-        usual = max(values, key=values.count)  # rank 0's where several are as frequent
-        odd = [f"rank {rank} has {v}" for rank, v in enumerate(values) if v != usual]
-        if odd:
-            raise BadInput(f"the ranks don't agree on {what}: {', '.join(odd)}, and the others "
-                           f"have {usual}")
+        of_ranks = self.all_gather(settings)
+        for name in settings:
+            values = [of_rank.get(name) for of_rank in of_ranks]
+            usual = max(values, key=values.count)  # rank 0's where several are as frequent
+            odd = [f"rank {rank} has {v}" for rank, v in enumerate(values) if v != usual]
+            if odd:
+                raise BadInput(f"the ranks don't agree on {name}: {', '.join(odd)}, and the others "
+                               f"have {usual}")
 
     def raise_on_all_ranks(self, error: BadInput | None) -> None:
         """Raises on every rank what any rank found; the message names the rank. None: nothing."""

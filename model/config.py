@@ -186,6 +186,8 @@ class ComputeConfig:
     or plain PyTorch."""
     parallel: Mode = "ddp"
     """What ranks share out: gradients only averaged (ddp); moments (zero1); weights too (fsdp)."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Format in which gradients travel between ranks: bf16 is half the bytes, and rounds them."""
     activation_checkpointing: bool = False
     """Keep only each block's input, and compute the block twice: less memory, more time."""
     deterministic: bool = False

@@ -29,6 +29,7 @@ from launch.spikes import Verdict
 from launch.world import DTYPES, World, autocast
 from model.config import Mode
 from model.gpt2 import GPT
+from model.reduction import all_reduce_in_bf16, reduce_scatter_in_bf16
 
 BUCKET = 1 << 27  # numbers that are gathered at once: 512 MiB in fp32, all of 124M's weights
 
@@ -54,10 +55,13 @@ class ParamShard:
 class ParallelModel:
     """A model on all ranks, as the training step calls it, whatever the mode. All ranks call it.
 
-    module: the GPT itself. shards: this rank's share of each of its parameters.
+    module: the GPT itself. shards: this rank's share of each of its parameters. reduce_dtype: in
+    which gradients travel, bf16 or the weights' own (model/reduction.py).
     """
 
-    def __init__(self, module: GPT, mode: Mode, world: World, dtype: str) -> None:
+    def __init__(
+        self, module: GPT, mode: Mode, world: World, dtype: str, reduce_dtype: str = "fp32"
+    ) -> None:
         self.module, self.world, self.dtype = module, world, dtype
         self.mode = mode if world.size > 1 else "ddp"
         self.forward: nn.Module = module
@@ -65,6 +69,8 @@ class ParallelModel:
         if self.mode == "fsdp":
             self.mesh = _mesh(world)
             _shard(module, self.mesh, dtype)
+            if reduce_dtype == "bf16":
+                reduce_scatter_in_bf16(module)
         elif world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             # DDP copies each gradient into its communication buckets, which stay for the whole run
@@ -73,6 +79,8 @@ class ParallelModel:
             self.forward = DistributedDataParallel(
                 module, device_ids=ids, gradient_as_bucket_view=True
             )
+            if reduce_dtype == "bf16":
+                self.forward.register_comm_hook(None, all_reduce_in_bf16)
         self.shards = [self._shard_of(name, p) for name, p in module.named_parameters()]
         self.steps_begun = 0  # applied or not
         self.device_decides = False  # whether a step is applied: model/training.py

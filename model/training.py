@@ -48,7 +48,7 @@ def build_train_state(
         fuse_blocks(module, by_hand, copies=not sharded)
     elif compute.compiled(world.device) and chosen.get("blocks") != EAGER:
         compile_blocks(module)
-    model = ParallelModel(module, compute.parallel, world, dtype)
+    model = ParallelModel(module, compute.parallel, world, dtype, compute.reduce_dtype)
     model.chosen = chosen
     optimizer = configure_optimizers(model, optim)
     state = TrainState(model, optimizer, LossScaler.of(dtype, world.device))

@@ -40,7 +40,7 @@ VARIABLE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
 VENVS = (".venv/bin/", "build/gpu-check/venv/bin/")  # make's
 # Modules that read sys.argv themselves, and how many arguments they take at most.
 BARE_ARGUMENTS = {"kernels.selfcheck": 0, "tests.baseline_sampling": 2, "tests.measure_data": 2,
-                  "tests.gpucheck.venv": 1}
+                  "tests.gpucheck.venv": 1, "tests.reduced": 1}
 # Others' programs: what they do, none of which is ours to check.
 OTHERS = {"cp", "echo", "grep", "jupyter", "rm", "scancel", "source", "tail", "tensorboard", "vllm"}
 # sbatch's own flags that the pages use.

@@ -39,6 +39,7 @@ from train_gpt2 import PRESETS, TrainConfig, train
         (["nowhere.json"], "can't read nowhere.json"),
         (["demo", "--stepz", "3"], "--steps"),
         (["demo", "--dtype", "bf15"], "bf16"),
+        (["demo", "--reduce_dtype", "fp16"], "Expected one of ('fp32', 'bf16')"),
         (["demo", "--batch_tokens", "1000"], "the nearest that is: 896 or 1,024"),
         (["demo", "--data.text", "/nowhere.txt"], "can't read the text"),
         (["demo", "--name", "a/b"], "no folder name"),

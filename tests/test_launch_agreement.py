@@ -5,17 +5,22 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from data.config import DataConfig
 from eval import loss
+from eval.config import EvalConfig
 from kernels import operators, selfcheck
+from launch import folder
 from launch.errors import BadInput, Failed
 from launch.world import World
 from model import parallel, training
 from model.gpt2 import GPTConfig
 from model.optim import MAX_OVERFLOWS, LossScaler
+from presets import TrainConfig
 from tests.running import ROOT, environment, flags
 from tests.test_launch_survives import run
 from train_gpt2 import train
@@ -33,6 +38,9 @@ class Peers(World):
         """No peer has found an error."""
         if error:
             raise error
+
+
+BF16 = {"--dtype": "bf16"}
 
 
 def peers(*answers) -> Peers:
@@ -54,11 +62,35 @@ def run_ranks(script: str, ranks: int) -> subprocess.CompletedProcess:
 
 def test_ranks_of_different_dtypes_are_named():
     with pytest.raises(BadInput) as found:
-        peers("bf16", "fp16", "bf16").require_same("--dtype", "bf16")
+        peers(BF16, {"--dtype": "fp16"}, BF16).require_same(BF16)
     assert str(found.value) == (
         "the ranks don't agree on --dtype: rank 2 has fp16, and the others have bf16"
     )
-    peers("bf16", "bf16").require_same("--dtype", "bf16")
+    peers(BF16, BF16).require_same(BF16)
+
+
+def test_ranks_that_were_started_with_other_flags_end_before_they_wait_for_each_other(tiny):
+    done = run_ranks(f"""
+        import json, os, train_gpt2
+        from launch import cli
+        from launch.errors import exit_process, one_line_errors
+        with one_line_errors():
+            flags = json.loads({json.dumps(json.dumps(flags(tiny(steps=2))))})
+            flags += ["--eval_every", str(1 + int(os.environ["RANK"]))]
+            exit_process(train_gpt2.train(cli.parse(
+                train_gpt2.TrainConfig, train_gpt2.PRESETS, flags)))
+        """, ranks=2)
+    assert done.returncode != 0
+    assert "the ranks don't agree on --eval_every: rank 1 has 2, and" in done.stderr
+    assert "step " not in done.stdout
+
+
+def test_places_may_be_called_otherwise_on_another_rank():
+    here, there = (folder.same_on_all_ranks(asdict(TrainConfig(
+        out_dir=place, data=DataConfig(dir=place), resume=place, init=place,
+        evaluation=EvalConfig(hellaswag=place)))) for place in ("/a", "/b"))
+    peers(there).require_same(here)
+    assert here["--model.n_layer"] == 12 and here["--parallel"] == "ddp"
 
 
 def test_a_run_whose_ranks_choose_another_dtype_ends_before_it_trains(tiny):

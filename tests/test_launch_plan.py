@@ -179,6 +179,41 @@ def test_traffic_is_a_rings():
     assert step_time.traffic(sharded, 32, 2)[1] == step_time.traffic(job, 32, 2)[1]
 
 
+@pytest.mark.parametrize(("mode", "fp32_weights"), [("ddp", 0), ("zero1", 1), ("fsdp", 0)])
+def test_gradients_in_bf16_are_half_the_traffic(mode, fp32_weights):
+    """Between nodes there is nothing else but the weights that zero1 sends round."""
+    job = preset("gpt2-124m", parallel=mode)
+    half = replace(job, reduce_dtype="bf16")
+    size = 4 * job.stored
+    passes = 1 if mode == "fsdp" else 2  # fsdp doesn't gather them again
+    saved = [before - after for before, after in zip(
+        step_time.traffic(job, 32, 1), step_time.traffic(half, 32, 1), strict=True)]
+    assert saved == pytest.approx([7 / 8 * passes * size / 2, 3 / 4 * 2 * size / 8 / 2])
+    assert step_time.traffic(half, 32, 1)[1] == pytest.approx(
+        3 / 4 * (2 * size / 2 + fp32_weights * size) / 8)
+
+
+def test_gradients_in_bf16_are_copied_twice():
+    """From fp32 and back, 12 bytes a number; fsdp copies them anyway. On one GPU nothing."""
+    card, part = CARDS["h100"], "gradients to bf16 and back"
+    job = preset("gpt2-124m", reduce_dtype="bf16")
+    seconds = step_time.step(job, card, 8, 8)[part]
+    assert seconds == pytest.approx(12 * job.stored / (card.memory_bandwidth * step_time.MEMORY))
+    assert part not in step_time.step(job, card, 1, 8)
+    assert part not in step_time.step(replace(job, parallel="fsdp"), card, 8, 8)
+    assert part not in step_time.step(replace(job, reduce_dtype="fp32"), card, 8, 8)
+    assert "ddp, gradients sent in bf16" in report.report(job, "8xh100")
+
+
+def test_zero1_hides_the_share_that_is_gradients():
+    """Two thirds of its bytes in fp32, a half in bf16; the embedding's part comes last."""
+    job = preset("gpt2-124m", parallel="zero1")
+    late = 50304 * 768 / job.stored
+    for reduce_dtype, share in (("fp32", 2 / 3), ("bf16", 1 / 2)):
+        hidden = step_time.hidden(replace(job, reduce_dtype=reduce_dtype), 1.0, 100.0, 1)
+        assert hidden == pytest.approx(share * (1 - late))
+
+
 def test_sharding_saves_what_it_says():
     """12 or 8 of the 16 bytes of state a parameter, over the ranks that share them."""
     whole, zero1, fsdp = (memory.memory(preset("gpt2-1558m", parallel=mode), 16, 1)

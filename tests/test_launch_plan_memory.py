@@ -287,6 +287,22 @@ def test_gradients_are_there_during_the_loss_where_something_keeps_them(
     assert workspace == memory.peaks(job, 64)["loss"]
 
 
+def test_copies_in_bf16_are_counted_while_they_wait_to_be_sent():
+    """DDP's, until the last gradient is there; under fsdp it's the buffers that are half as large,
+    and on one GPU nothing is sent."""
+    more = {}
+    for mode, gpus, B in (("ddp", 8, 1), ("ddp", 8, 64), ("ddp", 1, 1), ("fsdp", 8, 1)):
+        job = preset("gpt2-124m", parallel=mode, checkpointing=B == 1)
+        half = replace(job, reduce_dtype="bf16")
+        totals = [sum(size for part, size in memory.memory(one, gpus, B).items()
+                      if part not in NOT_TENSORS) for one in (half, job)]
+        more[mode, gpus, B] = totals[0] - totals[1]
+    # The peak of B = 1 is where all gradients are there; of B = 64 it's the loss, before them.
+    assert more["ddp", 8, 1] == 2 * job.stored
+    assert more["ddp", 8, 64] == more["ddp", 1, 1] == 0
+    assert more["fsdp", 8, 1] == -2 * 2 * 12 * 768**2
+
+
 def test_of_a_small_batch_the_peak_is_where_all_gradients_are_there():
     """Little is let go of then: less than the gradients that come."""
     job = preset("gpt2-124m", batch_tokens=1024, checkpointing=True)

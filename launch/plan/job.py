@@ -32,6 +32,7 @@ class Job:
     steps: int
     dtype: str = "bf16"  # bf16, fp16 or fp32
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    reduce_dtype: str = "fp32"  # or bf16: of gradients between GPUs
     checkpointing: bool = False  # blocks computed again in the backward pass
     compile: bool = True
     by_hand: bool = False  # blocks with a backward pass by hand, where the kernels run
@@ -68,6 +69,7 @@ class Job:
             steps=settings["steps"],
             dtype=dtype,
             parallel=compute["parallel"],
+            reduce_dtype=compute["reduce_dtype"],
             checkpointing=compute["activation_checkpointing"],
             compile=compute["compile"] is not False,
             by_hand=(compute["compile"] is None and model["arch"] == "gpt2"
@@ -97,6 +99,13 @@ class Job:
         if self.dtype == "fp32":
             return FP32
         return 2
+
+    @property
+    def sent_size(self) -> int:
+        """Bytes of a gradient's number on its way to another GPU."""
+        if self.reduce_dtype == "bf16":
+            return 2
+        return FP32
 
     @property
     def fused(self) -> bool:

@@ -165,6 +165,8 @@ def peaks(job: Job, B: int) -> dict[str, int]:
 # Until then a step with one micro-step has no gradient but the head's, which is counted there: the
 # update has let go of the last step's. DDP's buckets stay.
 BEFORE_GRADIENTS = ("loss", "loss backward", "block backward")
+# When DDP's copies of gradients in bf16, if they travel so, may all be there and wait their turn.
+UNDER_WAY = ("first block's backward", "embedding backward")
 
 
 def gradients_and_workspace(job: Job, gpus: int, B: int) -> tuple[float, int]:
@@ -172,6 +174,9 @@ def gradients_and_workspace(job: Job, gpus: int, B: int) -> tuple[float, int]:
     gradients = FP32 * job.stored / gpus_of_shard(job, gpus)
     moments = peaks(job, B)
     buckets = gpus > 1 and job.parallel != "fsdp"
+    if buckets and job.reduce_dtype == "bf16":
+        for moment in UNDER_WAY:
+            moments[moment] += job.sent_size * job.stored
     if buckets or sequences_per_gpu(job, gpus) > B:
         return gradients, max(moments.values())
     held = [(0.0 if moment in BEFORE_GRADIENTS else gradients, size)
@@ -217,7 +222,7 @@ def gathered(job: Job) -> list[Held]:
     return [
         Held("embeddings", job.embeddings, FP32),
         Held("two blocks", two_blocks, job.itemsize),
-        Held("gradients of two blocks, to be scattered", two_blocks, FP32),
+        Held("gradients of two blocks, to be scattered", two_blocks, job.sent_size),
     ]
 
 

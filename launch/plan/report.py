@@ -105,10 +105,11 @@ def describe_cluster(job: Job, gpus: int, card: Card) -> str:
 
 def describe_run(job: Job) -> list[str]:
     tokens = job.steps * job.batch_tokens
+    sent = ", gradients sent in bf16" * (job.reduce_dtype == "bf16")
     return [
         f"model      {job.parameters:,} parameters, {job.flops_per_token / 1e6:,.0f} MFLOP a token",
         f"run        {job.steps:,} steps x {job.batch_tokens:,} tokens = {tokens:,} "
-        f"tokens, {job.dtype}, {job.parallel}",
+        f"tokens, {job.dtype}, {job.parallel}{sent}",
     ]
 
 

@@ -231,7 +231,7 @@ def traffic(job: Job, gpus: int, micro_steps: int) -> tuple[float, float]:
     one pass; a reduce-scatter and an all-gather are one pass each.
     """
     inside, nodes = min(gpus, NODE), max(1, gpus // NODE)
-    gradients = 2 * FP32 * job.stored  # averaged once a step: reduce-scatter, all-gather
+    gradients = 2 * job.sent_size * job.stored  # averaged once a step: reduce-scatter, all-gather
     link = network = gradients
     if job.parallel == "zero1":
         new_weights = FP32 * job.stored  # all-gather
@@ -239,7 +239,7 @@ def traffic(job: Job, gpus: int, micro_steps: int) -> tuple[float, float]:
     if job.parallel == "fsdp":  # shards stay inside a node, nodes average their gradients
         blocks = job.stored - job.embeddings
         gathers = 2 * job.itemsize * blocks + FP32 * job.embeddings  # blocks for either pass
-        link = FP32 * job.stored + micro_steps * gathers  # gradients are scattered once
+        link = job.sent_size * job.stored + micro_steps * gathers  # gradients are scattered once
     return link * (inside - 1) / inside, network / inside * (nodes - 1) / nodes
 
 
@@ -255,6 +255,14 @@ def sending(link: float, network: float, card: Card, net: float) -> float:
     return inside + between
 
 
+def to_bf16_and_back(job: Job) -> list[Pass]:
+    """Gradients that travel in bf16, once a step. FSDP copies them in any case, to be sent."""
+    if job.reduce_dtype != "bf16" or job.parallel == "fsdp":
+        return []
+    return [Pass("rounded", FP32, 2, job.stored, "gradient -> what is sent"),
+            Pass("put back", 2, FP32, job.stored, "their mean -> gradient")]
+
+
 def hidden(job: Job, seconds: float, compute: float, micro_steps: int) -> float:
     """Seconds of communication that go on behind the computation."""
     if job.parallel == "fsdp":  # behind all micro-steps
@@ -263,8 +271,8 @@ def hidden(job: Job, seconds: float, compute: float, micro_steps: int) -> float:
     # embedding, whose gradient is ready last; ZeRO-1 sends its weights after the step.
     backward = compute / micro_steps * 2 / 3
     gradients = seconds
-    if job.parallel == "zero1":
-        gradients = seconds * (2 / 3)  # two passes of three
+    if job.parallel == "zero1":  # two passes of three, the third in fp32
+        gradients = seconds * 2 * job.sent_size / (2 * job.sent_size + FP32)
     late = job.padded_vocab * job.n_embd / job.stored
     return min(backward, gradients * (1 - late))
 
@@ -287,6 +295,8 @@ def step(job: Job, card: Card, gpus: int, B: int, net: float = NETWORK) -> dict[
         seconds = communication(job, card, gpus, micro_steps, net)
         left = seconds - hidden(job, seconds, compute, micro_steps)
         parts["communication not hidden"] = max(0.0, left)
+        if copies := to_bf16_and_back(job):
+            parts["gradients to bf16 and back"] = copy_seconds(total_bytes(copies), card)
         if job.optimizer == "muon":  # after the backward pass, with nothing to hide behind
             parts["communication not hidden"] += sending(*muon.traffic(job, gpus), card, net)
     return parts
