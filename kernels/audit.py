@@ -28,7 +28,7 @@ from typing import Any
 
 from kernels import sass, tiles
 from kernels.cards import CARDS, Card
-from kernels.launches import Case, cases, launch, tile_name
+from kernels.launches import Case, cases, launch
 from kernels.roofline import GPT2, floor, loop_floor, work
 
 # The card that stands for an architecture.
@@ -137,7 +137,7 @@ def audit(case: Case) -> dict:
         kernel=case.kernel,
         arch=case.arch,
         size=case.size,
-        tile=tile_name(case.tile),
+        tile=str(case.tile),
         default=case.default,
         shared_bytes=compiled.metadata.shared,
     )

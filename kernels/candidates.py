@@ -3,6 +3,7 @@
     case = AttentionCase(64, 1024, 12, 64, torch.bfloat16, device)        # a run's own shape
     forward = case.forward_runs(NAMES)                     # for kernels/race.py
     backward = case.backward_runs(NAMES, "triton")         # of what triton's forward pass left
+    dq = case.tile_runs("attention_dq", ["64x64 w4 s2 tma"])     # a kernel of ours, other tiles
     y = attention_by("triton", "cudnn")(qkv, n_head)       # forward by one, backward by another
 
 All keep the same for the backward pass: qkv, the output, and the log-sum-exp of each row. Ours
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kernels import passes, reference
+from kernels import passes, reference, tiles
 from kernels.attention import attention as triton_attention
 from kernels.attention import launch_backward, launch_forward
 from kernels.passes import Passes
@@ -30,6 +31,7 @@ aten = torch.ops.aten
 LOG2E = 1 / math.log(2)
 
 NAMES = ("triton", "flash", "cudnn")
+TILED = ("attention_forward", "attention_dq", "attention_dkdv")  # kernels of ours
 TORCH = "torch"  # kernels/reference.py's: no candidate, but what there is where none is left
 
 HALF = (torch.bfloat16, torch.float16)  # what PyTorch's compute in
@@ -236,6 +238,25 @@ class AttentionCase:
             return (backward_by(name, dout, qkv, *saved(), self.n_head),)
 
         return {name: functools.partial(run, name) for name in names}
+
+    def key(self, kernel: str) -> tiles.Key:
+        """The row of kernels/tiles.py for one of TILED."""
+        return kernel, tiles.arch(self.device), self.C // self.n_head
+
+    def tile_runs(self, kernel: str, names: Iterable[str]) -> dict[str, Run]:
+        """The pass that one of TILED belongs to, with tiles of its row by their names. The other
+        kernel of the backward pass has the same tile in all of them."""
+        key = self.key(kernel)
+        named = {str(tile): tile for tile in tiles.TABLE[key]}
+        runs = self.forward_runs(["triton"])
+        if kernel != "attention_forward":
+            runs = self.backward_runs(["triton"], "triton")
+
+        def run(tile: tiles.Tile) -> tuple[Tensor, ...]:
+            with tiles.first(key, tile):
+                return runs["triton"]()
+
+        return {name: functools.partial(run, named[name]) for name in names}
 
     def forward_fault(self, got: tuple[Tensor, ...]) -> str:
         """What is wrong with (out, lse), "" for nothing."""

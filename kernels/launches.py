@@ -26,12 +26,7 @@ class Case(NamedTuple):
 
     @property
     def id(self) -> str:
-        return f"{self.kernel} {self.arch} {self.size} {tile_name(self.tile)}"
-
-
-def tile_name(tile: tiles.Tile) -> str:
-    name = f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}"
-    return name + " tma" * tile.tma + " delayed" * tile.delayed
+        return f"{self.kernel} {self.arch} {self.size} {self.tile}"
 
 
 def cases(archs: list[str]) -> list[Case]:

@@ -4,14 +4,14 @@ The first tile of a row is the one that ships; the others are what `python -m ke
 tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles what
 ships (with `--candidates` the others too) and fails where it spills, or outgrows the card. What
 decided between them so far is that audit (instructions, registers, CTAs per SM), not a clock:
-nothing here was timed on a GPU.
-
-A search at run time would make two runs of one configuration differ, and needs a GPU to test.
+nothing here was timed on a GPU. So a run times attention's tiles at its own shape before it begins,
+and keeps the fastest in its config.json (model/contest.py); nothing else is searched at run time.
 """
 
 import contextlib
 import functools
 import importlib.metadata
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS_PER_SM = 4  # layer_norm_backward: enough warps to hide loads, and 3 MB of partial sums
 
 
+Key = tuple[str, str, int]  # of a row of the table: kernel, architecture, size
+
+
 class Tile(NamedTuple):
     """M rows by N columns, the warps that share it, and the depth of the load pipeline."""
 
@@ -32,6 +35,10 @@ class Tile(NamedTuple):
     stages: int = 1
     tma: bool = False  # through tensor descriptors: one instruction a tile, sm_90 and later
     delayed: bool = False  # attention_forward, M = N: p v during the next keys' softmax
+
+    def __str__(self) -> str:
+        name = f"{self.m}x{self.n} w{self.warps} s{self.stages}"
+        return name + " tma" * self.tma + " delayed" * self.delayed
 
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -141,7 +148,7 @@ _ROWS = {
 }
 
 # What ships above spills with another Triton's compiler: its version -> rows in place of those.
-_OTHER_TRITON: dict[tuple[int, int], dict[tuple[str, str, int], tuple[Tile, ...]]] = {
+_OTHER_TRITON: dict[tuple[int, int], dict[Key, tuple[Tile, ...]]] = {
     (3, 6): {  # comes with torch 2.11; on sm_120 whatever is loaded by TMA spills
         ("attention_forward", "sm_100", 128): (Tile(128, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),
         ("attention_forward", "sm_120", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
@@ -169,9 +176,9 @@ def triton_version() -> tuple[int, int]:
     return 3, 7
 
 
-def table(triton: tuple[int, int]) -> dict[tuple[str, str, int], tuple[Tile, ...]]:
+def table(triton: tuple[int, int]) -> dict[Key, tuple[Tile, ...]]:
     """{(kernel, architecture, size): tiles} for a version of Triton."""
-    rows: dict[tuple[str, str, int], tuple[Tile, ...]] = {}
+    rows: dict[Key, tuple[Tile, ...]] = {}
     for part in (_ATTENTION, _FP32, _ROWS, _OTHER_TRITON.get(triton, {})):
         for (kernel, archs, size), row in part.items():
             rows |= {(kernel, arch, size): row for arch in archs.split()}
@@ -203,6 +210,22 @@ def pick(kernel: str, arch: str, size: int) -> Tile:
         return TABLE[kernel, arch, size][0]
     longer = min(known for known in _SIZES[kernel] if known > size)
     return TABLE[kernel, arch, longer][0]
+
+
+def prefer(key: Key, tile: Tile) -> None:
+    """Lets a tile of a row ship, from now on and in this process alone."""
+    TABLE[key] = (tile, *(other for other in TABLE[key] if other != tile))
+
+
+@contextlib.contextmanager
+def first(key: Key, tile: Tile) -> Iterator[None]:
+    """The same for a while."""
+    row = TABLE[key]
+    prefer(key, tile)
+    try:
+        yield
+    finally:
+        TABLE[key] = row
 
 
 _SIZES = {kernel: {size for name, _, size in TABLE if name == kernel} for kernel, _, _ in TABLE}

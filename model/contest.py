@@ -2,7 +2,7 @@
 
     contest = Contest(shape, 64, torch.bfloat16, True, {}, world)
     names, ops = choose_attention(contest, ops)      # {"attention_forward": "triton", ...}
-    names["blocks"] = choose_blocks(contest, ops, passes)             # both print a line
+    names["blocks"] = choose_blocks(contest, ops, passes)             # both print lines
 
 All ranks check every implementation, each on its own card; rank 0 times those that are left, and
 all ranks take what it says. config.json keeps it under "resolved", and a run that goes on asks
@@ -13,11 +13,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import operators, race
+from kernels import operators, race, tiles
 from kernels.constants import Choice
 from kernels.operators import Operators
 from kernels.passes import Passes
@@ -94,21 +95,54 @@ def open_contest(
     return Contest(shape, B, DTYPES[dtype], repeatable, kept, world)
 
 
+def choose_tiles(contest: Contest) -> dict[str, str]:
+    """The fastest tile of each kernel of our attention that has several, by "tile of KERNEL". They
+    are what ships in this process from then on, also where text is drawn."""
+    from kernels.candidates import TILED
+
+    case = _attention_case(contest)
+    chosen: dict[str, str] = {}
+    lines = []
+    for kernel in TILED:
+        row = {str(tile): tile for tile in tiles.TABLE.get(case.key(kernel), ())}
+        if len(row) < 2:
+            continue
+        # A run of a version that raced no tiles went by the one that ships.
+        kept = contest.kept.get(f"tile of {kernel}", next(iter(row)) if contest.kept else "")
+        result = _race_tiles(contest, case, kernel, [kept] if kept in row else list(row))
+        if not result.winner and kept in row:
+            result = _race_tiles(contest, case, kernel, list(row))
+        if result.winner:
+            tiles.prefer(case.key(kernel), row[result.winner])
+            chosen[f"tile of {kernel}"] = result.winner
+        lines.append(f"{kernel} {result.said}")
+    if lines:
+        contest.world.print0(f"tiles: {'; '.join(lines)}{' as before' * bool(contest.kept)}")
+    return chosen
+
+
+def _race_tiles(contest: Contest, case: Any, kernel: str, names: list[str]) -> race.Result:
+    fault_of = case.forward_fault if kernel == "attention_forward" else case.backward_fault
+    return contest.decide(case.tile_runs(kernel, names), fault_of)
+
+
 def choose_attention(contest: Contest, ops: Operators) -> tuple[dict[str, str], Operators]:
     """Who computes its passes, by the names of kernels/candidates.py; and the operators with it.
 
-    Ours takes part where it's among them still. Where nobody is left, it's plain PyTorch's.
+    Ours takes part where it's among them still, with the fastest of its tiles. Where nobody is
+    left, it's plain PyTorch's.
     """
     from kernels.candidates import NAMES, TORCH, attention_by
 
     ours = ops.attention is not operators.TORCH.attention
     kept = [contest.kept.get(f"attention_{way}", "") for way in ("forward", "backward")]
     names = [name for name in NAMES if ours or name != "triton"]
+    by_tiles = choose_tiles(contest) if ours else {}
     passes = None
     if all(name in names for name in kept):
         passes = _race_attention(contest, kept[:1], kept[1:], " as before")
     passes = passes or _race_attention(contest, names, names) or (TORCH, TORCH)
-    chosen = dict(zip(("attention_forward", "attention_backward"), passes, strict=True))
+    chosen = by_tiles | dict(zip(("attention_forward", "attention_backward"), passes, strict=True))
     return chosen, ops._replace(attention=attention_by(*passes))
 
 
@@ -117,11 +151,7 @@ def _race_attention(
 ) -> tuple[str, str] | None:
     """Prints a line; None where nobody is left for one of the passes. A backward pass begins with
     what the fastest forward pass leaves: so that one comes first."""
-    from kernels.candidates import AttentionCase
-
-    shape = contest.shape
-    case = AttentionCase(contest.B, shape.n_ctx, shape.n_head, shape.n_embd // shape.n_head,
-                         contest.dtype, contest.world.device)
+    case = _attention_case(contest)
     passes = None
     forward = contest.decide(case.forward_runs(forward_names), case.forward_fault)
     line = f"attention: forward {forward.said}"
@@ -133,6 +163,14 @@ def _race_attention(
             passes = forward.winner, backward.winner
     contest.world.print0(f"{line}: {' + '.join(passes) if passes else 'torch'}{how}")
     return passes
+
+
+def _attention_case(contest: Contest) -> Any:
+    from kernels.candidates import AttentionCase
+
+    shape = contest.shape
+    return AttentionCase(contest.B, shape.n_ctx, shape.n_head, shape.n_embd // shape.n_head,
+                         contest.dtype, contest.world.device)
 
 
 def choose_blocks(contest: Contest, ops: Operators, passes: Passes) -> str:

@@ -170,6 +170,27 @@ def test_every_backward_pass_goes_with_every_forward_pass(case, forward, backwar
     assert got[0].shape == (3, 70, 384) and got[0].is_contiguous()
 
 
+def test_each_kernel_runs_with_each_tile_of_its_row_and_the_row_stays(monkeypatch):
+    """Interpreted, with sm_80's rows."""
+    seen, real = {}, tiles.pick
+
+    def pick(kernel, arch, size):
+        seen[kernel] = real(kernel, arch, size)
+        return seen[kernel]
+
+    monkeypatch.setattr(tiles, "pick", pick)
+    case = candidates.AttentionCase(2, 70, 2, 64, torch.bfloat16, CPU)
+    for kernel in candidates.TILED:
+        row = tiles.TABLE[case.key(kernel)]
+        faults = case.forward_fault if kernel == "attention_forward" else case.backward_fault
+        runs = case.tile_runs(kernel, map(str, row))
+        for tile, run in zip(row, runs.values(), strict=True):
+            seen.clear()
+            assert faults(run()) == ""
+            assert seen[kernel] == tile
+        assert tiles.TABLE[case.key(kernel)] == row
+
+
 def test_what_is_exact_is_the_reference_in_fp64(case):
     qkv, dout = (x[[0, -1]].double() for x in case.inputs)
     out = reference.attention(qkv.requires_grad_(), 2)
