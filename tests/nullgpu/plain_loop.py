@@ -55,7 +55,7 @@ def get_batch(tokens: np.ndarray) -> tuple[Tensor, Tensor]:
 def main(out: Path) -> None:
     if RANKS > 1:
         use_counted_group(lambda text: None)
-        dist.init_process_group("counted", rank=0, world_size=RANKS)
+        dist.init_process_group("counted")
         torch.nn.parallel.distributed._verify_param_shape_across_processes = lambda *args: True
     model = new_model()
     matrices = [p for p in model.parameters() if p.dim() == 2]
