@@ -13,7 +13,7 @@ and backward, with delta_i = sum_d o_id do_id = sum_j p_ij dp_ij:
 A program holds one tile of queries (or keys) and walks over the other side, so no (T, T) matrix is
 ever in memory; the running maximum and sum make the softmax exact. FlashAttention-2, arXiv
 2307.08691, with its two passes backward: dq (which also makes delta), then dk and dv, each from a
-recomputed p. Nothing is added atomically, hence every run gives the same bits.
+recomputed p. Nothing is added atomically: the same tiles give the same bits.
 
 q, k, v lie side by side in qkv (B, T, 3C) and are read from there: kernels/columns.py. Products
 take the inputs' dtype and accumulate in fp32; softmax is fp32. Exponentials are powers of two, as

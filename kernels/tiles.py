@@ -4,8 +4,9 @@ The first tile of a row is the one that ships; the others are what `python -m ke
 tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles what
 ships (with `--candidates` the others too) and fails where it spills, or outgrows the card. What
 decided between them so far is that audit (instructions, registers, CTAs per SM), not a clock:
-nothing here was timed on a GPU. So a run times attention's tiles at its own shape before it begins,
-and keeps the fastest in its config.json (model/contest.py); nothing else is searched at run time.
+nothing here was timed on a GPU. So a run in bf16 or fp16 times attention's tiles at its own shape
+before it begins, unless it was told --kernels triton, and keeps the fastest in its config.json
+(model/contest.py); nothing else is searched at run time.
 """
 
 import contextlib

@@ -39,12 +39,16 @@ SAME_ON_ALL_RANKS = (*MUST_MATCH, "name", "minutes", "micro_batch", "compute", "
 
 
 def same_on_all_ranks(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that all ranks have to agree on, by their flags."""
+    """The settings that all ranks have to agree on, by their flags; of those that name a place,
+    whether they do."""
     settings = {}
     for name, value in flatten({key: config[key] for key in SAME_ON_ALL_RANKS}).items():
         group, _, bare = name.partition(".")
         settings["--" + (bare if group in cli.BARE else name)] = value
-    del settings["--hellaswag"]  # mostly a place
+    if settings["--hellaswag"] not in ("auto", "off"):
+        settings["--hellaswag"] = "a file"
+    settings["--diagnose_every"] = config["tracker"]["diagnose_every"]
+    settings["--init"] = "given" if config["init"] else "not given"
     return settings
 
 

@@ -105,19 +105,21 @@ def choose_tiles(contest: Contest) -> dict[str, str]:
     lines = []
     for kernel in TILED:
         row = {str(tile): tile for tile in tiles.TABLE.get(case.key(kernel), ())}
-        if len(row) < 2:
+        of_ranks = contest.world.all_gather(list(row))
+        if len(row) < 2 or any(names != of_ranks[0] for names in of_ranks):  # other kinds of cards
             continue
         # A run of a version that raced no tiles went by the one that ships.
-        kept = contest.kept.get(f"tile of {kernel}", next(iter(row)) if contest.kept else "")
+        ships = str(tiles.table(tiles.triton_version())[case.key(kernel)][0])
+        kept = contest.kept.get(f"tile of {kernel}", ships if contest.kept else "")
         result = _race_tiles(contest, case, kernel, [kept] if kept in row else list(row))
         if not result.winner and kept in row:
             result = _race_tiles(contest, case, kernel, list(row))
         if result.winner:
             tiles.prefer(case.key(kernel), row[result.winner])
             chosen[f"tile of {kernel}"] = result.winner
-        lines.append(f"{kernel} {result.said}")
+        lines.append(f"{kernel} {result.said}{' as before' * (result.winner == kept)}")
     if lines:
-        contest.world.print0(f"tiles: {'; '.join(lines)}{' as before' * bool(contest.kept)}")
+        contest.world.print0(f"tiles: {'; '.join(lines)}")
     return chosen
 
 

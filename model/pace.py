@@ -5,9 +5,9 @@
 Such a run begins as every other: step 0 is evaluated and saved. Then it times its first steps, and
 with them what an evaluation and a save take; rank 0 plans the number of steps that ends in time,
 and all ranks go back to step 0. So it is, bit for bit, the run that --steps with this number would
-have been, under any schedule, and the warm-up has the preset's share of it. config.json and the
-checkpoints hold the number. A run that goes on keeps it, however fast the machine is then, and one
-that was stopped before it was planned begins anew.
+have been (with the same kernels), under any schedule, and the warm-up has the preset's share of it.
+config.json and the checkpoints hold the number. A run that goes on keeps it, however fast the
+machine is then, and one that was stopped before it was planned begins anew.
 
 The minutes count from where the run opens its data to its last line; what Python takes to start is
 not among them. Steps that grow slower later on, another job beside it, end later than was planned.

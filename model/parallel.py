@@ -81,6 +81,7 @@ class ParallelModel:
             )
             if reduce_dtype == "bf16":
                 self.forward.register_comm_hook(None, all_reduce_in_bf16)
+            _order_buckets(self.forward)
         self.shards = [self._shard_of(name, p) for name, p in module.named_parameters()]
         self.steps_begun = 0  # applied or not
         self.device_decides = False  # whether a step is applied: model/training.py
@@ -310,6 +311,21 @@ def rows_of(count: int, rank: int, ranks: int) -> range:
     """The rows out of `count` that a rank owns: ceil(count / ranks) each, the last ranks fewer."""
     chunk = -(-count // ranks)
     return range(min(rank * chunk, count), min((rank + 1) * chunk, count))
+
+
+def _order_buckets(ddp: DistributedDataParallel) -> None:
+    """Lets DDP lay out its buckets for good before the first step: by a backward pass that gives 0
+    to all parameters, last ones first, about as a real one does.
+
+    After its first backward pass DDP lays them out anew, and where a gradient lies decides in which
+    order three ranks and more add it up: a run that goes on would repeat the first step's order
+    where the run that never stopped has the other one, and be a rounding off from there on.
+    """
+    module = ddp.module
+    module.forward = lambda zero: sum(p.sum() * zero for p in module.parameters())
+    ddp(0.0).backward()  # on a GPU DDP wants an argument
+    del module.forward  # the class's again
+    module.zero_grad(set_to_none=True)
 
 
 def _mesh(world: World) -> DeviceMesh:

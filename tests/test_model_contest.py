@@ -162,15 +162,24 @@ def test_a_run_that_goes_on_keeps_its_tile(tiled, capsys):
     assert line == "tiles: attention_forward 64x64 w4 s1 0.31 ms as before"
 
 
-def test_a_run_from_before_tiles_were_raced_keeps_the_one_that_shipped(tiled):
+def test_a_run_from_before_tiles_were_raced_keeps_the_one_that_shipped(tiled, monkeypatch):
+    monkeypatch.setattr(tiles, "table", lambda triton: {FORWARD_ROW: (SHIPS, FAST, WRONG)})
+    tiles.prefer(FORWARD_ROW, FAST)  # another run's, in this process
     chosen, _ = contest.choose_attention(of(tiled, attention_forward="triton"), OURS)
     assert chosen["tile of attention_forward"] == str(SHIPS)
 
 
-def test_a_kept_tile_that_is_wrong_here_is_replaced(tiled):
+def test_a_kept_tile_that_is_wrong_here_is_replaced(tiled, capsys):
     kept = {"tile of attention_forward": str(WRONG)}
     chosen, _ = contest.choose_attention(of(tiled, **kept), OURS)
     assert chosen["tile of attention_forward"] == str(FAST)
+    assert "as before" not in capsys.readouterr().out
+
+
+def test_ranks_on_other_kinds_of_cards_race_no_tiles(tiled):
+    of_another = ["128x64 w4 s3 tma", "64x64 w4 s2 tma"]
+    tile_names = contest.choose_tiles(of(tiled, peers(of_another)))
+    assert tile_names == {} and tiles.TABLE[FORWARD_ROW] == (SHIPS, FAST, WRONG)
 
 
 @pytest.mark.parametrize("table, said", [

@@ -226,3 +226,21 @@ def test_fp16s_scale_leaves_the_gradient_as_it_is():
     assert scaler.scale == 65536.0
     scaler.state[0] = 1.0
     assert not scaler.update(loss, norm * math.nan)  # no fault of the scale: the guard's affair
+
+
+def test_a_run_of_three_ranks_that_goes_on_adds_up_in_the_same_order(tiny, tmp_path):
+    """Two ranks have one order to add in. DDP used to lay out its buckets anew after a process's
+    first step, and three ranks and more then added in another."""
+    runs = []
+    for mode, dtype in (("ddp", "fp32"), ("zero1", "fp32"), ("fsdp", "fp32"), ("ddp", "bf16")):
+        name = f"{mode}-{dtype}"
+        whole = tiny(name=name, parallel=mode, reduce_dtype=dtype, dtype="fp32", steps=4,
+                     save_every=2, eval_every=4, batch_tokens=3 * 16 * 4, micro_batch=1)
+        saved = tmp_path / name / "checkpoints" / "step_00000002"
+        runs += [whole, replace(whole, name=f"{name}-again", resume=str(saved))]
+    done = run_several(runs, tmp_path, 3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("resumed on 3 ranks") == 4
+    for whole, again in zip(runs[::2], runs[1::2], strict=True):
+        of_whole, of_again = (weights(tmp_path / run.name, 4) for run in (whole, again))
+        assert difference(of_whole, of_again) == 0, whole.name

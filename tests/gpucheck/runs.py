@@ -117,5 +117,5 @@ def speed(rows: list[dict[str, Any]], batch_tokens: int) -> dict[str, Any]:
 def what_was_chosen(log: str) -> list[str]:
     """The lines in which a run says who computes its operators."""
     return [line for line in log.splitlines()
-            if line.startswith(("kernels:", "blocks:", "attention:", "warning:"))]
+            if line.startswith(("kernels:", "tiles:", "attention:", "blocks:", "warning:"))]
 
