@@ -7,7 +7,7 @@
 On the stand-in a launch returns at once and nothing is waited for: what a step takes there is what
 the host does for it, and where that is more than the GPU needs, the GPU waits. CPU time of the
 process and all its threads, because others use a machine too; 8 sequences a rank, of which the GPU
-would have little to do. The first step, too, with all kernels compiled before.
+would have little to do. A first run of each way compiles its kernels and isn't counted.
 """
 
 import argparse
