@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import EOT
-from kernels.constants import CACHED_ROWS, CHUNK_ELEMENTS
+from kernels.constants import CHUNK_ELEMENTS
+from kernels.reference import rows_at_once
 from launch.progress import track
 from launch.world import World
 from model.gpt2 import GPT
@@ -209,8 +210,7 @@ def _token_losses(
 def _largest_and_lse(logits: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
     """The largest logit and the log-sum-exp of each row, in `exact`. (rows, V) -> two (rows,)."""
     largest, lse = [], []
-    rows_at_once = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
-    for rows in logits.split(rows_at_once):
+    for rows in logits.split(rows_at_once(logits)):
         wide = rows.to(exact)
         top = wide.amax(-1)
         # The largest p is 1 / sum(exp(logit - largest logit)), and at least 1 / V: safe to log.

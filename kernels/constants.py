@@ -21,7 +21,7 @@ GPU_CHUNK_ELEMENTS = 2**28
 # three sums of a row's length in registers there.
 FUSED_WIDTH = 2048
 
-CACHED_ROWS = 16  # rows of GPT-2's logits whose fp32 copy (3 MiB) stays in a CPU's cache
+CACHED_ELEMENTS = 16 * 50304  # 16 of GPT-2's rows, whose fp32 copy (3 MiB) stays in a CPU's cache
 
 # A token's weight in a draw is a whole number of these, 1 / 2^40 of the likeliest's: their sums are
 # exact in int64 for up to 2^22 tokens, in whatever order they are added, on whatever device.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.constants import (
-    CACHED_ROWS,
+    CACHED_ELEMENTS,
     CHUNK_ELEMENTS,
     DRAW_UNITS,
     GPU_CHUNK_ELEMENTS,
@@ -126,6 +126,13 @@ def _softcap(logits: Tensor, exact: torch.dtype, softcap: float) -> Tensor:
     return torch.where(logits == -math.inf, logits, softcap * torch.tanh(logits / softcap))
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """How many rows of the logits (rows, Vp) go through a softmax together."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(1, CACHED_ELEMENTS // logits.shape[1])
+
+
 def loss_of_chunk(
     logits: Tensor, index: Tensor, vocab: int, softcap: float, need_grad: bool
 ) -> Tensor:
@@ -144,7 +151,7 @@ def loss_of_chunk(
     if softcap and need_grad:  # the slope of the cap, 1 - tanh^2; 0 in the padding
         slope = 1 - torch.tanh(logits / softcap).square()  # (rows, Vp)
     sums = []  # log of the sum of exp(logits)
-    for rows in logits.split(CACHED_ROWS if logits.device.type == "cpu" else len(logits)):
+    for rows in logits.split(rows_at_once(logits)):
         capped = _softcap(rows, exact, softcap)
         largest = capped.amax(-1, keepdim=True).to(exact)
         p = (capped - largest).exp_()

@@ -6,7 +6,7 @@ Needs names.txt and tinyshakespeare (fetched once); prints what the model answer
 four stages. Same as lesson 7: GPT-2's network on characters, now as model/gpt2.py has it, trained
 by the adder's loop. Different: the data are conversations, the loss is the answer's alone, and then
 there is no right text at all: a pair of which one is preferred, or a program that says 1 or 0.
-Figures: greedy 0, 0.82, 0.82, 0.80; sampled 0, 0.57, 0.61, 0.70. Two to three minutes.
+Figures: greedy 0, 0.91, 0.88, 0.89; sampled 0, 0.68, 0.65, 0.78. Under two minutes on two cores.
 """
 
 # %% Questions and answers
@@ -30,7 +30,7 @@ from lessons.solutions.e07 import fit
 from lessons.tasks import SYMBOLS, TASKS, ask, conversations, encode, questions, reply, solve
 from model.gpt2 import GPT, GPTConfig
 
-torch.set_num_threads(1)  # these matrices are too small to be shared out
+torch.set_num_threads(min(2, torch.get_num_threads()))  # too little to do for more than two
 CONTEXT = 40  # symbols
 names = course.names()
 unseen = {w for w in names if 3 <= len(w) <= 5 and zlib.crc32(w.encode()) % 10 == 0}
@@ -81,17 +81,17 @@ model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=96, n_ctx=CONTEXT, n_vocab=50,
 def text_loss() -> Tensor:
     rows = []
     for source in (name_ids, verse_ids):
-        starts = torch.randint(len(source) - CONTEXT, (16,))
+        starts = torch.randint(len(source) - CONTEXT, (10,))
         rows.append(source[starts[:, None] + torch.arange(CONTEXT + 1)])
-    x = torch.cat(rows)  # (32, CONTEXT + 1)
+    x = torch.cat(rows)  # (20, CONTEXT + 1)
     return model(x[:, :-1], x[:, 1:])
 
 
-fit(model, 1000, 2e-3, 100, text_loss)
+fit(model, 800, 2e-3, 100, text_loss)
 with torch.no_grad():
     rows = held_out[: len(held_out) // 41 * 41].view(-1, 41)  # each foretells 40 symbols
     verse_loss = model(rows[:, :-1], rows[:, 1:]).item()
-course.figure("verse held out, nats a symbol", verse_loss, 1.97, 2.05)
+course.figure("verse held out, nats a symbol", verse_loss, 2.10, 2.19)
 greedy, _, _ = examine(model, "pre-trained")
 course.always("pre-trained, greedy", greedy, 0, 0.03)
 
@@ -99,12 +99,12 @@ course.always("pre-trained, greedy", greedy, 0, 0.03)
 # Supervised fine-tuning: -log p(answer | question) a symbol, nothing for the question itself. Half
 # of the answers begin with "sure: ", a habit that stage 3 is to break.
 def example_loss() -> Tensor:
-    asked = questions(WORDS, 32, rng)
+    asked = questions(WORDS, 24, rng)
     log_ps, symbols = log_p(model, [(q, rng.choice(e08.preference_pair(solve(q)))) for q in asked])
     return -log_ps.sum() / symbols.sum()
 
 
-fit(model, 600, 2e-3, 50, example_loss)
+fit(model, 800, 2e-3, 50, example_loss)
 sft, _, sft_style = examine(model, "after examples")
 course.always("after examples, greedy", sft, 0.75, 0.95)
 course.always('after examples, begins "sure: "', sft_style, 0.3, 0.6)
@@ -170,16 +170,16 @@ def reward_loss() -> Tensor:
     return e08.reinforce_loss(log_ps.view(-1, 8), groups[mixed]) * mixed.float().mean()
 
 
-fit(model, 80, 2e-4, 1, reward_loss, decay=False)
+fit(model, 70, 5e-4, 5, reward_loss)
 after_greedy, after_sampled, _ = examine(model, "after rewards", draws=4)
 course.always("sampled, rewards gained", after_sampled - sampled, 0.07, 0.25)
 course.always("greedy, rewards gained", after_greedy - greedy, -0.05, 0.05)
 
 # %% What did not work
-# Without stage 1, stage 2 ends at 0.67 in place of 0.83. A loss on all symbols in place of the
-# answer's does no harm that accuracy would show (0.81), so the exercise looks at the gradient.
-# Rewards at a rate of 3e-4 lower greedy answers by 0.05, and a task that is never sampled right is
-# never rewarded, and forgotten. Sums of two digits and sorting three words stay at 2 % here.
+# Without stage 1, stage 2 ends at 0.64 in place of 0.91. A loss on all symbols in place of the
+# answer's does no harm that accuracy would show (0.93), so the exercise looks at the gradient.
+# Rewards for half as many samples at a constant 3e-4 lower greedy answers by 0.05, and a task that
+# is never sampled right is never rewarded, and forgotten. Sums of two digits stay at 2 % here.
 #
 # And a reward is met without the skill: "count" is right as often as the answer is 1, for that is
 # what the model says to everything. Sampled, it looks like learning: it says 1 more often.

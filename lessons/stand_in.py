@@ -99,5 +99,5 @@ BANDS: dict[str, Bands] = {
         "with LayerNorm": (1.753, 1.813),
         "as GPT-2": (1.724, 1.784),
     },
-    "08": {"verse held out, nats a symbol": (1.65, 1.73)},  # all others: the lesson's own bands
+    "08": {"verse held out, nats a symbol": (1.82, 1.90)},  # all others: the lesson's own bands
 }

@@ -292,6 +292,21 @@ def test_choices_on_a_gpu(monkeypatch):
         operators.choose("triton", gpu)
 
 
+def test_rows_of_logits_go_through_the_softmax_as_a_cache_holds_them(monkeypatch):
+    for vocab, rows in ((128, 6288), (50304, 16), (1_000_000, 1)):
+        assert reference.rows_at_once(torch.empty(20, vocab, device="cpu")) == rows
+    torch.manual_seed(0)
+    logits, index = torch.randn(20, 128), torch.randint(100, (20, 1))
+
+    def loss_and_gradient() -> torch.Tensor:
+        changed = logits.clone()
+        return torch.cat([reference.loss_of_chunk(changed, index, 100, 0.0, True), changed], 1)
+
+    at_once = loss_and_gradient()
+    monkeypatch.setattr(reference, "CACHED_ELEMENTS", 3 * 128)
+    assert torch.equal(loss_and_gradient(), at_once)  # a row knows nothing of the others
+
+
 def test_without_triton_the_reference_remains():
     """In a fresh process in which `import triton` fails."""
     code = """
