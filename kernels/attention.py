@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import schedule, tiles
+from kernels import launcher, schedule, tiles
 from kernels.columns import Columns, dense, load, operand, store
 from kernels.reference import product_dtype
 
@@ -306,7 +306,7 @@ def launch_forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
         return out, lse
     qkv, D = dense(qkv), C // n_head
     t = _tile("attention_forward", qkv, D)
-    attention_forward[_grid(B, n_head, T, t.m)](
+    launcher.launch(attention_forward, _grid(B, n_head, T, t.m),
         operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), operand(out, t.m, D, t.tma),
         lse, T, n_head, _group(qkv, D), D=D, BLOCK_M=t.m, BLOCK_N=t.n,
         TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t), DELAYED=t.delayed,
@@ -334,13 +334,13 @@ def launch_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head:
     D = C // n_head
     group = _group(qkv, D)
     t = _tile("attention_dq", qkv, D)
-    attention_dq[_grid(B, n_head, T, t.m)](
+    launcher.launch(attention_dq, _grid(B, n_head, T, t.m),
         operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), out, dout, lse, delta,
         operand(dqkv, t.m, D, t.tma), T, n_head, group,
         D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,
     )
     t = _tile("attention_dkdv", qkv, D)
-    attention_dkdv[_grid(B, n_head, T, t.n)](
+    launcher.launch(attention_dkdv, _grid(B, n_head, T, t.n),
         operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), operand(dout, t.m, D, t.tma),
         lse, delta, operand(dqkv, t.n, D, t.tma), T, n_head, group,
         D=D, BLOCK_M=t.m, BLOCK_N=t.n, num_warps=t.warps, num_stages=t.stages,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tiles
+from kernels import launcher, tiles
 
 
 @triton.jit
@@ -50,7 +50,8 @@ def launch(first: Tensor, second: Tensor, partial: Tensor) -> None:
     wider one."""
     (N, W1), W2 = first.shape, second.shape[1]
     tile = tiles.pick("column_sums", tiles.arch(first.device), 1)
-    column_sums[(len(partial), tiles.cdiv(W1, tile.n) + tiles.cdiv(W2, tile.n))](
+    columns = tiles.cdiv(W1, tile.n) + tiles.cdiv(W2, tile.n)
+    launcher.launch(column_sums, (partial.shape[0], columns),
         first, second, partial, partial.stride(0), N, W1, W2,
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps,
     )

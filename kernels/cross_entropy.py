@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import tiles
+from kernels import launcher, tiles
 from kernels.constants import GPU_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from kernels.constants import IGNORE
 from kernels.reference import product_dtype
@@ -179,7 +179,7 @@ def _fused(
         part = slice(start, min(start + rows, N))
         z = logits[: part.stop - part.start]  # (rows, Vp)
         torch.mm(h[part], weight.t(), out=z)
-        cross_entropy[(z.shape[0],)](
+        launcher.launch(cross_entropy, (z.shape[0],),
             z, targets[part], losses[part],
             V=vocab, Vp=Vp, SOFTCAP=softcap, BLOCK=tile.n, GRADIENT=gradient, num_warps=tile.warps,
         )

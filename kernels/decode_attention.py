@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tiles
+from kernels import launcher, tiles
 from kernels.attention import HEAD_WIDTHS, LOG2E
 from kernels.columns import dense
 
@@ -88,7 +88,7 @@ def decode_attention(qkv: Tensor, kv: Tensor, position: Tensor, n_head: int) -> 
     out = torch.empty((B, 1, C3 // 3), dtype=kv.dtype, device=kv.device)
     name = "decode_attention_fp32" if kv.dtype == torch.float32 else "decode_attention"
     tile = tiles.pick(name, tiles.arch(kv.device), D)
-    decode_attention_forward[(B * n_head,)](
+    launcher.launch(decode_attention_forward, (B * n_head,),
         qkv, kv, out, position, n_head, kv.shape[3], D=D, BLOCK_N=tile.n, num_warps=tile.warps
     )
     return out

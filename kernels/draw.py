@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference, tiles
+from kernels import launcher, reference, tiles
 from kernels.constants import DRAW_UNITS
 
 UNITS = tl.constexpr(float(DRAW_UNITS))
@@ -176,7 +176,7 @@ def draw(
     out = torch.empty(B, dtype=torch.long, device=logits.device)
     k = min(top_k or V, V)
     tile = tiles.pick("draw", tiles.arch(logits.device), 65536)
-    draw_tokens[(B,)](
+    launcher.launch(draw_tokens, (B,),
         logits, u, out, logits.stride(0), V, 1 / max(temperature, reference.GREEDY_BELOW), k, top_p,
         GREEDY=temperature < reference.GREEDY_BELOW, TOP_K=k < V, TOP_P=top_p < 1,
         SPARE=SPARE_BITS[logits.dtype], BLOCK=tile.n, num_warps=tile.warps,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import reference, tiles
+from kernels import launcher, reference, tiles
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def launch_forward(idx: Tensor, wte: Tensor, wpe: Tensor | None) -> Tensor:
     x = wte.new_empty(B, T, C)
     block = tiles.next_power_of_2(C)
     tile = tiles.pick("embedding_forward", tiles.arch(idx.device), block)
-    embedding_forward[(B * T,)](
+    launcher.launch(embedding_forward, (B * T,),
         idx, idx.stride(0), wte, wpe, x, T, C,
         BLOCK=block, POSITIONS=wpe is not None, num_warps=tile.warps,
     )
@@ -91,7 +91,7 @@ def launch_backward(idx: Tensor, order: Tensor, dx: Tensor, dwte: Tensor) -> Non
     """Adds dx (B, T, C), summed over the places of each token, to dwte (V, C)."""
     B, T, C = dx.shape
     tile = tiles.pick("embedding_backward", tiles.arch(idx.device), 1)
-    embedding_backward[(B * T, tiles.cdiv(C, tile.n))](
+    launcher.launch(embedding_backward, (B * T, tiles.cdiv(C, tile.n)),
         idx, idx.stride(0), order, dx.contiguous(), dwte, B * T, T, C,
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps,
     )

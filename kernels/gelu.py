@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tiles
+from kernels import launcher, tiles
 
 ROOT = tl.constexpr(math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
@@ -78,7 +78,7 @@ def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
     N, W = x.shape
     y = torch.empty_like(x)
     tile = tiles.pick("gelu_forward", tiles.arch(x.device), 1)
-    gelu_forward[(tiles.cdiv(N, tile.m), tiles.cdiv(W, tile.n))](
+    launcher.launch(gelu_forward, (tiles.cdiv(N, tile.m), tiles.cdiv(W, tile.n)),
         x, bias, y, N, W, BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps
     )
     return y
@@ -92,7 +92,7 @@ def launch_backward(
     N, W = x.shape
     y = torch.empty_like(x)
     tile = tiles.pick("gelu_backward", tiles.arch(x.device), 1)
-    gelu_backward[(len(partial), tiles.cdiv(W, tile.n))](
+    launcher.launch(gelu_backward, (partial.shape[0], tiles.cdiv(W, tile.n)),
         x, bias, dy, dy, y, partial, partial.stride(0), N, W,
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps,
     )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tiles, verdict
+from kernels import launcher, tiles, verdict
 from kernels.verdict import Limits
 
 GOOD, LOSS_NOT_FINITE, NORM_NOT_FINITE, LOSS_HIGH, NORM_HIGH, OVERFLOW, FAULT, VOID = (
@@ -137,7 +137,7 @@ def judge_step(
     W = (len(state) - 3) // 2
     new_state, report = torch.empty_like(state), state.new_empty(6)
     skip, divisor = (state.new_empty((), dtype=torch.float32) for _ in range(2))
-    judge[(1,)](
+    launcher.launch(judge, (1,),
         state, loss, norm, flags if flags is not None else state, new_state, report, skip, divisor,
         clip, Z=limits.z, NARROWEST=limits.narrowest, EARLY_STEPS=limits.early_steps,
         EARLY_TIMES=limits.early_times, OUTLIERS=limits.outliers, HALTS=limits.halts,

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tiles
+from kernels import launcher, tiles
 from kernels.reference import product_dtype
 
 MAX_WIDTH = 8192  # a row is held in registers: 16 values in each of 512 threads
@@ -108,6 +108,11 @@ def layer_norm_backward(
         tl.store(sums + 2 * C, dc, mask=inside)
 
 
+def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty, as large as x; new_empty(x.shape) takes the host twice as long."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def launch_forward(
     x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, weight: Tensor, bias: Tensor,
     eps: float, dtype: torch.dtype,
@@ -117,7 +122,7 @@ def launch_forward(
     block = tiles.next_power_of_2(x.shape[-1])
     kernel = "layer_norm_forward" if branch_bias is None else "layer_norm_forward_bias"
     tile = tiles.pick(kernel, tiles.arch(x.device), block)
-    layer_norm_forward[(mean.numel(),)](
+    launcher.launch(layer_norm_forward, (mean.numel(),),
         x.contiguous(), None if branch is None else branch.contiguous(), branch_bias,
         weight.contiguous(), bias.contiguous(), total, y, mean, rstd, x.shape[-1], eps,
         BLOCK=block, BRANCH=branch is not None, BRANCH_BIAS=branch_bias is not None,
@@ -135,16 +140,17 @@ def launch_backward(
     partial: (P, 2C), with branch_bias (P, 3C), perhaps columns of a wider one: takes the sums of P
     shares of the rows, dw, db and dc side by side.
     """
-    dx = total.new_empty(total.shape, dtype=dtype)
-    dbranch = total.new_empty(total.shape if dtype != branch_dtype else 0, dtype=branch_dtype)
+    dx = _dense_like(total, dtype)
+    other = dtype != branch_dtype
+    dbranch = _dense_like(total, branch_dtype) if other else total.new_empty(0, dtype=branch_dtype)
     N, C = mean.numel(), total.shape[-1]
     block = tiles.next_power_of_2(C)
     kernel = "layer_norm_backward_bias" if branch_bias else "layer_norm_backward"
     tile = tiles.pick(kernel, tiles.arch(total.device), block)
-    layer_norm_backward[(len(partial),)](
+    launcher.launch(layer_norm_backward, (partial.shape[0],),
         dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total.contiguous(),
         weight.contiguous(), mean, rstd, dx, dbranch, partial, partial.stride(0), N, C,
-        BLOCK=block, DTOTAL=dtotal is not None, DBRANCH=dtype != branch_dtype,
+        BLOCK=block, DTOTAL=dtotal is not None, DBRANCH=other,
         BRANCH_BIAS=branch_bias, num_warps=tile.warps,
     )
     return dx, dbranch
@@ -163,9 +169,8 @@ def _forward_outputs(x, weight, bias, branch, eps, dtype):
     if branch is None:
         total = x.new_empty(0)
     else:
-        sum_dtype = torch.promote_types(x.dtype, branch.dtype)
-        total = x.new_empty(x.shape, dtype=sum_dtype)
-    y = x.new_empty(x.shape, dtype=dtype)
+        total = _dense_like(x, torch.promote_types(x.dtype, branch.dtype))
+    y = _dense_like(x, dtype)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return total, y, mean, torch.empty_like(mean)
 

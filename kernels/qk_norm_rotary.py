@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tiles
+from kernels import launcher, tiles
 from kernels.reference import product_dtype
 
 HEAD_WIDTHS = (64, 128)
@@ -133,7 +133,7 @@ def _forward(
     if N == 0:  # no token: nothing to launch
         return out, rstd
     tile = tiles.pick("qk_norm_rotary_forward", tiles.arch(qkv.device), D)
-    qk_norm_rotary_forward[(tiles.cdiv(N, tile.m),)](
+    launcher.launch(qk_norm_rotary_forward, (tiles.cdiv(N, tile.m),),
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), out, rstd, N, P, n_head, gain, eps,
         D=D, BLOCK=tile.m, num_warps=tile.warps,
     )
@@ -156,7 +156,7 @@ def _backward(
     if N == 0:
         return dqkv
     tile = tiles.pick("qk_norm_rotary_backward", tiles.arch(out.device), D)
-    qk_norm_rotary_backward[(tiles.cdiv(N, tile.m),)](
+    launcher.launch(qk_norm_rotary_backward, (tiles.cdiv(N, tile.m),),
         dout.contiguous(), out.contiguous(), cos.contiguous(), sin.contiguous(), rstd, dqkv,
         N, P, n_head, gain, D=D, BLOCK=tile.m, num_warps=tile.warps,
     )

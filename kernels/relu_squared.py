@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tiles
+from kernels import launcher, tiles
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _forward(x: Tensor) -> Tensor:
     y, count = _forward_outputs(x), x.numel()
     tile = tiles.pick("relu_squared_forward", tiles.arch(x.device), 1)
     if count:
-        relu_squared_forward[(tiles.cdiv(count, tile.n),)](
+        launcher.launch(relu_squared_forward, (tiles.cdiv(count, tile.n),),
             x.contiguous(), y, count, BLOCK=tile.n, num_warps=tile.warps
         )
     return y
@@ -68,7 +68,7 @@ def _backward(dy: Tensor, x: Tensor) -> Tensor:
     dx, count = _backward_outputs(dy, x), x.numel()
     tile = tiles.pick("relu_squared_backward", tiles.arch(x.device), 1)
     if count:
-        relu_squared_backward[(tiles.cdiv(count, tile.n),)](
+        launcher.launch(relu_squared_backward, (tiles.cdiv(count, tile.n),),
             dy.contiguous(), x.contiguous(), dx, count, BLOCK=tile.n, num_warps=tile.warps
         )
     return dx

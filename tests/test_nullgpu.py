@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -351,3 +352,16 @@ def test_a_planted_fault_is_found_and_nothing_else(workplace, sound, fault, name
 def test_a_planted_graph_break_is_found(workplace, sound):
     lines = table.differences(sound, count(workplace, "graph_break"))
     assert any(line.startswith("graph breaks: 0 in the table") for line in lines)
+
+
+def test_our_launcher_starts_what_triton_would(workplace):
+    out = workplace.out("specialized")
+    out.mkdir(parents=True)
+    surroundings = running.environment(rows.SMALL, workplace, out)
+    done = subprocess.run([workplace.python, "-m", "tests.nullgpu.specialized", str(out)],
+                          cwd=running.ROOT, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "found.json").read_text())
+    assert found["wrong"] == []
+    assert 0 < found["asked"] < found["cases"] / 2  # of pointers that are not aligned
+    assert found["different"] > 20  # so what was remembered could have been another's

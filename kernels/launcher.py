@@ -1,0 +1,64 @@
+"""kernel[grid](...), without asking Triton at every launch which compiled kernel that is.
+
+    launch(layer_norm_forward, (N,), x, y, N, eps, BLOCK=1024, num_warps=4)
+
+Triton finds it by looking at every argument, in Python: of the 16 us that a launch of LayerNorm
+takes the host, and the 28 of attention, it needs 3 and 8 to launch (one core of an EPYC, on a
+stand-in for a GPU that does nothing). Here a dict remembers what Triton found.
+
+Its key holds all that a compiled kernel is made for, by Triton 3.6 to 3.8: the device, the
+constants and options, the dtypes of pointers and tiles, and of integers (which Triton tells apart
+by being 1, by being multiples of 16, and by their width) the very value. Pointers that are not all
+multiples of 16 bytes go Triton's own way, as does whatever else is special: the interpreter, AMD
+(where a tensor's size counts too), a profiler's hooks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import JITFunction, knobs
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# What Triton found: its launcher, the kernel on the device, and what goes with them.
+_found: dict[tuple, tuple] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
+    """kernel[grid](*args, **named). args: all but the constants; named: those, and the options."""
+    key = None if _special(kernel) else _key(kernel, args, named)
+    found = _found.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **named)
+        if key is not None:
+            constants = tuple(named[name] for name in kernel.arg_names[len(args) :])
+            _found[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+        return
+    run, function, metadata, constants = found
+    stream = driver.active.get_current_stream(key[1])
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, stream, function, metadata, None, None, None, *args, *constants)
+
+
+def _special(kernel: Any) -> bool:
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return (not isinstance(kernel, JITFunction) or torch.version.hip is not None
+            or bool(enter and enter.calls) or bool(leave and leave.calls))
+
+
+def _key(kernel: Any, args: tuple, named: dict[str, Any]) -> tuple | None:
+    """What the compiled kernel depends on, or None for pointers that Triton is to look at."""
+    kinds: list[Any] = []
+    addresses = 0
+    for arg in args:
+        if isinstance(arg, Tensor):
+            kinds.append(arg.dtype)
+            addresses |= arg.data_ptr()
+        elif isinstance(arg, TensorDescriptor):
+            kinds.append((arg.base.dtype, *arg.block_shape))
+        else:  # numbers, and None where there is nothing; floats are never specialized
+            kinds.append(float if isinstance(arg, float) else arg)
+    if addresses % 16:
+        return None
+    return kernel, driver.active.get_current_device(), *kinds, *named.items()
