@@ -8,9 +8,10 @@ stand-in for a GPU that does nothing). Here a dict remembers what Triton found.
 
 Its key holds all that a compiled kernel is made for, by Triton 3.6 to 3.8: the device, the
 constants and options, the dtypes of pointers and tiles, and of integers (which Triton tells apart
-by being 1, by being multiples of 16, and by their width) the very value. Pointers that are not all
-multiples of 16 bytes go Triton's own way, as does whatever else is special: the interpreter, AMD
-(where a tensor's size counts too), a profiler's hooks.
+by being 1, by being multiples of 16, and by their width) the very value, an entry for each.
+Pointers that are not all multiples of 16 bytes go Triton's own way, as does whatever else is
+special: the interpreter, AMD (where a tensor's size counts too), a profiler's hooks. What Triton's
+knobs say of debugging, and a kernel's globals, count when it is launched for the first time.
 """
 
 from typing import Any
@@ -21,21 +22,22 @@ from triton import JITFunction, knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# What Triton found: its launcher, the kernel on the device, and what goes with them.
+# What Triton found: the kernel (which must live), its launcher, and what that is given.
 _found: dict[tuple, tuple] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
     """kernel[grid](*args, **named). args: all but the constants; named: those, and the options."""
-    key = None if _special(kernel) else _key(kernel, args, named)
+    key = () if _special(kernel) else _key(kernel, args, named)
     found = _found.get(key)
     if found is None:
         compiled = kernel[grid](*args, **named)
-        if key is not None:
+        if key and compiled is not None:  # None: a hook of Triton's has kept it from compiling
             constants = tuple(named[name] for name in kernel.arg_names[len(args) :])
-            _found[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+            _found[key] = (
+                compiled, compiled.run, compiled.function, compiled.packed_metadata, constants)
         return
-    run, function, metadata, constants = found
+    _, run, function, metadata, constants = found
     stream = driver.active.get_current_stream(key[1])
     x, y, z = (*grid, 1, 1)[:3]
     run(x, y, z, stream, function, metadata, None, None, None, *args, *constants)
@@ -44,11 +46,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
 def _special(kernel: Any) -> bool:
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return (not isinstance(kernel, JITFunction) or torch.version.hip is not None
-            or bool(enter and enter.calls) or bool(leave and leave.calls))
+            or any(hook and getattr(hook, "calls", True) for hook in (enter, leave)))
 
 
-def _key(kernel: Any, args: tuple, named: dict[str, Any]) -> tuple | None:
-    """What the compiled kernel depends on, or None for pointers that Triton is to look at."""
+def _key(kernel: Any, args: tuple, named: dict[str, Any]) -> tuple:
+    """What the compiled kernel depends on, or () for pointers that Triton is to look at."""
     kinds: list[Any] = []
     addresses = 0
     for arg in args:
@@ -58,7 +60,7 @@ def _key(kernel: Any, args: tuple, named: dict[str, Any]) -> tuple | None:
         elif isinstance(arg, TensorDescriptor):
             kinds.append((arg.base.dtype, *arg.block_shape))
         else:  # numbers, and None where there is nothing; floats are never specialized
-            kinds.append(float if isinstance(arg, float) else arg)
+            kinds.append(float if isinstance(arg, float) else (type(arg), arg))
     if addresses % 16:
-        return None
+        return ()
     return kernel, driver.active.get_current_device(), *kinds, *named.items()

@@ -142,8 +142,8 @@ def loss_of_chunk(
     (rows, 1), the targets. p: softmax of the logits, or with softcap of softcap * tanh(logits /
     softcap); 0 in the padding, from column `vocab` on.
 
-    On a CPU a few rows at a time, so that their fp32 copy stays in the cache (measured: 1.6 times
-    as fast at 512 rows of 50,304).
+    On a CPU rows_at_once(), so that their fp32 copy stays in the cache (measured: 16 of 50,304 are
+    1.6 times as fast as 512).
     """
     exact = at_least_fp32(logits.dtype)
     logits[:, vocab:] = -math.inf

@@ -111,7 +111,7 @@ course.always('after examples, begins "sure: "', sft_style, 0.3, 0.6)
 
 # %% Stage 3: preferences
 # Direct preference optimisation: raise chosen over rejected, against a frozen reference. It only
-# asks for the difference, and both may fall: sixty steps of it alone ruin the model (greedy 0.66 to
+# asks for the difference, and both may fall: sixty steps of it alone ruined one (greedy 0.66 to
 # 0.42). So the chosen answer's own likelihood is added.
 def prefer(model: GPT, turned: bool = False) -> list[float]:
     """40 steps of DPO, in place; the DPO losses without the likelihood. turned: pairs swapped."""

@@ -58,6 +58,12 @@ def test_every_gradient_is_autograds_in_fp64(exact):
         assert relative(got, exact[name]) < 1e-12, name
 
 
+def test_parameters_come_in_the_blocks_order():
+    block = GPT(SHAPE).h[0]
+    ours = fused_block.FusedBlock(block, REFERENCE).parameters()
+    assert [id(p) for p in ours] == [id(p) for p in block.parameters()]
+
+
 def test_every_gradient_in_fp32_by_the_kernels(exact):
     ops = operators.choose("triton", torch.device("cpu"))
     model, *batch = model_and_batch(ops=ops)

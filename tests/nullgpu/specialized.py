@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from kernels import launcher
+from kernels.attention import attention_forward
+from kernels.columns import operand
 from kernels.gelu import gelu_forward
 from kernels.layernorm import layer_norm_forward
 
@@ -36,13 +38,24 @@ def layer_norm(width: int, eps: float, branch: bool) -> tuple:
     return layer_norm_forward, args, dict(BLOCK=1024, BRANCH=branch, BRANCH_BIAS=False, num_warps=4)
 
 
+def attention(T: int, tma: bool) -> tuple:
+    """A launch of attention_forward, whose numbers are never specialized; tma: by descriptors."""
+    H, D, M, N = 2, 64, 128, 64
+    qkv = torch.empty(1, T, 3 * H * D, device="cuda", dtype=torch.bfloat16)
+    out, lse = qkv.new_empty(1, T, H * D), torch.empty(1, H, T, device="cuda")
+    args = (operand(qkv, M, D, tma), operand(qkv, N, D, tma), operand(out, M, D, tma), lse, T, H, 1)
+    named = dict(D=D, BLOCK_M=M, BLOCK_N=N, TMEM=0, DELAYED=False, num_warps=4, num_stages=2)
+    return attention_forward, args, named
+
+
 CASES: list[tuple] = [
     gelu(rows, width, dtype, offset, block)
     for dtype in (torch.bfloat16, torch.float32)
     for rows, width in ((1, 64), (7, 64), (16, 64), (7, 65))
     for offset in (0, 1, 8)
     for block in (64, 128)
-] + [layer_norm(768, eps, branch) for eps in (1e-5, 1.0) for branch in (False, True)]
+] + [layer_norm(768, eps, branch) for eps in (1e-5, 1.0) for branch in (False, True)
+] + [attention(T, tma) for T in (256, 77, 1) for tma in (False, True)]
 
 
 def remembered(kernel: Any, args: tuple, named: dict) -> Any:
@@ -50,7 +63,7 @@ def remembered(kernel: Any, args: tuple, named: dict) -> Any:
     for _ in range(2):
         launcher.launch(kernel, (1,), *args, **named)
     key = launcher._key(kernel, args, named)
-    return None if key is None else launcher._found[key][1]
+    return launcher._found[key][2] if key else None
 
 
 def main(out: Path) -> None:
