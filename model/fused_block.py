@@ -153,7 +153,7 @@ class FusedBlock:
         self.low: list[Tensor] | None = None  # see copy_weights()
 
     def parameters(self) -> list[nn.Parameter]:
-        """In the order of block.parameters(), which takes the host six times as long."""
+        """In the order of block.parameters(), which searches all modules at every call."""
         block = self.block
         attn, mlp, named = block.attn, block.mlp, []
         for module in (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj):
