@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launch import cli
-from launch.errors import exit_process, one_line_errors
+from launch.errors import exit_process, one_line_errors, run_command
 from presets import PRESETS, TrainConfig
 
 if __name__ == "__main__":
@@ -259,5 +259,5 @@ def finish(run: Run, step: int, last_step: bool) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors(output_may_fail=True):  # what a full or closed stdout refuses is dropped
-        exit_process(train(CONFIG))
+    # What a full or closed stdout refuses is dropped.
+    run_command(lambda: train(CONFIG), output_may_fail=True)

@@ -36,7 +36,7 @@ from data.sources import expected_bytes, hub_files, local_files, text_borders
 from data.tokenise import encoder
 from data.tokenizer import EOT_TEXT, RANKS_SHA256
 from launch import cli, flags
-from launch.errors import BadInput, Failed, one_line_errors
+from launch.errors import BadInput, Failed, run_command
 from launch.files import atomic_write, folder_lock, free_bytes, human_size
 
 REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -227,5 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_command(main)

@@ -27,7 +27,7 @@ from data.shard_file import Shard, blocks, open_shard, shard_bytes
 from data.tokenizer import EOT, RANKS_SHA256, decode
 from launch import cli, flags
 from launch.console import print0
-from launch.errors import BadInput, Failed, one_line_errors
+from launch.errors import BadInput, Failed, run_command
 from launch.files import atomic_write, free_bytes, fsync, human_size
 from launch.progress import Bar, track
 
@@ -316,5 +316,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_command(main)

@@ -33,7 +33,7 @@ from eval.likelihood import Request, negative_loglikelihoods
 from eval.loss import require_numbers
 from eval.published import SIZES
 from launch import flags
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, run_command
 from launch.files import atomic_write
 from launch.world import Dtype, World, init_distributed
 from model.gpt2 import GPT
@@ -239,5 +239,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        flags.parse(main)
+    run_command(lambda: flags.parse(main))

@@ -23,7 +23,7 @@ from eval import choice
 from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
 from launch import flags
-from launch.errors import BadInput, Failed, one_line_errors
+from launch.errors import BadInput, Failed, one_line_errors, run_command
 from launch.world import Dtype, World, init_distributed
 from model.generate import SampleConfig, generate
 from model.gpt2 import GPT
@@ -203,5 +203,4 @@ def _without_nan(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        flags.parse(main)
+    run_command(lambda: flags.parse(main))

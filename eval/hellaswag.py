@@ -30,7 +30,7 @@ from eval.choice import Question, Score
 from eval.likelihood import Request
 from eval.published import SIZES
 from launch import flags
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, run_command
 from launch.files import download
 from launch.world import Dtype, World, init_distributed
 from model.gpt2 import GPT
@@ -129,5 +129,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        flags.parse(main)
+    run_command(lambda: flags.parse(main))

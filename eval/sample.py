@@ -31,7 +31,7 @@ from eval.dialogue import Dialogue
 from eval.wrap import console_width, wrap
 from kernels import selfcheck
 from launch import cli, flags, hints
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, run_command
 from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import characters_of, load_resolved, resolve
 from model.generate import CannotSample, SampleConfig, generate, store_in
@@ -259,6 +259,14 @@ def chat(
             print_text(pieces)
 
 
+def read_flags() -> Arguments:
+    """The command line; of nanoGPT's names the line says what they are here."""
+    given = [flags.name_of(word.partition("=")[0]) for word in sys.argv[1:]]
+    if line := hints.translate(given, hints.NANOGPT_SAMPLE):
+        raise BadInput(line)
+    return flags.parse(Arguments)
+
+
 def main(arguments: Arguments) -> None:
     if not arguments.checkpoint:
         raise BadInput("which checkpoint? python -m eval.sample CHECKPOINT --prompt TEXT")
@@ -293,8 +301,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        given = [flags.name_of(word.partition("=")[0]) for word in sys.argv[1:]]
-        if line := hints.translate(given, hints.NANOGPT_SAMPLE):
-            raise BadInput(line)
-        main(flags.parse(Arguments))
+    run_command(lambda: main(read_flags()))

@@ -36,7 +36,7 @@ from eval.completion_request import parse_request
 from eval.completions import Answer, Piece, complete
 from eval.sample import load_for_sampling
 from launch import cli, flags
-from launch.errors import BadInput, Failed, one_line_errors
+from launch.errors import BadInput, Failed, one_line_errors, run_command
 from launch.world import Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.gpt2 import GPT
 
@@ -296,5 +296,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        flags.parse(main)
+    run_command(lambda: flags.parse(main))

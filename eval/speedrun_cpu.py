@@ -30,7 +30,7 @@ from typing import IO
 from matplotlib.figure import Figure
 
 from launch import flags
-from launch.errors import BadInput, Failed, one_line_errors
+from launch.errors import BadInput, Failed, run_command
 from launch.files import atomic_write, folder_lock, sha256
 from launch.tracker import read_rows
 
@@ -324,5 +324,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(flags.parse(Arguments))
+    run_command(lambda: main(flags.parse(Arguments)))

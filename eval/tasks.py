@@ -31,7 +31,7 @@ from eval.choice import Question
 from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
 from launch import flags
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, run_command
 from launch.world import Dtype, World, init_distributed
 from model.gpt2 import GPT
 
@@ -176,5 +176,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        flags.parse(main)
+    run_command(lambda: flags.parse(main))

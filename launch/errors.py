@@ -9,7 +9,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -32,6 +32,15 @@ class Failed(BadInput):
     """The input was right, and the machine (a full disk, a dead network) stood in the way."""
 
     exit_code = 1
+
+
+def run_command(command: Callable[[], int | None], output_may_fail: bool = False) -> NoReturn:
+    """Runs a program to its end under one_line_errors(). Its exit code is what `command` returns,
+    0 for None."""
+    with one_line_errors(output_may_fail):
+        exit_code = command() or 0
+        sys.stdout.flush()  # a full disk says so here, while it is still an error
+        exit_process(exit_code)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from kernels import cards
 from launch import cli, flags, probes
 from launch.console import colour
-from launch.errors import exit_process, one_line_errors
+from launch.errors import run_command
 from launch.files import human_size
 from launch.probes import MIB, SLOW, Line, Status
 from launch.ranks import read_ranks
@@ -354,5 +354,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        exit_process(main())
+    run_command(main)

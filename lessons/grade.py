@@ -33,7 +33,7 @@ import torch
 import tyro
 
 from launch import console, flags
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, run_command
 from lessons.course import Wrong
 
 HERE = Path(__file__).parent
@@ -208,5 +208,4 @@ def main(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        sys.exit(main(flags.parse(Arguments)))
+    run_command(lambda: main(flags.parse(Arguments)))

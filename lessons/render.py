@@ -31,7 +31,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from launch import flags
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, run_command
 from launch.files import atomic_write
 from lessons import course
 
@@ -168,5 +168,4 @@ def main(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        sys.exit(main(flags.parse(Arguments)))
+    run_command(lambda: main(flags.parse(Arguments)))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from data.tokenizer import EOT, vocabulary
 from launch import flags
-from launch.errors import BadInput, Failed, one_line_errors
+from launch.errors import BadInput, Failed, run_command
 from launch.files import fsync, refuse_lfs_pointer
 from launch.world import DTYPES
 from model.checkpoint import characters_of, load_resolved, resolve
@@ -224,5 +224,4 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        flags.parse(main)
+    run_command(lambda: flags.parse(main))

@@ -251,8 +251,10 @@ def do(command: Command) -> None:
         return
     module = ROOT / arguments[1].replace(".", "/")
     script = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
-    with mock.patch.object(sys, "argv", [str(script), *arguments[2:]]):
+    with (mock.patch.object(sys, "argv", [str(script), *arguments[2:]]),
+          pytest.raises(SystemExit) as done):
         runpy.run_path(str(script), run_name="__main__")
+    assert done.value.code == 0, command
 
 
 def section(page: str, heading: str) -> list[Command]:

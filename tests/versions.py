@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.errors import BadInput, exit_process, one_line_errors
+from launch.errors import BadInput, run_command
 from tests.nullgpu import venv
 
 BUILD = venv.ROOT / "build"
@@ -87,5 +87,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        exit_process(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

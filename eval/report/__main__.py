@@ -16,7 +16,7 @@ from eval.report.page import write_report
 from eval.report.seeds import describe, read_seeds
 from eval.report.verdict import quiet_lines
 from launch import cli, console, flags
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, run_command
 
 
 @dataclass(frozen=True)
@@ -91,5 +91,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(flags.parse(Arguments))
+    run_command(lambda: main(flags.parse(Arguments)))

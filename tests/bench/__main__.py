@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from launch import cli, flags
-from launch.errors import BadInput, one_line_errors
+from launch.errors import BadInput, run_command
 from tests.bench.growth import GROWTH, draw_all
 from tests.bench.pairs import Result, keep, measure, table
 
@@ -84,5 +84,4 @@ def describe(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(flags.parse(Arguments))
+    run_command(lambda: main(flags.parse(Arguments)))

@@ -20,7 +20,7 @@ import tyro
 
 from kernels.cards import by_name
 from launch import cli, flags
-from launch.errors import BadInput, exit_process, one_line_errors
+from launch.errors import BadInput, run_command
 from tests.gpucheck import report
 from tests.gpucheck.machine import Machine, find_machine
 from tests.gpucheck.parts import PARTS, Part, measure_all
@@ -86,5 +86,4 @@ def chosen(names: tuple[str, ...], machine: Machine) -> list[Part]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        exit_process(main(flags.parse(Arguments)))
+    run_command(lambda: main(flags.parse(Arguments)))

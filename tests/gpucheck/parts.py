@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.errors import one_line_errors
+from launch.errors import run_command
 from tests.gpucheck.settings import Settings
 from tests.nullgpu.venv import ROOT
 
@@ -120,5 +120,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
+    run_command(lambda: main(sys.argv[1:]))

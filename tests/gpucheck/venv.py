@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from launch.errors import exit_process, one_line_errors
+from launch.errors import run_command
 from tests.gpucheck.machine import find_machine
 from tests.nullgpu.venv import constraints, requirements, run
 
@@ -61,6 +61,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(sys.argv[1:])
-        exit_process(0)
+    run_command(lambda: main(sys.argv[1:]))

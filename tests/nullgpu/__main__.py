@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from launch.errors import BadInput, exit_process, one_line_errors
+from launch.errors import BadInput, run_command
 from tests.nullgpu import counts, table
 from tests.nullgpu.build import build, site_packages
 from tests.nullgpu.largest import OtherProblem, largest_batch
@@ -149,5 +149,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        exit_process(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from launch.errors import Failed, exit_process, one_line_errors
+from launch.errors import Failed, run_command
 from tests.nullgpu.__main__ import prepared
 from tests.nullgpu.rows import TIMED, Row
 from tests.nullgpu.running import ROOT, Workplace, environment
@@ -109,5 +109,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        exit_process(main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""launch/errors.py: how a program ends."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.running import ROOT, environment
+
+PROGRAM = """
+import atexit, sys
+from launch.errors import BadInput, run_command
+
+def command():
+    print("said")
+    if sys.argv[1] == "bad input":
+        raise BadInput("what was wrong")
+    return {"nothing": None, "3": 3}[sys.argv[1]]
+
+atexit.register(lambda: print("taken down"))
+run_command(command)
+"""
+
+
+@pytest.mark.parametrize("asked, code", [("nothing", 0), ("3", 3), ("bad input", 2)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_among_other_ranks_the_interpreter_is_not_taken_down(asked, code, ranks):
+    """gloo's threads abort it there once in a while: a run that is done would count as a crash."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, asked], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120,
+                          env=environment() | {"RANK": "0", "WORLD_SIZE": str(ranks)})
+    assert done.returncode == code
+    assert done.stdout.splitlines() == ["said"] + ["taken down"] * (ranks == 1)
+    assert done.stderr == ("error: what was wrong\n" if asked == "bad input" else "")
+
+
+def test_what_a_full_disk_has_not_taken_is_an_error():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PROGRAM, "nothing"], cwd=ROOT, text=True,
+                              stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=120)
+    assert (done.returncode, done.stderr) == (
+        1, "error: [Errno 28] No space left on device: make room and start again\n")
+
+
+def test_every_program_ends_so():
+    """Whoever has joined other ranks must; that those who are alone do, too, is simpler to see."""
+    rooms = [ROOT / room for room in ("model", "data", "eval", "launch", "lessons")]
+    ends = {path.relative_to(ROOT).as_posix(): ast.unparse(statement.body[-1])
+            for path in [ROOT / "train_gpt2.py", *(p for room in rooms for p in room.rglob("*.py"))]
+            for statement in ast.parse(path.read_text()).body
+            if isinstance(statement, ast.If) and "__main__" in ast.unparse(statement.test)}
+    others = {path for path, end in ends.items() if not end.startswith("run_command(")}
+    assert {"train_gpt2.py", "eval/core.py", "data/fineweb.py"} <= set(ends) - others
+    assert others == {"launch/lifeline.py",  # knows no ranks, and imports nothing of ours
+                      "lessons/exercises/e02.py"}  # nor does a page
