@@ -87,9 +87,9 @@ def one_line_errors(output_may_fail: bool = False) -> Iterator[None]:
 def exit_process(exit_code: int, line: str = "") -> NoReturn:
     """Ends the process, with a last line from rank 0. Everything has to be closed before.
 
-    Under torchrun the interpreter isn't taken down: gloo's threads sometimes abort it there
-    ("terminate called without an active exception", SIGABRT), and a finished run would count as a
-    crash and be started again.
+    Under torchrun and on a GPU the interpreter isn't taken down: threads of gloo's, or of the CUDA
+    build's, sometimes abort it there ("terminate called without an active exception", SIGABRT),
+    and a finished run would count as a crash and be started again.
     """
     try:
         sys.stdout.flush()
@@ -98,7 +98,8 @@ def exit_process(exit_code: int, line: str = "") -> NoReturn:
     if line and env_number("RANK", 0) == 0:
         print(line, file=sys.stderr)
     sys.stderr.flush()
-    if env_number("WORLD_SIZE", 1) > 1:
+    torch = sys.modules.get("torch")
+    if env_number("WORLD_SIZE", 1) > 1 or torch is not None and torch.cuda.is_initialized():
         os._exit(exit_code)
     sys.exit(exit_code)
 
