@@ -30,6 +30,7 @@ from launch.world import DTYPES, Dtype, World, autocast, choose_dtype
 from model.checkpoint import characters_of, load_resolved, resolve
 from model.generate import store_in
 from model.gpt2 import GPT
+from model.packed_weights import pack
 
 Row = TypeVar("Row")
 
@@ -198,8 +199,11 @@ def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
     model.to(torch.float64 if chosen == "fp64" else torch.float32)
     if chosen in ("bf16", "fp16"):
         store_in(model, DTYPES[chosen])  # cast once, and not in every pass
+    model.to(world.device).eval()
+    if world.device.type == "cpu":
+        pack(model)
     with autocast(world.device, chosen):
-        yield model.to(world.device).eval()
+        yield model
 
 
 def require_folder(checkpoint: str, world: World) -> None:

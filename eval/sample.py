@@ -37,6 +37,7 @@ from model.checkpoint import characters_of, load_resolved, resolve
 from model.generate import CannotSample, SampleConfig, generate, store_in
 from model.gpt2 import GPT
 from model.network import use_operators
+from model.packed_weights import pack
 
 ROWS_AT_ONCE = 32  # texts drawn side by side
 
@@ -71,10 +72,13 @@ class Continuation(NamedTuple):
 
 
 def load_for_sampling(
-    checkpoint: str, dtype: str, device: torch.device
+    checkpoint: str, dtype: str, device: torch.device, several: bool = False
 ) -> tuple[GPT, Tokenizer]:
     """A checkpoint's model, its matrices in the number format that autocast will compute in, with
-    weights that won't change; and what its tokens stand for."""
+    weights that won't change; and what its tokens stand for.
+
+    several: texts at once. For one in bf16 nothing is gained by a second copy of the matrices.
+    """
     source = resolve(checkpoint)
     tokenizer = tokenizer_of(characters_of(source))
     model = load_resolved(source).to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
@@ -86,7 +90,10 @@ def load_for_sampling(
             "auto", device, shape.n_embd // shape.n_head, DTYPES[dtype],
             speedrun=shape.arch == "speedrun", training=False)
         use_operators(model, ops)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model.to(device).eval().requires_grad_(False)
+    if device.type == "cpu" and (several or dtype == "fp32"):
+        pack(model)
+    return model, tokenizer
 
 
 def prompt_tokens(prompt: str, n_ctx: int, tokenizer: Tokenizer = GPT2) -> list[int]:
@@ -287,7 +294,8 @@ def main(arguments: Arguments) -> None:
     device = choose_device()
     keep_freed_memory()
     dtype = choose_dtype(arguments.dtype, device)
-    model, tokenizer = load_for_sampling(arguments.checkpoint, dtype, device)
+    several = len(prompts) * arguments.num > 1
+    model, tokenizer = load_for_sampling(arguments.checkpoint, dtype, device, several)
     with autocast(device, dtype):
         if arguments.chat and tokenizer.characters:
             raise BadInput(f"--chat is in GPT-2's tokens: {arguments.checkpoint} reads characters")

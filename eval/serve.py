@@ -281,7 +281,7 @@ def main(
         device = choose_device()
         keep_freed_memory()
         dtype_name = choose_dtype(dtype, device)
-        model, tokenizer = load_for_sampling(checkpoint, dtype_name, device)
+        model, tokenizer = load_for_sampling(checkpoint, dtype_name, device, several=True)
         name, hosts = model_name(checkpoint), own_hosts(host, address)
         shown = f"[{host}]" if ":" in host else host
         if hosts is None:

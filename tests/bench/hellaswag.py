@@ -18,6 +18,7 @@ from launch.world import World, autocast, choose_dtype, keep_freed_memory
 from model.config import GPTConfig
 from model.generate import store_in
 from model.gpt2 import GPT
+from model.packed_weights import pack
 from tests.bench import plain
 from tests.bench.pairs import Done, Row, Work
 from tests.bench.training import QUICK, first_weights
@@ -83,6 +84,7 @@ def packed(config: GPTConfig, dtype: str, count: int) -> Work:
     model.load_state_dict(first_weights(config))
     if dtype == "bf16":
         store_in(model, torch.bfloat16)
+    pack(model)
     asked = questions(config, count)
     tokens = sum(len(ending) for request in asked for ending in request.continuations)
 

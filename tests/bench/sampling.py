@@ -14,6 +14,7 @@ from launch.world import autocast, choose_dtype, keep_freed_memory
 from model.config import GPTConfig
 from model.generate import SampleConfig, generate, store_in
 from model.gpt2 import GPT
+from model.packed_weights import pack
 from model.size import parameters
 from tests.bench import limits, plain
 from tests.bench.pairs import Done, Row, Work
@@ -65,6 +66,8 @@ def cached(config: GPTConfig, dtype: str, streams: int, new_tokens: int) -> Work
     model.load_state_dict(first_weights(config))
     if dtype == "bf16":
         store_in(model, torch.bfloat16)
+    if streams > 1 or dtype == "fp32":
+        pack(model)
     prompt = torch.arange(8).repeat(streams, 1)  # (streams, 8)
     how = SampleConfig(new_tokens, temperature=0)
 
