@@ -161,8 +161,10 @@ def loss_of_chunk(
             rows.copy_(p.div_(total))
     losses = torch.cat(sums) - at_target
     if need_grad:
-        # p - 1 at the target, subtracted before it is rounded.
-        logits.scatter_(1, index, torch.expm1(-losses).to(logits.dtype))
+        # p - 1 at the target, subtracted before it is rounded. Not by scatter_, which copies a bf16
+        # tensor twice on a CPU.
+        row = torch.arange(len(logits), device=logits.device)
+        logits[row, index[:, 0]] = torch.expm1(-losses[:, 0]).to(logits.dtype)
         if softcap:
             logits *= slope
     return losses

@@ -60,9 +60,9 @@ def one_line_errors(output_may_fail: bool = False) -> Iterator[None]:
     except BadInput as error:
         exit_process(error.exit_code, f"{console.colour('error:', 'red', sys.stderr)} {error}")
     except SystemExit as done:  # --help, a wrong flag, a run that is finished already
-        if not isinstance(done.code, int | None):
-            raise
-        exit_process(done.code or 0)
+        if isinstance(done.code, int | None):
+            exit_process(done.code or 0)
+        exit_process(1, str(done.code))
     except BrokenPipeError:
         console.forget_output()
         exit_process(1)
@@ -76,7 +76,7 @@ def one_line_errors(output_may_fail: bool = False) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             console.forget_output()  # perhaps it is what lies on the full disk
             exit_process(1, f"error: {error}: make room and start again")
-        if env_number("WORLD_SIZE", 1) == 1:
+        if not may_be_aborted():
             raise
         sys.excepthook(*sys.exc_info())
         exit_process(1)  # the interpreter's own way out can wait for peers that have died
@@ -87,9 +87,8 @@ def one_line_errors(output_may_fail: bool = False) -> Iterator[None]:
 def exit_process(exit_code: int, line: str = "") -> NoReturn:
     """Ends the process, with a last line from rank 0. Everything has to be closed before.
 
-    Under torchrun and on a GPU the interpreter isn't taken down: threads of gloo's, or of the CUDA
-    build's, sometimes abort it there ("terminate called without an active exception", SIGABRT),
-    and a finished run would count as a crash and be started again.
+    Under torchrun and on a GPU the interpreter isn't taken down: aborted there, a finished run
+    would count as a crash and be started again.
     """
     try:
         sys.stdout.flush()
@@ -98,10 +97,17 @@ def exit_process(exit_code: int, line: str = "") -> NoReturn:
     if line and env_number("RANK", 0) == 0:
         print(line, file=sys.stderr)
     sys.stderr.flush()
-    torch = sys.modules.get("torch")
-    if env_number("WORLD_SIZE", 1) > 1 or torch is not None and torch.cuda.is_initialized():
+    if may_be_aborted():
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def may_be_aborted() -> bool:
+    """Whether threads of gloo's or of the CUDA build's run, which sometimes abort an interpreter
+    that is taken down ("terminate called without an active exception", SIGABRT)."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    return on_gpu or env_number("WORLD_SIZE", 1) > 1
 
 
 def env_number(name: str, default: int) -> int:

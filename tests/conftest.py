@@ -47,6 +47,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_end_by_an_exception():
+    """Run in this process, on a machine with a GPU, a program would end it at once, and the tests
+    that come after it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("launch.errors.may_be_aborted", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory) -> Path:
     """About 30,000 characters of English-like text."""

@@ -16,6 +16,10 @@ def command():
     print("said")
     if sys.argv[1] == "bad input":
         raise BadInput("what was wrong")
+    if sys.argv[1] == "a fault":
+        raise ZeroDivisionError("of ours")
+    if sys.argv[1] == "a text":
+        sys.exit("goodbye")
     return {"nothing": None, "3": 3}[sys.argv[1]]
 
 atexit.register(lambda: print("taken down"))
@@ -23,7 +27,8 @@ run_command(command)
 """
 
 
-@pytest.mark.parametrize("asked, code", [("nothing", 0), ("3", 3), ("bad input", 2)])
+@pytest.mark.parametrize("asked, code", [("nothing", 0), ("3", 3), ("bad input", 2),
+                                          ("a fault", 1), ("a text", 1)])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_among_other_ranks_and_on_a_gpu_the_interpreter_is_not_taken_down(asked, code, ranks, gpu):
@@ -34,7 +39,10 @@ def test_among_other_ranks_and_on_a_gpu_the_interpreter_is_not_taken_down(asked,
                           env=environment() | {"RANK": "0", "WORLD_SIZE": str(ranks)})
     assert done.returncode == code
     assert done.stdout.splitlines() == ["said"] + ["taken down"] * (ranks == 1 and not gpu)
-    assert done.stderr == ("error: what was wrong\n" if asked == "bad input" else "")
+    last = {"bad input": "error: what was wrong", "a fault": "ZeroDivisionError: of ours",
+            "a text": "goodbye"}
+    assert done.stderr.splitlines()[-1:] == ([last[asked]] if asked in last else [])
+    assert ("Traceback" in done.stderr) == (asked == "a fault")
 
 
 def test_what_a_full_disk_has_not_taken_is_an_error():
@@ -46,7 +54,8 @@ def test_what_a_full_disk_has_not_taken_is_an_error():
 
 
 def test_every_program_ends_so():
-    """Whoever has joined other ranks must; that those who are alone do, too, is simpler to see."""
+    """Whoever has joined other ranks must; that those who are alone do, too, is simpler to see.
+    Those of kernels/ import nothing of launch/, and join nobody."""
     rooms = [ROOT / room for room in ("model", "data", "eval", "launch", "lessons")]
     ends = {path.relative_to(ROOT).as_posix(): ast.unparse(statement.body[-1])
             for path in [ROOT / "train_gpt2.py", *(p for room in rooms for p in room.rglob("*.py"))]
