@@ -134,7 +134,7 @@ def prefer(model: GPT, turned: bool = False) -> list[float]:
         dpo.append(loss.item())
         return loss - (ours[:, 0] / symbols.view(32, 2)[:, 0]).mean()
 
-    fit(model, 40, 3e-5, 5, preference_loss, decay=False)
+    fit(model, 40, 5e-5, 5, preference_loss)
     return dpo
 
 

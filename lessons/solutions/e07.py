@@ -39,8 +39,9 @@ def exact_match(answers: list[str], sums: list[str]) -> float:
     return sum(right) / len(right)
 
 
-def fit(model: GPT, steps: int, lr: float, warm_up: int, loss_of_a_batch: Callable[[], Tensor],
-        decay: bool = True) -> list[float]:
+def fit(
+    model: GPT, steps: int, lr: float, warm_up: int, loss_of_a_batch: Callable[[], Tensor]
+) -> list[float]:
     """AdamW; lr rises over warm_up steps and falls along a cosine to a tenth. The losses."""
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.99), weight_decay=0.1, fused=True
@@ -48,7 +49,7 @@ def fit(model: GPT, steps: int, lr: float, warm_up: int, loss_of_a_batch: Callab
     losses = []
     for step in range(steps):
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-        share = min(1, (step + 1) / warm_up) * (cosine if decay else 1)
+        share = min(1, (step + 1) / warm_up) * cosine
         optimizer.param_groups[0]["lr"] = lr * share
         loss = loss_of_a_batch()
         losses.append(loss.item())
