@@ -21,6 +21,12 @@ GPU_CHUNK_ELEMENTS = 2**28
 # three sums of a row's length in registers there.
 FUSED_WIDTH = 2048
 
+# Blocks that FSDP2 gathers and scatters at once (model/parallel.py). Its hooks take the host longer
+# than the blocks themselves: at 1558M, 8 sequences, a micro-step without exchange takes 0.73 times
+# the CPU time of one block at a time. Costs the memory of two more blocks in the compute dtype, and
+# of one's gradients.
+FSDP_BLOCKS = 2
+
 CACHED_ELEMENTS = 16 * 50304  # 16 of GPT-2's rows, whose fp32 copy (3 MiB) stays in a CPU's cache
 
 # A token's weight in a draw is a whole number of these, 1 / 2^40 of the likeliest's: their sums are

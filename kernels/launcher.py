@@ -4,7 +4,9 @@
 
 Triton finds it by looking at every argument, in Python: of the 16 us that a launch of LayerNorm
 takes the host, and the 28 of attention, it needs 3 and 8 to launch (one core of an EPYC, on a
-stand-in for a GPU that does nothing). Here a dict remembers what Triton found.
+stand-in for a GPU that does nothing). Here a dict remembers what Triton found. All of this runs at
+every launch, so it is written for the interpreter of Python: one flat key, one look at each
+argument.
 
 Its key holds all that a compiled kernel is made for, by Triton 3.6 to 3.8: the device, the
 constants and options, the dtypes of pointers and tiles, and of integers (which Triton tells apart
@@ -22,45 +24,55 @@ from triton import JITFunction, knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# What Triton found: the kernel (which must live), its launcher, and what that is given.
+# What Triton found: the kernel and what it was compiled to (which must live), its launcher, and
+# what that is given.
 _found: dict[tuple, tuple] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
     """kernel[grid](*args, **named). args: all but the constants; named: those, and the options."""
-    key = () if _special(kernel) else _key(kernel, args, named)
+    if not isinstance(kernel, JITFunction) or torch.version.hip is not None:
+        kernel[grid](*args, **named)
+        return
+    active = driver.active
+    device = active.get_current_device()
+    key = _key(kernel, device, args, named)
     found = _found.get(key)
-    if found is None:
+    if found is None or _watched():
         compiled = kernel[grid](*args, **named)
         if key and compiled is not None:  # None: a hook of Triton's has kept it from compiling
             constants = tuple(named[name] for name in kernel.arg_names[len(args) :])
             _found[key] = (
-                compiled, compiled.run, compiled.function, compiled.packed_metadata, constants)
+                kernel, compiled, compiled.run, compiled.function, compiled.packed_metadata,
+                constants)
         return
-    _, run, function, metadata, constants = found
-    stream = driver.active.get_current_stream(key[1])
+    _, _, run, function, metadata, constants = found
     x, y, z = (*grid, 1, 1)[:3]
+    stream = active.get_current_stream(device)
     run(x, y, z, stream, function, metadata, None, None, None, *args, *constants)
 
 
-def _special(kernel: Any) -> bool:
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return (not isinstance(kernel, JITFunction) or torch.version.hip is not None
-            or any(hook and getattr(hook, "calls", True) for hook in (enter, leave)))
+def _watched() -> bool:
+    """Whether someone wants to hear of every launch."""
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if hook and getattr(hook, "calls", True):
+            return True
+    return False
 
 
-def _key(kernel: Any, args: tuple, named: dict[str, Any]) -> tuple:
+def _key(kernel: Any, device: int, args: tuple, named: dict[str, Any]) -> tuple:
     """What the compiled kernel depends on, or () for pointers that Triton is to look at."""
-    kinds: list[Any] = []
+    # The kernel by its id, since Triton hashes it by its text, behind a lock; _found keeps it.
+    kinds: list[Any] = [id(kernel), device]
     addresses = 0
     for arg in args:
         if isinstance(arg, Tensor):
             kinds.append(arg.dtype)
             addresses |= arg.data_ptr()
         elif isinstance(arg, TensorDescriptor):
-            kinds.append((arg.base.dtype, *arg.block_shape))
-        else:  # numbers, and None where there is nothing; floats are never specialized
-            kinds.append(float if isinstance(arg, float) else (type(arg), arg))
-    if addresses % 16:
-        return ()
-    return kernel, driver.active.get_current_device(), *kinds, *named.items()
+            kinds += (arg.base.dtype, *arg.block_shape)
+        elif isinstance(arg, float):  # never specialized
+            kinds.append(float)
+        else:  # numbers, and None where there is nothing
+            kinds += (type(arg), arg)
+    return () if addresses % 16 else (*kinds, *named, *named.values())

@@ -39,6 +39,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -67,13 +68,13 @@ class _Block(torch.autograd.Function):
         s1, y1, mean_1, rstd_1 = passes.layer_norm_forward(x, branch, None, ln_1, b_1, eps, dtype)
         if branch is None:
             s1 = x
-        qkv = torch.addmm(b_attn, y1.view(-1, C), W_attn.t()).view(B, T, 3 * C)
+        qkv = F.linear(y1, W_attn, b_attn)  # (B, T, 3C)
         o, lse = passes.attention_forward(qkv, n_head)
-        a = torch.mm(o.view(-1, C), W_proj.t()).view(B, T, C)
+        a = F.linear(o, W_proj)
         s2, y2, mean_2, rstd_2 = passes.layer_norm_forward(s1, a, b_proj, ln_2, b_2, eps, dtype)
-        f = torch.mm(y2.view(-1, C), W_fc.t())  # (B T, 4C)
+        f = F.linear(y2.view(-1, C), W_fc)  # (B T, 4C)
         g = passes.gelu_forward(f, b_fc)
-        m = torch.addmm(b_out, g, W_out.t()).view(B, T, C)
+        m = F.linear(g, W_out, b_out).view(B, T, C)
         ctx.save_for_backward(s1, y1, mean_1, rstd_1, qkv, o, lse, s2, y2, mean_2, rstd_2, f,
                               ln_1, ln_2, b_fc, W_attn, W_proj, W_fc, W_out)
         ctx.n_head, ctx.passes, ctx.dtypes = n_head, passes, [p.dtype for p in parameters]
@@ -151,20 +152,21 @@ class FusedBlock:
     def __init__(self, block: Any, passes: Passes) -> None:
         self.block, self.passes = block, passes
         self.low: list[Tensor] | None = None  # see copy_weights()
+        attn, mlp = block.attn, block.mlp
+        modules = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
+        # Where each module has its parameters, which fsdp exchanges: block.parameters() would
+        # search all modules at every call, and module.weight asks three dicts in turn.
+        self.owners = [module._parameters for module in modules]
 
     def parameters(self) -> list[nn.Parameter]:
-        """In the order of block.parameters(), which searches all modules at every call."""
-        block = self.block
-        attn, mlp, named = block.attn, block.mlp, []
-        for module in (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj):
-            named += [module.weight, module.bias]
-        return named
+        """In the order of block.parameters()."""
+        return [owner[name] for owner in self.owners for name in ("weight", "bias")]
 
     def product_weights(self) -> list[nn.Parameter]:
         """What matrix products read, in the order of _Block's low."""
-        attn, mlp = self.block.attn, self.block.mlp
-        return [attn.c_attn.weight, attn.c_attn.bias, attn.c_proj.weight, mlp.c_fc.weight,
-                mlp.c_proj.weight, mlp.c_proj.bias]
+        _, c_attn, c_proj, _, c_fc, mlp_c_proj = self.owners
+        return [c_attn["weight"], c_attn["bias"], c_proj["weight"], c_fc["weight"],
+                mlp_c_proj["weight"], mlp_c_proj["bias"]]
 
     def __call__(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """As Block.forward: (stream, branch) each (B, T, C)."""
@@ -173,10 +175,14 @@ class FusedBlock:
         # may have copies of a later forward pass, outside autocast or inside.
         if low is None or low[0].dtype != dtype:
             low = [weight.to(dtype) for weight in self.product_weights()]
-        block = self.block
-        with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
+        block, kind = self.block, x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        torch.set_autocast_enabled(kind, False)  # every dtype is chosen here
+        try:
             return _Block.apply(x, branch, block.attn.n_head, block.ln_1.eps, self.passes, low,
                                 *self.parameters())
+        finally:
+            torch.set_autocast_enabled(kind, autocast)
 
 
 def fuse_blocks(model: Any, passes: Passes, copies: bool) -> None:

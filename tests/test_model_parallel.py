@@ -36,15 +36,16 @@ def difference(one: dict, two: dict) -> float:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_mode_trains_the_model_of_one_rank(tiny, tmp_path, ranks):
     """Accumulating over 1 and 6 micro-steps on 2 ranks, over 1 and 3 on 4; those also shared out
-    as on 2 nodes of 2."""
-    train(tiny(name="one", **START))
+    as on 2 nodes of 2. Of three blocks fsdp takes two together and one alone."""
+    start = START | dict(model=GPTConfig(n_layer=3, n_head=2, n_embd=32, n_ctx=16))
+    train(tiny(name="one", **start))
     runs = {f"{mode} {micro}": tiny(name=f"{mode}-{micro}", parallel=mode, micro_batch=micro,
-                                    **START)
+                                    **start)
             for mode in MODES for micro in (12, 1)}
     done = run_several(list(runs.values()), tmp_path, ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     if ranks == 4:
-        hybrid = tiny(name="hybrid", parallel="fsdp", activation_checkpointing=True, **START)
+        hybrid = tiny(name="hybrid", parallel="fsdp", activation_checkpointing=True, **start)
         runs["hybrid"] = hybrid
         done = run_several([hybrid], tmp_path, ranks, PRETEND_LOCAL_WORLD_SIZE="2")
         assert done.returncode == 0, done.stderr[-3000:]
@@ -102,6 +103,18 @@ def test_a_run_changes_ranks_and_mode_and_stays_the_same(tiny, tmp_path):
     assert [e.split(" from ")[0] for e in events if e.startswith("resumed")] == [
         "resumed on 2 ranks", "resumed on 3 ranks", "resumed on 1 ranks",
     ]
+
+
+def test_the_gradients_norm_is_pytorchs_to_the_bit():
+    torch.manual_seed(0)
+    model = ParallelModel(new_network(GPTConfig(n_layer=2, n_head=2, n_embd=64, n_ctx=16)), "ddp",
+                          ALONE, "fp32")
+    for i, p in enumerate(model.module.parameters()):
+        p.grad = torch.randn_like(p) * 10.0 ** (i % 7 - 3)
+    gradients = [p.grad for p in model.module.parameters()]
+    assert torch.equal(model.gradient_norm(), torch.nn.utils.get_total_norm(gradients))
+    gradients[3][0] = math.nan
+    assert model.gradient_norm().isnan()
 
 
 def test_zero1_exchanges_its_rows_in_three_operations(tmp_path):

@@ -7,7 +7,7 @@ e: bytes of a number in the matrix products (Job.itemsize).
 """
 
 from kernels.cards import MIB, Card
-from kernels.constants import GPU_CHUNK_ELEMENTS
+from kernels.constants import FSDP_BLOCKS, GPU_CHUNK_ELEMENTS
 from launch.plan import by_hand, muon, speedrun
 from launch.plan.job import FP32, Job, gpus_of_moments, gpus_of_shard, sequences_per_gpu
 from launch.plan.tables import Held, total
@@ -217,12 +217,12 @@ def memory(job: Job, gpus: int, B: int) -> dict[str, float]:
 
 
 def gathered(job: Job) -> list[Held]:
-    """What FSDP has whole for a while: the embeddings, and two blocks, one of them on its way."""
-    two_blocks = 2 * 12 * job.n_embd**2
+    """What FSDP has whole for a while: the embeddings, and blocks that go together."""
+    blocks = 12 * job.n_embd**2 * min(FSDP_BLOCKS, job.n_layer)
     return [
         Held("embeddings", job.embeddings, FP32),
-        Held("two blocks", two_blocks, job.itemsize),
-        Held("gradients of two blocks, to be scattered", two_blocks, job.sent_size),
+        Held("blocks", blocks, job.itemsize),
+        Held("gradients of blocks, to be scattered", blocks, job.sent_size),
     ]
 
 

@@ -24,7 +24,7 @@ from model.config import GPTConfig
 from tests.bench.plain import PlainGPT
 from tests.nullgpu.collectives import use_counted_group
 
-STEPS, B, T = 40, 8, 1024
+STEPS, B, T = 200, 8, 1024
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 # cuDNN looks for a real card. torch then takes its own flash attention.
 torch.backends.cuda.enable_cudnn_sdp(False)

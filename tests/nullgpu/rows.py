@@ -105,9 +105,9 @@ ROWS = [
 SMALL = Row("small", "h100", batch=2,
             arguments=("--model.n_layer", "1", "--compile", "True", "--val_tokens", "2048"))
 
-# For host.py: the host's time where a GPU has little to do. 40 steps: DDP looks at its first ten.
-FEW = ("--steps", "40", "--val_tokens", "2048")
-FSDP = ("--parallel", "fsdp", "--steps", "20", "--val_tokens", "65536",
+# For host.py: the host's time where a GPU has little to do. DDP looks at its first ten steps.
+FEW = ("--steps", "200", "--val_tokens", "2048")
+FSDP = ("--parallel", "fsdp", "--steps", "40", "--val_tokens", "65536",
         "--batch_tokens", str(2 * 8 * 8 * 1024))  # two micro-steps
 TIMED = [
     Row("timed gpt2-124m, h100", "h100", batch=8, arguments=FEW),

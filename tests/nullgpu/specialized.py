@@ -62,8 +62,8 @@ def remembered(kernel: Any, args: tuple, named: dict) -> Any:
     """The function that the launcher starts from the second time on; None: it asks Triton."""
     for _ in range(2):
         launcher.launch(kernel, (1,), *args, **named)
-    key = launcher._key(kernel, args, named)
-    return launcher._found[key][2] if key else None
+    key = launcher._key(kernel, torch.cuda.current_device(), args, named)
+    return launcher._found[key][3] if key else None
 
 
 def main(out: Path) -> None:
