@@ -95,6 +95,11 @@ def judge_differs(judge: Callable, device: torch.device) -> str:
     return ""
 
 
+def worse(one: float, other: float) -> float:
+    """The larger error; NaN is the largest."""
+    return one if math.isnan(one) or one > other else other
+
+
 def compare(
     ops: operators.Operators, device: torch.device, head_width: int, speedrun: bool = True,
     training: bool = True,
@@ -119,7 +124,7 @@ def compare(
             for tensor, a, b in zip(tensors[: len(exact)], got, exact, strict=True):
                 a, b = a.cpu().double(), b.cpu().double()  # the one judge that is not on trial
                 off = ((a - b).norm() / b.norm()).item()
-                worst[name] = max(worst[name], off)
+                worst[name] = worse(worst[name], off)
                 if not off <= limit:  # NaN too, and 0 / 0 of a GPU that does nothing
                     faults.append(f"{operator} in {name}: {tensor} is off by {off:.1e}")
     return worst, faults

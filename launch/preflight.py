@@ -7,6 +7,7 @@ One line a check: ok, warn or fail, and what to do. Piped, or with --json, the l
 Exit code 1 where anything failed. It takes seconds, plus the kernels' compilation on GPUs.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -79,7 +80,7 @@ def run(needs: Needs) -> int:
     mine = json.dumps([asdict(line) for line in lines])
     silent = missing(store, "lines", rank, size, mine, PROBE)
     if rank > 0:
-        return 0
+        return told_by_rank0(store, rank)
     found: dict[int, list[Line]] = {}
     for other in range(size):
         if other not in silent:
@@ -87,7 +88,28 @@ def run(needs: Needs) -> int:
             found[other] = [Line(**row) for row in rows]
     if silent:
         found[0].append(no_answer(silent, size))
-    return report(found, needs.json)
+    exit_code = report(found, needs.json)
+    tell(store, exit_code, [other for other in found if other > 0])
+    return exit_code
+
+
+def tell(store: dist.Store, exit_code: int, ranks: list[int]) -> None:
+    """Has all ranks leave with this code: on each node a script goes on, or not, by its own."""
+    sys.stdout.flush()  # torchrun may end this rank as soon as another has left with a 1
+    store.set("exit code", str(exit_code))
+    with contextlib.suppress(dist.DistError):  # the store may be this rank's
+        store.wait([f"told/{rank}" for rank in ranks], ANSWER)
+
+
+def told_by_rank0(store: dist.Store, rank: int) -> int:
+    """What tell() was given; 1 where rank 0 has gone without a word."""
+    try:
+        store.wait(["exit code"], ANSWER)
+        exit_code = int(store.get("exit code"))
+        store.set(f"told/{rank}", "")
+    except dist.DistError:
+        return 1
+    return exit_code
 
 
 def open_store(rank: int) -> dist.Store:

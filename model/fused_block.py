@@ -48,6 +48,7 @@ from kernels.constants import FUSED_WIDTH
 from kernels.operators import Operators
 from kernels.passes import Passes
 from kernels.reference import at_least_fp32, product_dtype
+from kernels.selfcheck import worse
 from model.gpt2 import Block, GPTConfig
 
 # Relative errors (Frobenius) of a block's outputs and gradients against autograd's in fp64. The
@@ -246,7 +247,7 @@ def check(passes: Passes, device: torch.device, n_embd: int, n_head: int) -> tup
             continue
         errors = {what: (got[what].cpu().double() - right.cpu()).norm() / right.cpu().norm()
                   for what, right in exact.items()}
-        worst[name] = max(errors.values())
+        worst[name] = functools.reduce(worse, map(float, errors.values()))
         faults += [f"{what} in {name} is off by {off:.1e}"
                    for what, off in errors.items() if not off <= limit]  # NaN too
     shown = ", ".join(f"{name} {value:.0e}" for name, value in worst.items())

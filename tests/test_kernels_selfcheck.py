@@ -5,6 +5,7 @@ pytest tests/test_kernels_selfcheck.py
 
 import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
 
+import math
 import subprocess
 import sys
 
@@ -53,6 +54,13 @@ def test_a_wrong_kernel_is_named_and_not_used(attention, said, monkeypatch):
     assert line.startswith("kernels: triton, attention by torch (")
     with pytest.raises(RuntimeError, match=said):
         selfcheck.checked("triton", CPU)
+
+
+def test_an_error_that_is_no_number_is_the_largest():
+    nan = operators.TORCH._replace(attention=lambda qkv, H: reference.attention(qkv, H) * math.nan)
+    worst, faults = selfcheck.compare(nan, CPU, 64, speedrun=False)
+    assert all(map(math.isnan, worst.values()))
+    assert "attention in bfloat16: o is off by nan" in faults
 
 
 def test_a_wrong_draw_is_named():

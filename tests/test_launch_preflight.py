@@ -236,6 +236,23 @@ def test_a_rank_that_stops_answering_is_named(monkeypatch, tmp_path, capsys):
     assert rows["ranks"]["found"] == "no answer from rank 1 of 2"
 
 
+@pytest.mark.parametrize(("data", "code"), [(__file__, 0), ("missing.txt", 1)])
+def test_every_node_has_the_exit_code_of_all(tmp_path, data, code):
+    """A script on each of two nodes: whether the run is started there hangs on it."""
+    (port,) = free_ports(1)
+    both = [subprocess.Popen(
+        [sys.executable, "-m", "launch.preflight", "--out_dir", str(tmp_path), "--data", data],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                             "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                             "MASTER_PORT": str(port)},
+    ) for rank in (0, 1)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [code, code], said
+    assert last_json(said[0][0])["fit"] is (code == 0)
+    assert said[1] == ("", "")
+
+
 def test_three_ranks_under_torchrun(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",

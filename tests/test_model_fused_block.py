@@ -6,6 +6,7 @@
 import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
 
 import json
+import math
 import types
 
 import pytest
@@ -98,6 +99,8 @@ def test_the_check_on_a_device_passes_and_names_what_is_wrong():
     _, faults = check(REFERENCE._replace(gelu_backward=lambda x, b, dy, sums: (dy, x)), device,
                       128, 2)
     assert "mlp.c_fc.weight in float32 is off by" in faults
+    nan = REFERENCE._replace(gelu_forward=lambda x, b: x * math.nan)
+    assert check(nan, device, 128, 2)[0] == "bfloat16 nan, float32 nan"
     _, faults = check(REFERENCE._replace(column_sums=lambda *_: 1 / 0), device, 128, 2)
     assert faults.startswith("in bfloat16: ZeroDivisionError")
 
