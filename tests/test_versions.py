@@ -5,10 +5,11 @@ pytest tests/test_versions.py
 
 import configparser
 import subprocess
+import sys
 
 import pytest
 
-from launch.errors import BadInput
+from launch.errors import BadInput, Failed
 from tests import versions
 from tests.nullgpu import venv
 
@@ -50,6 +51,17 @@ def test_both_are_run_and_every_test_file_is_there(commands):
     for name in commands[1]:
         if name.startswith("tests/"):
             assert (venv.ROOT / name).is_file()
+
+
+def test_versions_that_exclude_one_another_are_no_reason_to_leave_one_out(monkeypatch):
+    """So torch 2.11 was left out in CI, whose pins had a setuptools that it doesn't go with."""
+    pip = "print('torch 2.11.0 depends on setuptools<82'); exit('ERROR: ResolutionImpossible')"
+    monkeypatch.setattr(versions, "environment",
+                        lambda which: venv.run([sys.executable, "-c", pip]))
+    with pytest.raises(Failed, match="exclude one another: .*ResolutionImpossible"):
+        versions.main(["oldest", "--where-possible"])
+    pinned = (venv.ROOT / "constraints.txt").read_text()
+    assert "\nsetuptools==" in pinned and "\nsetuptools==" not in venv.constraints()
 
 
 def test_where_one_cannot_be_set_up_it_says_why(monkeypatch, capsys):

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.errors import BadInput, run_command
+from launch.errors import BadInput, Failed, run_command
 from tests.nullgpu import venv
 
 BUILD = venv.ROOT / "build"
@@ -78,7 +78,7 @@ def main(words: list[str]) -> int:
         try:
             python = environment(which)
         except BadInput as reason:
-            if not arguments.where_possible:
+            if not arguments.where_possible or isinstance(reason, Failed):
                 raise
             print(f"torch {TORCH[which]} is left out: {reason}")
             continue

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from launch.errors import BadInput, run_command
+from launch.errors import BadInput, Failed, run_command
 from tests.nullgpu import counts, table
 from tests.nullgpu.build import build, site_packages
 from tests.nullgpu.largest import OtherProblem, largest_batch
@@ -138,7 +138,7 @@ def main(words: list[str]) -> int:
     try:
         place = prepared()
     except BadInput as reason:
-        if not arguments.where_possible:
+        if not arguments.where_possible or isinstance(reason, Failed):
             raise
         print(f"cuda-check is left out: {reason}")
         return 0

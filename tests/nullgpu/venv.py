@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.errors import BadInput
+from launch.errors import BadInput, Failed
 
 ROOT = Path(__file__).parent.parent.parent
 TORCH = "2.14.1"  # counted.json holds what this one does: another's Inductor makes other launches
@@ -72,19 +72,24 @@ def set_up(python: Path, torch: str = TORCH) -> None:
 
 
 def run(command: list[str]) -> None:
-    """Raises BadInput where a command of the setting up fails, with its last line."""
+    """Raises BadInput where a command of the setting up fails, with its last line; Failed where
+    the versions that are asked for exclude one another."""
     # The index that README names for CPUs has a torch of the same version, which pip prefers.
     environment = {k: v for k, v in os.environ.items() if k != "PIP_EXTRA_INDEX_URL"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        complaint = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise BadInput(f"{command[0]} can't be set up: {''.join(complaint)}")
+        complaint = (done.stderr or done.stdout).strip()
+        if "ResolutionImpossible" in complaint:  # no machine's fault: nobody may pass over it
+            raise Failed(f"constraints.txt and PyTorch exclude one another: {complaint}")
+        raise BadInput(f"{command[0]} can't be set up: {''.join(complaint.splitlines()[-1:])}")
 
 
 def constraints() -> str:
-    """The project's pins without torch's own: this torch brings its Triton."""
+    """The project's pins without torch's own: this torch brings its Triton, and says which
+    setuptools it goes with (2.11: below 82)."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return "\n".join(line for line in lines if not re.match("(torch|triton)==", line)) + "\n"
+    own = re.compile("(torch|triton|setuptools)==")
+    return "\n".join(line for line in lines if not own.match(line)) + "\n"
 
 
 def requirements() -> list[str]:
