@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from model.parallel import ParamShard
+from model.parallel import ParamShard, ends_a_group
 from model.train_state import TrainState
 
 GELU_OFF = -3.0  # below it GELU passes under 0.005 of its input, and its slope is under 0.012
@@ -110,7 +110,7 @@ class Diagnostics:
             block.unshard()
         _, normed = block.ln_2.fused_add(x, None)
         units = block.mlp.c_fc(normed)  # (B, T, 4C)
-        if sharded:
+        if sharded and ends_a_group(layer, len(self.module.h)):  # else the next block needs them
             block.reshard()
         return units
 

@@ -27,7 +27,7 @@ class Network(Protocol):
     ops: Operators
     checkpoint_activations: bool  # keep a block's input only, and compute it twice
     wte: nn.Embedding  # its weight's device and dtype are the model's
-    h: nn.ModuleList  # the blocks: what FSDP shards and torch.compile compiles, one by one
+    h: nn.ModuleList  # the blocks: what torch.compile compiles one by one, and FSDP shards by two
 
     def hidden(
         self, idx: Tensor, positions: Tensor | None = None, attend: Attend | None = None

@@ -3,8 +3,8 @@
     --parallel ddp     every rank has everything; gradients are averaged (the default)
     --parallel zero1   the same, but a rank keeps the moments of its own rows only, and updates
                        only those; then all ranks gather the rows (ZeRO-1, arXiv 1910.02054)
-    --parallel fsdp    a rank keeps its own rows of weights, gradients and moments; a block's
-                       weights are put together while it is computed (PyTorch's FSDP2)
+    --parallel fsdp    a rank keeps its own rows of weights, gradients and moments; the weights
+                       of two blocks are put together while they are computed (PyTorch's FSDP2)
 
 On one rank all three are plain training. A parameter's rows (its first dimension) are cut as
 torch.chunk cuts them, so who owns which row follows from the number of ranks alone.
@@ -325,6 +325,11 @@ def _order_buckets(ddp: DistributedDataParallel) -> None:
     ddp(0.0).backward()  # on a GPU DDP wants an argument
     del module.forward  # the class's again
     module.zero_grad(set_to_none=True)
+
+
+def ends_a_group(layer: int, n_layer: int) -> bool:
+    """Whether this block is the last of those whose weights fsdp puts together at once."""
+    return (layer + 1) % FSDP_BLOCKS == 0 or layer + 1 == n_layer
 
 
 def _mesh(world: World) -> DeviceMesh:

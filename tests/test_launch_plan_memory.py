@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import operators, reference
 from kernels.cards import CARDS
+from kernels.constants import FSDP_BLOCKS
 from kernels.passes import Passes
 from launch import cli
 from launch.plan import memory, muon, speedrun
@@ -300,7 +301,7 @@ def test_copies_in_bf16_are_counted_while_they_wait_to_be_sent():
     # The peak of B = 1 is where all gradients are there; of B = 64 it's the loss, before them.
     assert more["ddp", 8, 1] == 2 * job.stored
     assert more["ddp", 8, 64] == more["ddp", 1, 1] == 0
-    assert more["fsdp", 8, 1] == -2 * 2 * 12 * 768**2
+    assert more["fsdp", 8, 1] == -2 * FSDP_BLOCKS * 12 * 768**2
 
 
 def test_of_a_small_batch_the_peak_is_where_all_gradients_are_there():

@@ -5,8 +5,8 @@
     make versions ARGS=--where-possible  # where one can't be set up: says why, and exits with 0
 
 The pinned pair of PyTorch and Triton passes every test; of these two, each with the Triton that it
-brings, the demo's first steps, the kernels' tests under Triton's interpreter, and the audit of what
-the compiler makes of them. Each has an environment of its own under build/, set up once: a CUDA
+brings, the demo's first steps, the kernels' tests under Triton's interpreter, those of several
+ranks, and the audit of what the compiler makes of the kernels. Each has an environment of its own under build/, set up once: a CUDA
 build of PyTorch, 5 to 6 GB, for nothing lighter brings a Triton. Exit code 1 where something fails.
 """
 
@@ -24,7 +24,9 @@ BUILD = venv.ROOT / "build"
 TORCH = {"oldest": "2.11.0", "newest": venv.TORCH}  # with Triton 3.6.0 and 3.8.0
 FOLDERS = {"oldest": BUILD / "versions", "newest": BUILD / "cuda-check"}  # that one has it already
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "zstandard")  # conftest.py wants them
-KERNELS = ("interpreter", "numerics", "passes", "speedrun")  # the last compiles a block, too
+# What differs between versions of Triton, torch.compile (the fourth) and FSDP2 (the last two).
+TESTS = ("kernels_interpreter", "kernels_numerics", "kernels_passes", "kernels_speedrun",
+         "model_diagnostics", "model_parallel")
 
 
 def environment(which: str) -> str:
@@ -42,11 +44,11 @@ def environment(which: str) -> str:
 def smoke(which: str, python: str) -> list[str]:
     """Runs the three; the names of those that failed."""
     runs = FOLDERS[which] / "runs"
-    kernels = [f"tests/test_kernels_{name}.py" for name in KERNELS]
+    tests = [f"tests/test_{name}.py" for name in TESTS]
     commands = {
         "demo": ["train_gpt2.py", "demo", "--steps", "20", "--eval_every", "20",
                  "--out_dir", str(runs), "--name", str(time.time_ns())],
-        "kernels' tests": ["-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *kernels],
+        "tests": ["-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *tests],
         "audit": ["-m", "kernels.audit"],
     }
     failed = []

@@ -217,7 +217,9 @@ def memory(job: Job, gpus: int, B: int) -> dict[str, float]:
 
 
 def gathered(job: Job) -> list[Held]:
-    """What FSDP has whole for a while: the embeddings, and blocks that go together."""
+    """What FSDP has whole for a while: the embeddings, and blocks that go together. The next ones
+    are on their way, too, but not at the worst moment: 1 to 8 sequences of 1558m and 1 to 64 of
+    124m are within 2 % of what the stand-in for a GPU counts."""
     blocks = 12 * job.n_embd**2 * min(FSDP_BLOCKS, job.n_layer)
     return [
         Held("embeddings", job.embeddings, FP32),
