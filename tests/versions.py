@@ -6,8 +6,9 @@
 
 The pinned pair of PyTorch and Triton passes every test; of these two, each with the Triton that it
 brings, the demo's first steps, the kernels' tests under Triton's interpreter, those of several
-ranks, and the audit of what the compiler makes of the kernels. Each has an environment of its own under build/, set up once: a CUDA
-build of PyTorch, 5 to 6 GB, for nothing lighter brings a Triton. Exit code 1 where something fails.
+ranks, and the audit of what the compiler makes of the kernels. Each has an environment of its own
+under build/, set up once: a CUDA build of PyTorch, 5 to 6 GB, for nothing lighter brings a Triton.
+Exit code 1 where something fails.
 """
 
 import argparse
