@@ -11,6 +11,7 @@ import json
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from launch.errors import run_command
 from launch.world import World, init_distributed
 from model import parallel
 from model.gpt2 import GPT, GPTConfig
@@ -63,10 +64,14 @@ def step(config: GPTConfig, world: World) -> dict:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     with init_distributed() as world:
         found = {name: step(config, world) for name, config in MODELS.items()}
         parallel.BUCKET = 1000
         found["small buckets"] = step(MODELS["uneven"], world)
         world.print0(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run_command(main)  # a rank whose interpreter is taken down may be aborted there

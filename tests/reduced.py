@@ -28,6 +28,7 @@ from data.config import DataConfig
 from data.dataset import open_data
 from data.loader import Loader
 from data.stream import Stream
+from launch.errors import run_command
 from launch.world import World, init_distributed
 from model.network import new_network
 from model.parallel import ParallelModel
@@ -107,7 +108,7 @@ def measure(world: World, text: Stream, mode: str, alone: dict[str, list[Tensor]
             "bytes": [half, whole]}
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = os.environ.get(
         "PRETEND_LOCAL_WORLD_SIZE", os.environ["LOCAL_WORLD_SIZE"])
@@ -117,3 +118,7 @@ if __name__ == "__main__":
         alone = {name: world.all_gather(gradient) for name, gradient in own.items()}
         for mode in ("ddp", "zero1", "fsdp"):
             world.print0(json.dumps(measure(world, text, mode, alone)))
+
+
+if __name__ == "__main__":
+    run_command(main)  # a rank whose interpreter is taken down may be aborted there
