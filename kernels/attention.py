@@ -23,7 +23,6 @@ Shapes: B batch, T time, C = H * D width, H heads, D head width (64 or 128), M q
 one tile.
 """
 
-import functools
 import math
 
 import torch
@@ -288,10 +287,10 @@ def _grid(B: int, H: int, T: int, rows: int) -> tuple[int]:
     return (B * H * tiles.cdiv(T, rows),)
 
 
-@functools.lru_cache
-def _group(T: int, D: int, itemsize: int, device: torch.device) -> int:
-    """How many heads, by the bytes of their keys and values, are a group of _place's."""
-    return schedule.heads_in_group(2 * T * D * itemsize, tiles.l2_bytes(device))
+def _group(qkv: Tensor, D: int) -> int:
+    """How many heads are a group of _place's."""
+    head_bytes = 2 * qkv.shape[1] * D * qkv.element_size()  # of its keys and values
+    return schedule.heads_in_group(head_bytes, tiles.l2_bytes(qkv.device))
 
 
 def _tile(kernel: str, x: Tensor, D: int) -> tiles.Tile:
@@ -309,7 +308,7 @@ def launch_forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     t = _tile("attention_forward", qkv, D)
     launcher.launch(attention_forward, _grid(B, n_head, T, t.m),
         operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), operand(out, t.m, D, t.tma),
-        lse, T, n_head, _group(T, D, qkv.itemsize, qkv.device), D=D, BLOCK_M=t.m, BLOCK_N=t.n,
+        lse, T, n_head, _group(qkv, D), D=D, BLOCK_M=t.m, BLOCK_N=t.n,
         TMEM=tiles.tensor_memory_rows(tiles.arch(qkv.device), t), DELAYED=t.delayed,
         num_warps=t.warps, num_stages=t.stages,
     )
@@ -333,7 +332,7 @@ def launch_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head:
         return dqkv
     dout, qkv, out, delta = dense(dout), dense(qkv), dense(out), torch.empty_like(lse)
     D = C // n_head
-    group = _group(T, D, qkv.itemsize, qkv.device)
+    group = _group(qkv, D)
     t = _tile("attention_dq", qkv, D)
     launcher.launch(attention_dq, _grid(B, n_head, T, t.m),
         operand(qkv, t.m, D, t.tma), operand(qkv, t.n, D, t.tma), out, dout, lse, delta,

@@ -175,11 +175,12 @@ def attention_by(forward: str, backward: str) -> Callable[[Tensor, int], Tensor]
 
 def passes_by(own: Passes, forward: str, backward: str) -> Passes:
     """A block's passes, with attention's by these."""
-    if forward != "triton":  # own has Triton's
-        own = own._replace(attention_forward=functools.partial(forward_by, forward))
+    others: dict[str, Callable] = {}  # own has Triton's
+    if forward != "triton":
+        others["attention_forward"] = functools.partial(forward_by, forward)
     if backward != "triton":
-        own = own._replace(attention_backward=functools.partial(backward_by, backward))
-    return own
+        others["attention_backward"] = functools.partial(backward_by, backward)
+    return own._replace(**others)
 
 
 # ---- the race ----

@@ -18,6 +18,7 @@ those that are left run faster.
 """
 
 import argparse
+import functools
 import heapq
 from collections.abc import Iterator
 
@@ -32,6 +33,7 @@ CTAS = 2
 START = 1
 
 
+@functools.lru_cache
 def heads_in_group(head_bytes: int, l2_bytes: int) -> int:
     """The most heads, a power of two, of which all keys and values fit into the L2 cache.
 
