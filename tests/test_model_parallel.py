@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from launch.tracker import read_rows
+from launch.world import init_distributed
 from model import parallel
 from model.gpt2 import GPTConfig
 from model.network import compile_blocks, new_network, without_weights
@@ -103,6 +104,14 @@ def test_a_run_changes_ranks_and_mode_and_stays_the_same(tiny, tmp_path):
     assert [e.split(" from ")[0] for e in events if e.startswith("resumed")] == [
         "resumed on 2 ranks", "resumed on 3 ranks", "resumed on 1 ranks",
     ]
+
+
+def test_on_a_gpu_the_backward_pass_stays_in_this_thread(monkeypatch):
+    monkeypatch.setattr("launch.world.choose_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with torch.autograd.set_multithreading_enabled(True):  # as it is by default, and after this
+        assert init_distributed().device.type == "cuda"
+        assert not torch._C._is_multithreading_enabled()
 
 
 def test_the_gradients_norm_is_pytorchs_to_the_bit():
