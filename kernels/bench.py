@@ -321,7 +321,8 @@ def sized(kernel: str, size: int, s: Shape) -> Shape:
 def tune(ops: operators.Operators, s: Shape) -> None:
     """Times each candidate of each row of the table in the place where training calls it.
 
-    Prints the row anew, best first. fp32's tiles, for checking, and judge_step's have no rivals.
+    Prints the row anew, best first. fp32's tiles, for checking, judge_step's and embedding_join's
+    have no rivals.
     """
     here = tiles.arch(torch.device("cuda"))
     rows = [key for key in tiles.TABLE if key[0] in CALLED_BY and key[1] == here]

@@ -17,13 +17,13 @@ from kernels import launcher, tiles
 @triton.jit
 def _sums(x, columns, N, W, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sums of these columns of x (N, W) over this program's rows."""
-    total = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # added across threads once, at the end
     for start in range(tl.program_id(0) * BLOCK_M, N, tl.num_programs(0) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = (rows[:, None] < N) & (columns[None, :] < W)
         cells = rows[:, None].to(tl.int64) * W + columns[None, :]
-        total += tl.sum(tl.load(x + cells, mask=inside, other=0.0).to(tl.float32), 0)
-    return total
+        total += tl.load(x + cells, mask=inside, other=0.0).to(tl.float32)
+    return tl.sum(total, 0)
 
 
 @triton.jit

@@ -22,6 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from kernels import launcher, reference, tiles
 
+# Places: 4,800 of 65,536 tokens of the embedded text are commas, and one program that added them
+# all up took 1.5 ms of an H200, of a step's 121.
+PIECE = 64
+
 
 @triton.jit
 def embedding_forward(
@@ -40,38 +44,120 @@ def embedding_forward(
 
 
 @triton.jit
-def embedding_backward(
-    tokens, stride, order, dx, dwte, N, T, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """One program, a place in the order and a tile of columns: grid (N, tiles of columns).
+def _token(tokens, stride, T, place):
+    """The token at places of the batch. tokens: (B, T), rows `stride` apart."""
+    return tl.load(tokens + (place // T).to(tl.int64) * stride + place % T)
 
-    The first place of a token adds up all of the token's rows of dx (N, C), BLOCK_M at a time, and
-    adds them to these cells of dwte (V, C), which it alone writes; other places have nothing to do.
-    """
-    first = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+@triton.jit
+def _add(dwte, token, C, columns, inside, total):
+    """Adds total to these cells of a token's row of dwte (V, C)."""
+    cells = dwte + token * C + columns
+    sums = tl.load(cells, mask=inside, other=0.0).to(tl.float32) + total
+    tl.store(cells, sums.to(dwte.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _token_rows(
+    tokens, stride, order, dx, dwte, parts, first, columns, N, T, C,
+    PIECE: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """What the place `first` of the order has to do, for some columns: see embedding_backward."""
     inside = columns < C
-    place = tl.load(order + first)
-    token = tl.load(tokens + (place // T).to(tl.int64) * stride + place % T)
-    place = tl.load(order + tl.maximum(first - 1, 0))
-    before = tl.load(tokens + (place // T).to(tl.int64) * stride + place % T)
-    if (first == 0) | (before != token):
-        total = tl.zeros([BLOCK_N], tl.float32)
+    end = tl.minimum(first // PIECE * PIECE + PIECE, N)  # of its piece
+    token = _token(tokens, stride, T, tl.load(order + first))
+    before = _token(tokens, stride, T, tl.load(order + tl.maximum(first - 1, 0)))
+    begins = (first == 0) | (before != token)
+    if begins | (first % PIECE == 0):
+        total = tl.zeros([BLOCK_M, columns.shape[0]], tl.float32)
         start = first
         more = True
         while more:
             at = start + tl.arange(0, BLOCK_M)
-            places = tl.load(order + at, mask=at < N, other=0)
-            cells = (places // T).to(tl.int64) * stride + places % T
-            same = (tl.load(tokens + cells) == token) & (at < N)
+            places = tl.load(order + at, mask=at < end, other=0)
+            same = (_token(tokens, stride, T, places) == token) & (at < end)
             cells = places[:, None].to(tl.int64) * C + columns[None, :]
             rows = tl.load(dx + cells, mask=same[:, None] & inside[None, :], other=0.0)
-            total += tl.sum(rows.to(tl.float32), 0)
-            start += BLOCK_M
-            more = tl.sum(same.to(tl.int32)) == BLOCK_M
-        cells = dwte + token * C + columns
-        sums = tl.load(cells, mask=inside, other=0.0).to(tl.float32) + total
-        tl.store(cells, sums.to(dwte.dtype.element_ty), mask=inside)
+            total += rows.to(tl.float32)
+            count = tl.sum(same.to(tl.int32))
+            start += count
+            more = count == BLOCK_M
+        after = _token(tokens, stride, T, tl.load(order + tl.minimum(start, N - 1)))
+        goes_on = (start == end) & (end < N) & (after == token)
+        if begins & (goes_on == 0):
+            _add(dwte, token, C, columns, inside, tl.sum(total, 0))
+        else:
+            part = (2 * (first // PIECE) + (first % PIECE != 0)).to(tl.int64)
+            tl.store(parts + part * C + columns, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
+def embedding_backward(
+    tokens, stride, order, dx, dwte, dwpe, parts, N, T, C,
+    PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITIONS: tl.constexpr,
+):
+    """One program, a place of the order or, after all N of them, a position, and a tile of columns:
+    grid (N, or with POSITIONS N + T, tiles of columns).
+
+    The order is cut into pieces of PIECE places. The first place of a token in a piece adds up the
+    rows of dx (N, C) that the token has there, BLOCK_M at a time. Where they are all that it has,
+    they are added to these cells of dwte (V, C); a token that a border cuts has a part in each
+    piece, which embedding_join adds up: parts (2 * pieces, C), of what begins a piece and of what
+    ends one. Other places have nothing to do. A position adds up its rows for these cells of dwpe
+    (T, C). Each cell is written by one program.
+    """
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0)
+    if first < N:
+        _token_rows(tokens, stride, order, dx, dwte, parts, first, columns, N, T, C, PIECE, BLOCK_M)
+    elif POSITIONS:
+        inside = columns < C
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(first - N, N, BLOCK_M * T):
+            places = start + tl.arange(0, BLOCK_M) * T
+            cells = places[:, None].to(tl.int64) * C + columns[None, :]
+            mask = (places < N)[:, None] & inside[None, :]
+            total += tl.load(dx + cells, mask=mask, other=0.0).to(tl.float32)
+        cells = dwpe + (first - N) * C + columns
+        tl.store(cells, tl.sum(total, 0).to(dwpe.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def embedding_join(
+    tokens, stride, order, dwte, parts, N, T, C,
+    PIECE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """One program, a piece of the order and a tile of columns: grid (pieces, tiles of columns).
+
+    The piece in which a token begins that goes on in the next adds up its parts, BLOCK_M at a
+    time, in the order's order, and adds them to these cells of dwte, which it alone writes.
+    """
+    piece = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < C
+    first = piece * PIECE
+    next_one = first + PIECE
+    if next_one < N:
+        token = _token(tokens, stride, T, tl.load(order + next_one))
+        last_token = _token(tokens, stride, T, tl.load(order + next_one - 1))
+        whole = _token(tokens, stride, T, tl.load(order + first)) == token
+        before = _token(tokens, stride, T, tl.load(order + tl.maximum(first - 1, 0)))
+        begins = (whole == 0) | (first == 0) | (before != token)
+        if (last_token == token) & begins:
+            part = (2 * piece + (whole == 0)).to(tl.int64)
+            total = tl.load(parts + part * C + columns, mask=inside, other=0.0)
+            start = piece + 1
+            more = True
+            while more:
+                at = start + tl.arange(0, BLOCK_M)
+                places = tl.load(order + at * PIECE, mask=at * PIECE < N, other=0)
+                same = (_token(tokens, stride, T, places) == token) & (at * PIECE < N)
+                cells = 2 * at[:, None].to(tl.int64) * C + columns[None, :]
+                rows = tl.load(parts + cells, mask=same[:, None] & inside[None, :], other=0.0)
+                total += tl.sum(rows, 0)
+                start += BLOCK_M
+                more = tl.sum(same.to(tl.int32)) == BLOCK_M
+            _add(dwte, token, C, columns, inside, total)
 
 
 def launch_forward(idx: Tensor, wte: Tensor, wpe: Tensor | None) -> Tensor:
@@ -87,14 +173,27 @@ def launch_forward(idx: Tensor, wte: Tensor, wpe: Tensor | None) -> Tensor:
     return x
 
 
-def launch_backward(idx: Tensor, order: Tensor, dx: Tensor, dwte: Tensor) -> None:
-    """Adds dx (B, T, C), summed over the places of each token, to dwte (V, C)."""
+def launch_backward(
+    idx: Tensor, order: Tensor, dx: Tensor, dwte: Tensor, dwpe: Tensor | None
+) -> None:
+    """Adds dx (B, T, C), summed over the places of each token, to dwte (V, C), and puts its sums
+    over B into dwpe (T, C), if there is one."""
     B, T, C = dx.shape
+    N = B * T
+    pieces = tiles.cdiv(N, PIECE)
+    parts = dx.new_empty(2 * pieces, C, dtype=torch.float32)
     tile = tiles.pick("embedding_backward", tiles.arch(idx.device), 1)
-    launcher.launch(embedding_backward, (B * T, tiles.cdiv(C, tile.n)),
-        idx, idx.stride(0), order, dx.contiguous(), dwte, B * T, T, C,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps,
+    columns = tiles.cdiv(C, tile.n)
+    launcher.launch(embedding_backward, (N if dwpe is None else N + T, columns),
+        idx, idx.stride(0), order, dx.contiguous(), dwte, dwpe, parts, N, T, C,
+        PIECE=PIECE, BLOCK_M=tile.m, BLOCK_N=tile.n, POSITIONS=dwpe is not None,
+        num_warps=tile.warps,
     )
+    if pieces > 1:
+        launcher.launch(embedding_join, (pieces, columns),
+            idx, idx.stride(0), order, dwte, parts, N, T, C,
+            PIECE=PIECE, BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps,
+        )
 
 
 class _Embedding(torch.autograd.Function):
@@ -115,12 +214,10 @@ class _Embedding(torch.autograd.Function):
         _, T, C = dx.shape
         # The head's gradient is the loss's alone to give, and nobody reads it later: added to.
         dwte = dx.new_zeros(ctx.V, C) if dhead is None else dhead.contiguous()
-        launch_backward(idx, order, dx, dwte)
         dwpe = None
-        if ctx.n_ctx:
-            dwpe = dx.sum(0)  # (T, C)
-            if ctx.n_ctx > T:
-                dwpe = torch.nn.functional.pad(dwpe, (0, 0, 0, ctx.n_ctx - T))
+        if ctx.n_ctx:  # positions that no token had have no gradient
+            dwpe = (dx.new_zeros if ctx.n_ctx > T else dx.new_empty)(ctx.n_ctx, C)
+        launch_backward(idx, order, dx, dwte, dwpe)
         return None, dwpe, dwte, None
 
 

@@ -57,7 +57,7 @@ def gelu_backward(
     """
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.load(bias + columns, mask=columns < W, other=0.0).to(tl.float32)
-    db = tl.zeros([BLOCK_N], tl.float32)
+    db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # added across threads once, at the end
     for start in range(tl.program_id(0) * BLOCK_M, N, tl.num_programs(0) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = (rows[:, None] < N) & (columns[None, :] < W)
@@ -68,9 +68,9 @@ def gelu_backward(
         tl.store(y + cells, (0.5 * u * (1 + t)).to(y.dtype.element_ty), mask=inside)
         slope = (1 + u * u * (3 * CUBIC)) * ROOT  # of t's argument
         du = g * 0.5 * (1 + t + u * (1 - t * t) * slope)
-        db += tl.sum(du, 0)  # db = sum dx; 0 outside, where dy is
+        db += du  # db = sum dx; 0 outside, where dy is
         tl.store(dx + cells, du.to(dx.dtype.element_ty), mask=inside)
-    tl.store(partial + tl.program_id(0) * width + columns, db, mask=columns < W)
+    tl.store(partial + tl.program_id(0) * width + columns, tl.sum(db, 0), mask=columns < W)
 
 
 def launch_forward(x: Tensor, bias: Tensor) -> Tensor:

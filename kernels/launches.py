@@ -110,9 +110,10 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         constants = dict(BLOCK_M=tile.m, BLOCK_N=tile.n)
     elif kernel.startswith("embedding"):
         fn = getattr(embedding, kernel)
-        types = dict.fromkeys(("wte", "wpe", "x", "dx", "dwte"), fp32)
+        types = dict.fromkeys(("wte", "wpe", "x", "dx", "dwte", "dwpe", "parts"), fp32)
         types |= dict(tokens=f"*{i64}", order=f"*{i32}", stride=i32, N=i32, T=i32, C=i32)
-        constants = dict(BLOCK=size, POSITIONS=True, BLOCK_M=tile.m, BLOCK_N=tile.n)
+        constants = dict(BLOCK=size, POSITIONS=True, PIECE=embedding.PIECE, BLOCK_M=tile.m,
+                         BLOCK_N=tile.n)
     elif kernel == "judge_step":
         fn = judge_step.judge
         fp64, limits = "*fp64", LIMITS
@@ -128,7 +129,7 @@ def launch(case: Case) -> tuple[Any, dict[str, str], dict[str, Any]]:
         types = dict.fromkeys(wide, fp32) | dict.fromkeys(("branch", "y", "dy", "dbranch"), bf16)
         types |= dict(C=i32, N=i32, width=i32, eps="fp32")
         constants = dict(BLOCK=size, BRANCH=True, DTOTAL=True, DBRANCH=True)
-        constants["BRANCH_BIAS"] = kernel.endswith("_bias")
+        constants |= dict(BRANCH_BIAS=kernel.endswith("_bias"), STAGES=tile.stages)
     names = fn.arg_names
     return (
         fn,

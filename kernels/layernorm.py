@@ -66,8 +66,10 @@ def layer_norm_forward(
 def layer_norm_backward(
     dy, dtotal, total, weight, mean, rstd, dx, dbranch, partial, width, N, C,
     BLOCK: tl.constexpr, DTOTAL: tl.constexpr, DBRANCH: tl.constexpr, BRANCH_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program, every P-th row: grid (P,).
+    """One program, every P-th row: grid (P,). STAGES: rows that are on their way at once, for a row
+    is read in the time in which the reductions of those before it wait for each other.
 
     It alone writes those rows of dx and dbranch (N, C), and its own row of the partial sums, whose
     rows are `width` apart: dw, db and with BRANCH_BIAS dc, C of each. dtotal, the gradient that
@@ -81,7 +83,7 @@ def layer_norm_backward(
     dw = tl.zeros([BLOCK], tl.float32)
     db = tl.zeros([BLOCK], tl.float32)
     dc = tl.zeros([BLOCK], tl.float32)
-    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=STAGES):
         cells = tl.cast(row, tl.int64) * C + columns
         s = tl.load(total + cells, mask=inside, other=0.0).to(tl.float32)
         dy_row = tl.load(dy + cells, mask=inside, other=0.0).to(tl.float32)
@@ -151,7 +153,7 @@ def launch_backward(
         dy.contiguous(), None if dtotal is None else dtotal.contiguous(), total.contiguous(),
         weight.contiguous(), mean, rstd, dx, dbranch, partial, partial.stride(0), N, C,
         BLOCK=block, DTOTAL=dtotal is not None, DBRANCH=other,
-        BRANCH_BIAS=branch_bias, num_warps=tile.warps,
+        BRANCH_BIAS=branch_bias, STAGES=tile.stages, num_warps=tile.warps,
     )
     return dx, dbranch
 

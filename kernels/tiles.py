@@ -3,10 +3,11 @@
 The first tile of a row is the one that ships; the others are what `python -m kernels.bench --tune`
 tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles what
 ships (with `--candidates` the others too) and fails where it spills, or outgrows the card. What
-decided between them so far is that audit (instructions, registers, CTAs per SM), not a clock:
-nothing here was timed on a GPU. So a run in bf16 or fp16 times attention's tiles at its own shape
-before it begins, unless it was told --kernels triton, and keeps the fastest in its config.json
-(model/contest.py); nothing else is searched at run time.
+decided between them is that audit (instructions, registers, CTAs per SM) and on sm_90 a clock: its
+rows of attention, of passes by rows and columns and of the loss stand in the order in which an H200
+ran them (torch 2.11, Triton 3.6; docs/kernels.md); no other card was asked. So a run in bf16 or
+fp16 times attention's tiles at its own shape before it begins, unless it was told --kernels triton,
+and keeps the fastest in its config.json (model/contest.py); nothing else is searched at run time.
 """
 
 import contextlib
@@ -52,18 +53,16 @@ _ATTENTION = {
     ("attention_forward", "sm_86 sm_89", 64): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
     ("attention_forward", "sm_86 sm_89", 128): (Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)),
     ("attention_forward", "sm_90", 64): (
-        Tile(128, 64, 4, 2, True),
-        Tile(128, 64, 4, 3, True),
-        Tile(128, 64, 4, 4, True),
-        Tile(128, 128, 8, 2, True),  # one CTA of 180 registers
-        Tile(128, 128, 8, 2, True, True),  # of 210
         Tile(64, 64, 4, 2, True),
+        Tile(64, 64, 4, 3, True),
+        Tile(128, 64, 4, 3, True),
+        Tile(64, 64, 4, 2, True, True),
     ),
     ("attention_forward", "sm_90", 128): (
-        Tile(64, 64, 4, 2, True),
+        Tile(64, 32, 4, 3, True),
+        Tile(64, 64, 4, 3, True),
         Tile(64, 64, 4, 2, True, True),
         Tile(128, 128, 8, 2, True),
-        Tile(128, 128, 8, 2, True, True),  # one CTA of 244 registers
     ),
     ("attention_forward", "sm_100", 64): (Tile(128, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
     ("attention_forward", "sm_100", 128): (Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True)),
@@ -75,8 +74,8 @@ _ATTENTION = {
     ("attention_dq", "sm_80", 128): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
     ("attention_dq", "sm_86 sm_89", 64): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     ("attention_dq", "sm_86 sm_89", 128): (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
-    ("attention_dq", "sm_90", 64): (Tile(128, 64, 8, 2, True), Tile(64, 64, 4, 2, True)),
-    ("attention_dq", "sm_90", 128): (Tile(64, 64, 4, 2, True), Tile(64, 32, 4, 2, True)),
+    ("attention_dq", "sm_90", 64): (Tile(64, 32, 4, 3, True), Tile(64, 64, 4, 2, True)),
+    ("attention_dq", "sm_90", 128): (Tile(64, 32, 4, 2, True), Tile(64, 64, 4, 2, True)),
     ("attention_dq", "sm_100", 64): (Tile(128, 64, 4, 2, True), Tile(128, 64, 8, 2, True)),
     ("attention_dq", "sm_100", 128): (Tile(128, 32, 8, 2, True), Tile(64, 32, 4, 2, True)),
     ("attention_dq", "sm_120", 64): (Tile(64, 32, 4, 2, True), Tile(64, 64, 4, 2)),
@@ -87,8 +86,12 @@ _ATTENTION = {
     ("attention_dkdv", "sm_80", 128): (Tile(32, 32, 4, 2), Tile(32, 64, 4, 2)),
     ("attention_dkdv", "sm_86 sm_89", 64): (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
     ("attention_dkdv", "sm_86 sm_89", 128): (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
-    ("attention_dkdv", "sm_90", 64): (Tile(64, 64, 4, 2, True), Tile(64, 128, 8, 2, True)),
-    ("attention_dkdv", "sm_90", 128): (Tile(32, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),
+    ("attention_dkdv", "sm_90", 64): (
+        Tile(32, 128, 4, 3, True),
+        Tile(32, 64, 4, 3, True),
+        Tile(64, 64, 4, 2, True),
+    ),
+    ("attention_dkdv", "sm_90", 128): (Tile(64, 64, 4, 2, True), Tile(32, 64, 4, 3, True)),
     # The second: 111 us of loops for 140 (audit's floor, GPT-2 124M), but one CTA of 210 registers.
     ("attention_dkdv", "sm_100", 64): (Tile(64, 64, 4, 2, True), Tile(64, 128, 4, 2, True)),
     ("attention_dkdv", "sm_100", 128): (Tile(32, 64, 4, 2, True), Tile(64, 64, 4, 2, True)),
@@ -132,13 +135,14 @@ _ROWS = {
     ("qk_norm_rotary_backward", EVERY, 128): (Tile(16, 128, 4), Tile(32, 128, 8)),
     ("relu_squared_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
     ("relu_squared_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
-    # Rows and columns: 8 values of a row in each thread.
-    ("gelu_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
-    ("gelu_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(2, 1024, 8)),
-    ("column_sums", EVERY, 1): (Tile(4, 256, 4), Tile(2, 512, 4)),
+    # Rows and columns: 16 values in each thread, 8 of them of a row.
+    ("gelu_forward", EVERY, 1): (Tile(2, 512, 2), Tile(1, 1024, 4)),
+    ("gelu_backward", EVERY, 1): (Tile(8, 128, 2), Tile(4, 512, 4)),
+    ("column_sums", EVERY, 1): (Tile(8, 128, 2), Tile(8, 256, 4)),
     ("embedding_forward", EVERY, 1024): (Tile(1, 1024, 4), Tile(1, 1024, 8)),
     ("embedding_forward", EVERY, 8192): (Tile(1, 8192, 16), Tile(1, 8192, 8)),
-    ("embedding_backward", EVERY, 1): (Tile(8, 256, 4), Tile(16, 128, 4)),
+    ("embedding_backward", EVERY, 1): (Tile(4, 256, 4), Tile(8, 256, 4)),
+    ("embedding_join", EVERY, 1): (Tile(4, 256, 4),),  # as embedding_backward, whose tile it takes
     # Of a cache: positions of one head, 8 values of each in a thread.
     ("decode_attention", EVERY, 64): (Tile(1, 128, 8), Tile(1, 64, 4), Tile(1, 256, 8)),
     ("decode_attention", EVERY, 128): (Tile(1, 64, 8), Tile(1, 32, 4), Tile(1, 128, 8)),
@@ -146,6 +150,19 @@ _ROWS = {
     ("decode_attention_fp32", EVERY, 128): (Tile(1, 32, 8),),
     ("draw", EVERY, 65536): (Tile(1, 4096, 16), Tile(1, 2048, 8)),
     ("judge_step", EVERY, 1): (Tile(1, 128, 1),),  # a window of 128 numbers
+}
+
+# In place of rows above. Three of layer_norm_backward's rows on their way at once: an H200 took 0.7
+# of the time of one at a time, with 2 to 8 warps alike, and more with more programs. They lie in
+# shared memory: where an SM has 100 KB there are two, and of 2,048 values one.
+_OF_SOME = {
+    ("cross_entropy", "sm_90", 65536): (Tile(1, 16384, 16), Tile(1, 8192, 8)),
+    **{(f"layer_norm_backward{bias}", archs, size): tuple(
+        Tile(1, size, warps, stages) for warps in of_warps)
+       for bias in ("", "_bias")
+       for archs, size, stages, of_warps in (("sm_80 sm_90 sm_100", 1024, 3, (4, 8)),
+                                             ("sm_86 sm_89 sm_120", 1024, 2, (4, 8)),
+                                             ("sm_90 sm_100", 2048, 3, (8, 4)))},
 }
 
 # What ships above spills with another Triton's compiler: its version -> rows in place of those.
@@ -180,7 +197,7 @@ def triton_version() -> tuple[int, int]:
 def table(triton: tuple[int, int]) -> dict[Key, tuple[Tile, ...]]:
     """{(kernel, architecture, size): tiles} for a version of Triton."""
     rows: dict[Key, tuple[Tile, ...]] = {}
-    for part in (_ATTENTION, _FP32, _ROWS, _OTHER_TRITON.get(triton, {})):
+    for part in (_ATTENTION, _FP32, _ROWS, _OF_SOME, _OTHER_TRITON.get(triton, {})):
         for (kernel, archs, size), row in part.items():
             rows |= {(kernel, arch, size): row for arch in archs.split()}
     return rows

@@ -69,7 +69,7 @@ def test_tiles_cover_the_sequence_without_a_gap():
 
 def test_rows_between_the_tables_sizes_take_the_next_longer_ones_tile():
     assert tiles.pick("layer_norm_forward", "sm_90", 64).warps == 4
-    assert tiles.pick("cross_entropy", "sm_90", 128).n == 4096
+    assert tiles.pick("cross_entropy", "sm_80", 128).n == 4096
     assert tiles.pick("layer_norm_backward", "sm_100", 8192).warps == 8
 
 
@@ -176,7 +176,7 @@ def test_tuning_goes_through_every_row_of_a_gpu(monkeypatch, capsys):
     found = eval("{" + "".join(printed) + "}", {"Tile": tiles.Tile})
     assert found == {
         key: row[::-1] for key, row in table.items()
-        if key[1] == "sm_90" and "fp32" not in key[0] and key[0] != "judge_step"
+        if key[1] == "sm_90" and "fp32" not in key[0] and key[0] in bench.CALLED_BY
     }
     assert {s.C // s.H for s in shapes[:6]} == {64, 128}
     assert [s.C for s in shapes[6:10]] == [768, 1600, 4096, 8192]
@@ -230,7 +230,7 @@ print(json.dumps(audit.audit_all(cases)))
         assert {"tile", "default", "registers", "spills", "shared_bytes", "mma"} <= set(row)
     (cache,) = (tmp_path / "gpt2-kernels").iterdir()
     remembered = json.loads(cache.read_text())
-    remembered["attention_forward sm_90 64 128x64 w4 s2 tma"]["registers"] = 1
+    remembered["attention_forward sm_90 64 64x64 w4 s2 tma"]["registers"] = 1
     cache.write_text(json.dumps(remembered))
     assert 1 in [row["registers"] for row in run()]  # read, not compiled again
 

@@ -24,6 +24,12 @@ ROWS = {  # (B, T): the last of the wider rows that a batch has is nobody's inpu
     "one alone": torch.full((2, 13), 7),  # more places than a tile has rows
     "a whole tile, and one more": torch.tensor([[3] * 9, [5] * 8 + [0]]),
     "one token": torch.tensor([[39]]),
+    # Of 156 places in the order, pieces end at 64 and 128.
+    "one through three pieces": torch.full((12, 13), 7),
+    "a border between tokens": torch.tensor([3] * 64 + [5] * 64 + [8] * 28).view(12, 13),
+    "across a border": torch.tensor([3] * 50 + [5] * 30 + [9] * 76).view(12, 13),
+    "whole pieces and a bit": torch.tensor([3] * 64 + [5] * 92).view(12, 13),
+    "many": torch.randint(0, 5, (12, 13), generator=torch.Generator().manual_seed(3)),
 }
 
 
@@ -52,7 +58,8 @@ def results(function, idx, C, dtype, head, positions):
 @pytest.mark.parametrize("C", [48, 300])  # less than a tile of columns, and more
 @pytest.mark.parametrize("rows", ROWS)
 def test_embedding(rows, C, head, positions):
-    """fp32: sums of up to 26 rows, each rounded by 2^-24 of itself at most: 1e-6 of the whole."""
+    """fp32: sums of up to 156 rows, 8 and 64 at a time: rounded some 20 times by 2^-24 of what they
+    are then, 1e-6 of the whole."""
     idx = strided(ROWS[rows])
     got = results(embedding.embedding, idx, C, torch.float32, head, positions)
     exact = results(reference.embedding, idx, C, torch.float64, head, positions)
