@@ -87,8 +87,8 @@ def _cudnn_forward(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
 def _cudnn_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> Tensor:
     T, nothing = qkv.shape[1], qkv.new_empty((), dtype=torch.int64)
     gradients = aten._scaled_dot_product_cudnn_attention_backward(
-        _heads(dout, n_head), *_qkv_heads(qkv, n_head), _heads(out, n_head), lse / LOG2E,
-        nothing, nothing, None, None, None, T, T, 0.0, True)
+        _heads(dout, n_head), *_qkv_heads(qkv, n_head), _heads(out, n_head),
+        (lse / LOG2E).unsqueeze(-1), nothing, nothing, None, None, None, T, T, 0.0, True)
     return _packed(gradients)
 
 

@@ -217,6 +217,7 @@ class BlockCase:
         generator = torch.Generator(self.device).manual_seed(0)
         inputs = torch.randn(4, self.B, self.config.n_ctx, self.config.n_embd,
                              generator=generator, device=self.device)
+        inputs[1] = inputs[1].to(self.dtype)  # as a run has it, and fp64 the same
         inputs[2:, 1 : self.B - 1] = 0
         return inputs
 
@@ -248,7 +249,7 @@ class BlockCase:
         block = random_block(self.config, self.ops).to(self.device)
         block.compile()
         if self.device.type == "cuda":
-            x, branch = self.inputs[:2].clone().requires_grad_()
+            x, branch = self.inputs[0].clone().requires_grad_(), self.inputs[1].to(self.dtype)
             before = torch.cuda.memory_allocated()
             with torch.autocast("cuda", self.dtype):
                 outputs = block(x, branch)

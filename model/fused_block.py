@@ -235,6 +235,7 @@ def check(passes: Passes, device: torch.device, n_embd: int, n_head: int) -> tup
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         inputs = torch.randn(4, 1, 77, config.n_embd)  # x, branch, and the outputs' gradients
+    inputs[1] = inputs[1].bfloat16()  # so that fp64 is given the same branch
     exact = outputs_and_gradients(block.double(), inputs.to(device).double(), None)
     block.float().fused = FusedBlock(block, passes)
     worst, faults = {}, []
@@ -268,10 +269,14 @@ def random_block(config: GPTConfig, ops: Operators) -> Block:
 def outputs_and_gradients(
     block: Block, inputs: Tensor, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """By name. inputs: x, branch and the gradients of both outputs, (4, B, T, C)."""
-    x, branch = (inputs[i].clone().requires_grad_() for i in (0, 1))
-    block.zero_grad(set_to_none=True)
+    """By name. inputs: x, branch and the gradients of both outputs, (4, B, T, C).
+
+    The branch, and so its gradient, is of the products' dtype, as the block before this leaves it.
+    """
     half = dtype in (torch.bfloat16, torch.float16)
+    x = inputs[0].clone().requires_grad_()
+    branch = inputs[1].to(dtype if half else x.dtype, copy=True).requires_grad_()
+    block.zero_grad(set_to_none=True)
     with torch.autocast(inputs.device.type, dtype if half else torch.bfloat16, enabled=half):
         stream, m = block(x, branch)
     torch.autograd.backward((stream, m), (inputs[2], inputs[3].to(m.dtype)))

@@ -135,7 +135,7 @@ class AtenOfCPUs:
 
     @staticmethod
     def _scaled_dot_product_cudnn_attention(q, k, v, bias, keep_lse, is_causal):
-        """cuDNN's log-sum-exps have a fourth dimension in some versions."""
+        """cuDNN's log-sum-exps have a fourth dimension, and must have it backward."""
         assert bias is None and keep_lse
         out, lse = AtenOfCPUs._scaled_dot_product_flash_attention(q, k, v, is_causal)
         return out, lse.unsqueeze(-1), "no sums"
@@ -144,6 +144,8 @@ class AtenOfCPUs:
     def _scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, is_causal
     ):
+        assert lse.shape == (*q.shape[:3], 1), "The dim for input_names::Stats is invalid"
+        lse = lse.squeeze(-1)
         return AtenOfCPUs._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, is_causal, seed, offset)
 
