@@ -15,11 +15,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launch import console
 from launch.config import Tracking
 from launch.errors import BadInput, Failed
 from launch.files import atomic_write
 from launch.world import World, peak_flops, peak_memory_mib
+
+SKIPPED = 3  # steps before those that a profile records; in the last of them the profiler warms up
 
 
 class Tracker:
@@ -65,7 +69,8 @@ class Tracker:
                 last_step = max((row["step"] for row in read_rows(self.path)), default=-1)
                 self.tensorboard = _start_tensorboard(run, last_step)
             if extra["profile"]:
-                self.profiler = _start_profiler(run, extra["profile"])
+                self.profiled = extra["profile"]  # steps
+                self.profiler = _start_profiler(run, self.profiled)
 
     def log(self, step: int, **values: Any) -> None:
         """Appends a row; values that are None are left out."""
@@ -133,7 +138,7 @@ class Tracker:
         )
 
         if self.profiler:
-            self.profiler.step()
+            _next_step(self.profiler, self.profiled, self.world.device)
 
     def best_step(self) -> int | None:
         """The step of the lowest validation loss on record, the first of equal ones."""
@@ -254,7 +259,7 @@ def _start_tensorboard(run: Path, last_step: int) -> Any:
 
 
 def _start_profiler(run: Path, steps: int) -> Any:
-    """A torch.profiler that skips two steps, warms up in one and records `steps` of them.
+    """A torch.profiler that skips some steps, warms up in the last of them and records `steps`.
 
     The trace (open it in ui.perfetto.dev) is written to the run folder's profile/trace.json.
     """
@@ -266,7 +271,15 @@ def _start_profiler(run: Path, steps: int) -> Any:
         finished.export_chrome_trace(str(path))
         print(f"profile of {steps} steps: {path}", flush=True)
 
-    schedule = profiler.schedule(wait=2, warmup=1, active=steps, repeat=1)
+    schedule = profiler.schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
     started = profiler.profile(schedule=schedule, on_trace_ready=write)
     started.start()
     return started
+
+
+def _next_step(profiler: Any, steps: int, device: torch.device) -> None:
+    """Tells the profiler that a step is over. A GPU is behind: where the record begins and ends it
+    is waited for, or there would be a part of one step too many in it."""
+    if device.type == "cuda" and profiler.step_num + 1 in (SKIPPED, SKIPPED + steps):
+        torch.cuda.synchronize(device)
+    profiler.step()

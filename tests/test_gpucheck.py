@@ -79,6 +79,17 @@ def test_launches_are_those_of_one_step_and_nccls_are_counted_apart():
     step = [event("Memcpy HtoD", 0, 1, "gpu_memcpy"), *(event(name, 0, 1) for name in names)]
     assert trace.launches(step * 4, steps=4) == {
         "all": 3, "GEMM": 1, "copies": 1, "ours": 1, "NCCL": 1}
+    fills = [event("Memset (Device)", 0, 1, "gpu_memset")] * 4  # cuBLAS's
+    assert trace.launches(step * 4 + fills, steps=4) == {
+        "all": 3, "GEMM": 1, "copies": 1, "ours": 1, "NCCL": 1, "fills": 1}
+
+
+def test_a_steps_time_is_by_kind_and_by_kernel_of_ours():
+    step = [event("sm90_xmma_gemm_x", 0, 2000), event("splitKreduce", 0, 500),
+            event("attention_dq", 0, 1000), event("attention_dkdv", 0, 1500),
+            event("Memset (Device)", 0, 250, "gpu_memset")]
+    assert list(trace.milliseconds(step * 3, steps=3).items()) == [
+        ("GEMM", 2.5), ("attention_dkdv", 1.5), ("attention_dq", 1.0), ("fills", 0.25)]
 
 
 def test_all_kernels_are_known_by_name():
@@ -265,7 +276,8 @@ MEASURED = {
     "steps": {"step_ms": 150.0, "tokens_per_second": 436_906.7, "mfu": 0.3773, "idle": 0.031,
               "peak_mib": 19_040.5, "said": ["kernels: triton"],
               "launches": {"all": 390.0, "ATen": 64.0, "GEMM": 183.0, "copies": 7.0,
-                           "ours": 136.0}},
+                           "ours": 136.0},
+              "times": {"GEMM": 70.5, "attention_dkdv": 9.25}},
     "rates": {"matmul_flops": 700e12, "attention_flops": 200e12, "memory_bandwidth": 2900e9},
     "sampling": {"fault": "exit code 1: RuntimeError: no", "output": "no"},
     "kernels": {"rows": [
@@ -285,7 +297,8 @@ def test_the_table_has_predicted_measured_and_their_ratio():
     launches = table.read()["gpt2-124m, h100"]["step"]["launches"]["all"]
     assert cells["launches and copies a step"] == [
         str(launches), "390", f"{390 / launches:.2f}"]
-    assert cells["ATen"] == ["36", "64", "1.78"]
+    assert cells["ATen"] == ["35", "64", "1.83"]
+    assert cells["attention_dkdv, ms of a step"] == ["9.25"]
     assert cells["the GPU idles, %"] == ["0", "3.1"]
     assert cells["copy, GB/s"] == ["2,906", "2,900", "1.00"]
     assert cells["attention, ms (at least)"] == ["0.5", "2", "4.00"]

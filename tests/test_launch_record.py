@@ -258,6 +258,18 @@ def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
         tracker._start_tensorboard(tmp_path, -1)
 
 
+def test_a_gpu_is_waited_for_where_a_profile_begins_and_where_it_ends(tmp_path, monkeypatch):
+    """It is behind the host: what it still had to do of the step before was in the trace, too."""
+    waits, action = [], torch.profiler.ProfilerAction
+    profiler = tracker._start_profiler(tmp_path, 2)
+    monkeypatch.setattr(torch.cuda, "synchronize",
+                        lambda device: waits.append(profiler.current_action))
+    for _ in range(6):
+        tracker._next_step(profiler, 2, torch.device("cuda"))
+    profiler.stop()
+    assert waits == [action.WARMUP, action.RECORD_AND_SAVE]
+
+
 def test_a_lonely_world_talks_to_nobody():
     world = World(0, 1, torch.device("cpu"))
     assert world.all_reduce_sum(1.5, 2) == [1.5, 2]

@@ -36,6 +36,7 @@ LABELS: dict[str, dict[str, str]] = {
     "saving": {"stall": "training waits for a checkpoint, s"},
     "largest": {"sequences": "largest micro-batch"},
 }
+INNER = {"launches": "", "times": ", ms of a step"}  # figures of many kinds: behind a kind's name
 SCALES = {"mfu": 100.0, "idle": 100.0, "matmul_flops": 1e-12, "attention_flops": 1e-12,
           "memory_bandwidth": 1e-9}
 
@@ -59,9 +60,11 @@ def rows(predicted: Figures, measured: dict[str, dict[str, Any]]) -> list[Row]:
     found = []
     for part, labels in LABELS.items():
         figures = flat(measured.get(part, {}))
-        kinds = [name for name in figures if name.startswith("launches: ")]
-        named = labels | {name: f"  {name.removeprefix('launches: ')}" for name in kinds
-                          if name not in labels}
+        named = dict(labels)
+        for name in figures:
+            of, _, kind = name.partition(": ")
+            if of in INNER and name not in labels:
+                named[name] = f"  {kind}{INNER[of]}"
         for figure, name in named.items():
             if figure not in figures:
                 continue

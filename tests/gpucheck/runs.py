@@ -90,8 +90,9 @@ def steps(settings: Settings, folder: Path, ranks: int = 1) -> dict[str, Any]:
         events = trace.read(run / "profile" / "trace.json")
     except (OSError, ValueError) as problem:
         return found | {"fault": f"no trace: {problem}"}
-    counted = trace.launches(events, RECORDED)
-    return found | {"idle": trace.idle_share(events), "launches": counted}
+    return found | {"idle": trace.idle_share(events),
+                    "launches": trace.launches(events, RECORDED),
+                    "times": trace.milliseconds(events, RECORDED)}
 
 
 def steps_on_all(settings: Settings, folder: Path) -> dict[str, Any]:

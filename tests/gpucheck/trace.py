@@ -1,8 +1,10 @@
-"""What a torch.profiler trace says of a GPU: how long it stood idle, and what was launched.
+"""What a torch.profiler trace says of a GPU: how long it stood idle, what was launched, what took
+how long.
 
     events = read(run / "profile" / "trace.json")
     idle_share(events)                  # 0.03: of the time from the first kernel to the last
     launches(events, steps=5)           # {"all": 388.0, "GEMM": 183.0, ...} a step
+    milliseconds(events, steps=5)       # {"GEMM": 69.5, "attention_dkdv": 9.1, ...} a step
 
 A trace is Chrome's JSON: {"traceEvents": [{"ph": "X", "cat": "kernel", "name": ..., "ts": ...,
 "dur": ...}, ...]}, times in microseconds. Kernels, copies and fills of the GPU are what counts.
@@ -51,22 +53,29 @@ def idle_share(events: list[dict[str, Any]]) -> float:
 
 def launches(events: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Launches of one of `steps` steps, by the kinds of tests/nullgpu/counted.json, and in all.
-    NCCL's kernels, which that table doesn't count, are named apart."""
+    What that table doesn't count is named apart: NCCL's kernels, and fills of memory, of which
+    cuBLAS has one or more for most products."""
     counted = Counter(kind_of(event) for event in events)
     del counted[""]
-    collectives = counted.pop("NCCL", 0)
+    apart = {kind: times / steps for kind in ("NCCL", "fills") if (times := counted.pop(kind, 0))}
     kinds = {kind: times / steps for kind, times in sorted(counted.items())}
-    found = {"all": counted.total() / steps, **kinds}
-    if collectives:
-        found["NCCL"] = collectives / steps
-    return found
+    return {"all": counted.total() / steps, **kinds, **apart}
+
+
+def milliseconds(events: list[dict[str, Any]], steps: int) -> dict[str, float]:
+    """The GPU's time in one of `steps` steps, longest first: by kind, ours by kernel."""
+    total: Counter[str] = Counter()
+    for event in events:
+        kind = kind_of(event) or "GEMM"  # a product's second half
+        total[event["name"] if kind == "ours" else kind] += event["dur"] / 1e3 / steps
+    return {name: round(ms, 3) for name, ms in total.most_common()}
 
 
 def kind_of(event: dict[str, Any]) -> str:
     """As tests/nullgpu/counts.py calls what an event is of; "" for what it doesn't count."""
     name = event["name"]
     if event["cat"] != "kernel":
-        return "copies"
+        return "fills" if event["cat"] == "gpu_memset" else "copies"
     if name in OURS:
         return "ours"
     if name.startswith("triton_"):
