@@ -51,6 +51,10 @@ MUFU_LANES, ISSUES = 16, 4
 STATISTICS = {"attention_dkdv": 2, "layer_norm_backward": 2, "layer_norm_backward_bias": 2,
               "qk_norm_rotary_backward": 1}
 
+# Kernels that add up columns: each thread for itself, and with others once, behind the loop. With a
+# sum across threads in it an H200 took 15 times as long for column_sums.
+SUMS = ("gelu_backward", "column_sums")
+
 
 def compile_offline(case: Case):
     """Triton's compiled kernel. Pointers, widths and count are multiples of 16, as in training."""
@@ -125,6 +129,7 @@ def loop_row(case: Case, card: Card, loop: sass.Code) -> dict:
         mma_waits=loop.mma_waits,
         load_widths=loop.load_widths,
         narrow_loads=loop.narrow_loads,
+        barriers=loop.opcodes["BAR"],
         mma_waste=loop.mma_flops(warps) / tile_flops(case) if loop.mma_flops(warps) else None,
         cycles={pipe: round(value) for pipe, value in cycles.items()},
     )
@@ -217,6 +222,11 @@ def faults(row: dict) -> list[str]:
         count, most = max((i["narrow_loads"] for i in row["loops"]), default=0), STATISTICS[kernel]
         if count > most and tiles.triton_version() >= (3, 7):  # 3.6 reads them singly: 4 to 64
             found.append(f"{count} loads of less than 128 bits in the inner loop, of {most}")
+    if kernel in SUMS and any(loop["barriers"] for loop in row["loops"]):
+        found.append("threads wait for each other in the inner loop")
+    if kernel.startswith("layer_norm_backward") and row["tile"][-1] != "1":  # 1x1024 w4 s3
+        if "cp.async" not in row["async_copies"]:
+            found.append("rows are not on their way ahead of their turn")
     if any((loop["mma_waste"] or 1) > 1 for loop in row["loops"]):
         found.append("warps repeat each other's matrix products")
     if "delayed" in row["tile"] and any(loop["mma_waits"] > 1 for loop in row["loops"]):

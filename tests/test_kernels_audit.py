@@ -140,6 +140,12 @@ GOOD = dict(
         ),
         (dict(loops=[dict(mma_waste=2.0, narrow_loads=0)]), "repeat each other"),
         (
+            dict(kernel="column_sums",
+                 loops=[dict(mma_waste=None, narrow_loads=0, barriers=n) for n in (0, 3)]),
+            "threads wait for each other",
+        ),
+        (dict(kernel="layer_norm_backward", tile="1x1024 w4 s3"), "on their way"),
+        (
             dict(
                 tile="128x128 w8 s2 tma delayed",
                 loops=[dict(mma_waste=1.0, narrow_loads=0, mma_waits=2)],
