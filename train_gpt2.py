@@ -10,7 +10,6 @@ from the newest checkpoint. gpt2-124m on FineWeb ends at a validation loss of ab
 """
 
 import sys
-import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -129,7 +128,7 @@ def train(config: TrainConfig) -> int:
                 return finish(run, step, last_step)
 
             # ---- one training step ----
-            started = time.perf_counter()
+            began = run.reports.begin()  # its time
             # (micro-steps, B, T + 1) tokens, and (micro-steps, B T) their places sorted by token
             micro_batches, orders, targets_a_rank = recovery.get_batch(run, step)
             lr = get_lr(step, config.steps, config.optim)
@@ -160,7 +159,7 @@ def train(config: TrainConfig) -> int:
             verdict = run.reports.judge(run, loss, total_norm)
             model.optimizer_step(optimizer, verdict)  # clips; under zero1 all ranks get all rows
             model.zero_grad()
-            run.reports.put(step, verdict, lr, started)
+            run.reports.put(step, verdict, lr, began)
             step += 1
 
 

@@ -12,7 +12,7 @@ told to stop, and that some rank's data can't be read. Nobody waits for it eithe
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,14 @@ class Report:
     numbers: Tensor  # fp64: kernels/verdict.py's six; ranks told to stop; fp16's scale
     arrived: Any  # a CUDA event behind the copy; None: the numbers are there
     lr: float
-    started: float  # seconds of time.perf_counter()
+    began: "Beginning"
+
+
+class Beginning(NamedTuple):
+    """Of a step's time."""
+
+    seconds: float  # of time.perf_counter()
+    event: Any  # a CUDA event: where the GPU was ready for it, or ended the step before; or None
 
 
 class StepReports:
@@ -66,15 +73,26 @@ class StepReports:
         scale = scaler.numbers().to(judged_on).double()
         return verdict._replace(report=torch.cat((verdict.report, flags[2:], scale)))
 
-    def put(self, step: int, verdict: Verdict, lr: float, started: float) -> None:
+    def begin(self) -> Beginning:
+        """A step begins. On a GPU its time is the GPU's: the host, which hears of it later and
+        perhaps of two at once, can't say how long one was."""
+        event = None
+        if self.world.device.type == "cuda":
+            event = self.pending[-1].arrived if self.pending else None
+            if not event:
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+        return Beginning(time.perf_counter(), event)
+
+    def put(self, step: int, verdict: Verdict, lr: float, began: Beginning) -> None:
         """Sends a step's report on its way. step: finished ones before it."""
         numbers, arrived = verdict.report, None
         if numbers.is_cuda:
             pinned = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
             numbers = pinned.copy_(numbers, non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event(enable_timing=True)
             arrived.record()
-        self.pending.append(Report(step, numbers, arrived, lr, started))
+        self.pending.append(Report(step, numbers, arrived, lr, began))
 
     def settle(self, run: Any, step: int, everything: bool) -> tuple[int, bool]:
         """What became of the steps before `step`: (the step to go on with, whether to stop). A bad
@@ -103,8 +121,7 @@ class StepReports:
             report.arrived.synchronize()  # the device has a step's work left
         step, numbers = report.step, report.numbers.tolist()
         code, loss, norm = numbers[:3]
-        now = time.perf_counter()
-        seconds, self.heard_at = now - max(report.started, self.heard_at), now
+        seconds = self._seconds(report)
         self.stop |= any(numbers[6:7])
         if code == verdict.FAULT:
             recovery.stop_for_data(run, step)
@@ -119,6 +136,14 @@ class StepReports:
             run.tracker.log_step(step + 1, loss=loss, lr=report.lr, norm=norm, seconds=seconds,
                                  diagnosis=run.watch.take(step + 1))
         return step + 1
+
+    def _seconds(self, report: Report) -> float:
+        """How long a step took whose report is here."""
+        now = time.perf_counter()
+        before, self.heard_at = max(report.began.seconds, self.heard_at), now
+        if report.arrived:
+            return report.began.event.elapsed_time(report.arrived) / 1e3
+        return now - before
 
     def _over_ranks(self, loss: Tensor, told_to_stop: int) -> tuple[Tensor, Tensor | None]:
         """(the mean loss over the ranks; whether any rank's data can't be read, room for fp16's

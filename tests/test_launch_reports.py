@@ -4,12 +4,14 @@ what a host trains that hears of each at once. Here the device is a CPU."""
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_gpt2
 from launch.errors import Failed
+from launch.reports import Report, StepReports
 from launch.tracker import read_rows
 from model.checkpoint import newest_valid
 from model.optim import OptimConfig
@@ -172,3 +174,55 @@ def test_data_that_one_rank_cannot_read_end_the_run_after_a_save(tiny, tmp_path,
             if name.endswith("c_attn.bias"):
                 state[name][32:64] = 0
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6
+
+
+class GPU:
+    """With a clock of its own, in milliseconds: an event keeps where the GPU was."""
+
+    clock = 0.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = GPU.clock
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+
+def test_a_steps_time_is_the_gpus_however_late_the_host_hears_of_it(monkeypatch):
+    """Of steps that take the GPU 20, 30 and 40 ms the last two are heard of at once, as before an
+    evaluation; then, 500 ms later, one of 50. By the host's clock the last of two took nothing."""
+    monkeypatch.setattr(torch.cuda, "Event", GPU.Event)
+    monkeypatch.setattr(GPU, "clock", 0.0)
+    logged = []
+    run = SimpleNamespace(
+        spikes=SimpleNamespace(hear=lambda step, numbers: None),
+        watch=SimpleNamespace(take=lambda step: None),
+        signals=SimpleNamespace(stop_requested=lambda ask: False),
+        tracker=SimpleNamespace(
+            log_step=lambda step, seconds, **rest: logged.append((step, 1e3 * seconds))))
+    reports = StepReports(SimpleNamespace(device=torch.device("cuda")), late=1)
+
+    def launch(step, milliseconds):
+        began = reports.begin()
+        GPU.clock += milliseconds
+        arrived = GPU.Event(enable_timing=True)
+        arrived.record()
+        numbers = torch.zeros(6, dtype=torch.float64)
+        reports.pending.append(Report(step, numbers, arrived, 1e-3, began))
+
+    launch(0, 20)
+    launch(1, 30)
+    reports.settle(run, 2, everything=False)
+    launch(2, 40)
+    reports.settle(run, 3, everything=True)
+    GPU.clock += 500
+    launch(3, 50)
+    reports.settle(run, 4, everything=True)
+    assert logged == [(1, 20), (2, 30), (3, 40), (4, 50)]

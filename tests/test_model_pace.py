@@ -39,7 +39,6 @@ class Clock:
 def set_clock(monkeypatch, tick: float) -> None:
     """For the loop, the evaluations and the plan."""
     clock = Clock(tick)
-    monkeypatch.setattr(train_gpt2, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(reports, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(evaluator, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(pace, "Pace", lambda minutes: PACE(minutes, clock))
