@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train_gpt2
 from eval import evaluator
 from launch import cli, recovery, reports
 from launch.errors import BadInput
