@@ -3,11 +3,12 @@
 The first tile of a row is the one that ships; the others are what `python -m kernels.bench --tune`
 tries against it on a GPU, printing rows for this table. `python -m kernels.audit` compiles what
 ships (with `--candidates` the others too) and fails where it spills, or outgrows the card. What
-decided between them is that audit (instructions, registers, CTAs per SM) and on sm_90 a clock: its
-rows of attention, of passes by rows and columns and of the loss stand in the order in which an H200
-ran them (torch 2.11, Triton 3.6; docs/kernels.md); no other card was asked. So a run in bf16 or
-fp16 times attention's tiles at its own shape before it begins, unless it was told --kernels triton,
-and keeps the fastest in its config.json (model/contest.py); nothing else is searched at run time.
+decided between them is that audit (instructions, registers, CTAs per SM) and the clock of one card,
+an H200 (torch 2.11, Triton 3.6; docs/decisions.md): sm_90's rows of attention and of the loss are
+in its order but for what is equally fast, and GELU, sums of columns, embeddings and LayerNorm's
+backward pass go by it on every architecture, for want of another. A run in bf16 or fp16 times
+attention's tiles at its own shape before it begins, unless it was told --kernels triton, and keeps
+the fastest in its config.json (model/contest.py); nothing else is searched at run time.
 """
 
 import contextlib
@@ -135,7 +136,7 @@ _ROWS = {
     ("qk_norm_rotary_backward", EVERY, 128): (Tile(16, 128, 4), Tile(32, 128, 8)),
     ("relu_squared_forward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
     ("relu_squared_backward", EVERY, 1): (Tile(1, 1024, 4), Tile(1, 2048, 4)),
-    # Rows and columns: 16 values in each thread, 8 of them of a row.
+    # Rows and columns: 8 values of a row in each thread.
     ("gelu_forward", EVERY, 1): (Tile(2, 512, 2), Tile(1, 1024, 4)),
     ("gelu_backward", EVERY, 1): (Tile(8, 128, 2), Tile(4, 512, 4)),
     ("column_sums", EVERY, 1): (Tile(8, 128, 2), Tile(8, 256, 4)),
@@ -153,8 +154,9 @@ _ROWS = {
 }
 
 # In place of rows above. Three of layer_norm_backward's rows on their way at once: an H200 took 0.7
-# of the time of one at a time, with 2 to 8 warps alike, and more with more programs. They lie in
-# shared memory: where an SM has 100 KB there are two, and of 2,048 values one.
+# of the time of one at a time (C = 768 and 1,600), and more with more programs. They lie in shared
+# memory, 25 KB a program, 50 of 2,048 values, and four programs are to fit: two rows where an SM
+# has 100 KB, and one of the longer.
 _OF_SOME = {
     ("cross_entropy", "sm_90", 65536): (Tile(1, 16384, 16), Tile(1, 8192, 8)),
     **{(f"layer_norm_backward{bias}", archs, size): tuple(

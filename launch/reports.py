@@ -77,7 +77,7 @@ class StepReports:
         """A step begins. On a GPU its time is the GPU's: the host, which hears of it later and
         perhaps of two at once, can't say how long one was."""
         event = None
-        if self.world.device.type == "cuda":
+        if self.late and self.world.device.type == "cuda":
             event = self.pending[-1].arrived if self.pending else None
             if not event:
                 event = torch.cuda.Event(enable_timing=True)

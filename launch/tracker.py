@@ -137,6 +137,8 @@ class Tracker:
             f"{seconds * 1e3:7.0f} ms | {rate:9,.0f} tok/s | mfu {share:>5} | eta {eta}"
         )
 
+    def step_launched(self) -> None:
+        """All of a step has been asked of the device: for a profile, which has whole steps."""
         if self.profiler:
             _next_step(self.profiler, self.profiled, self.world.device)
 
@@ -278,8 +280,8 @@ def _start_profiler(run: Path, steps: int) -> Any:
 
 
 def _next_step(profiler: Any, steps: int, device: torch.device) -> None:
-    """Tells the profiler that a step is over. A GPU is behind: where the record begins and ends it
-    is waited for, or there would be a part of one step too many in it."""
+    """Tells the profiler that a step has been launched. A GPU is behind: where the record begins
+    and ends it is waited for, or there would be a part of one step too many in it."""
     if device.type == "cuda" and profiler.step_num + 1 in (SKIPPED, SKIPPED + steps):
         torch.cuda.synchronize(device)
     profiler.step()

@@ -249,7 +249,8 @@ class BlockCase:
         block = random_block(self.config, self.ops).to(self.device)
         block.compile()
         if self.device.type == "cuda":
-            x, branch = self.inputs[0].clone().requires_grad_(), self.inputs[1].to(self.dtype)
+            x = self.inputs[0].clone().requires_grad_()
+            branch = self.inputs[1].to(self.dtype).requires_grad_()  # else it compiles once more
             before = torch.cuda.memory_allocated()
             with torch.autocast("cuda", self.dtype):
                 outputs = block(x, branch)

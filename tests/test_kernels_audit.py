@@ -182,7 +182,8 @@ def test_tuning_goes_through_every_row_of_a_gpu(monkeypatch, capsys):
     found = eval("{" + "".join(printed) + "}", {"Tile": tiles.Tile})
     assert found == {
         key: row[::-1] for key, row in table.items()
-        if key[1] == "sm_90" and "fp32" not in key[0] and key[0] in bench.CALLED_BY
+        if key[1] == "sm_90" and "fp32" not in key[0]
+        and key[0] not in ("judge_step", "embedding_join")
     }
     assert {s.C // s.H for s in shapes[:6]} == {64, 128}
     assert [s.C for s in shapes[6:10]] == [768, 1600, 4096, 8192]

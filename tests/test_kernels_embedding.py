@@ -68,6 +68,14 @@ def test_embedding(rows, C, head, positions):
         assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
+@pytest.mark.parametrize("piece", [4, 8])
+@pytest.mark.parametrize("rows", ["one through three pieces", "across a border", "many"])
+def test_a_token_in_many_pieces(rows, piece, monkeypatch):
+    """In up to 39 of them: more than a program of embedding_join takes at once."""
+    monkeypatch.setattr(embedding, "PIECE", piece)
+    test_embedding(rows, 48, True, True)
+
+
 def test_without_an_order_it_is_pytorchs_own():
     wte, wpe = torch.randn(V, 16), torch.randn(N_CTX, 16)
     x, head = embedding.embedding(ROWS["few of each"], wte, wpe)

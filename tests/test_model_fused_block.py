@@ -105,6 +105,20 @@ def test_the_check_on_a_device_passes_and_names_what_is_wrong():
     assert faults.startswith("in bfloat16: ZeroDivisionError")
 
 
+def test_a_block_is_checked_with_a_branch_of_the_products_dtype():
+    """As the block before it leaves one: then its gradient is a tensor of its own."""
+    asked = []
+
+    def backward(*arguments):
+        *_, branch_dtype, branch_bias = arguments
+        if not branch_bias:  # LN1, behind which the branch is
+            asked.append(branch_dtype)
+        return REFERENCE.layer_norm_backward(*arguments)
+
+    check(REFERENCE._replace(layer_norm_backward=backward), torch.device("cpu"), 128, 2)
+    assert asked == [torch.bfloat16, torch.float32]
+
+
 def test_copies_are_never_of_another_forward_pass(exact):
     """Outside autocast and behind model.to() there are no copies; those that stood from the pass
     before would be read for the weights, whatever had become of these."""

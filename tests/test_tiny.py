@@ -15,7 +15,7 @@ import tyro
 import train_gpt2
 from eval.sample import Arguments, continue_prompts
 from eval.wrap import indented
-from launch import recovery
+from launch import recovery, tracker
 from launch.reports import StepReports
 from launch.tracker import read_rows
 from model.checkpoint import load_model
@@ -208,6 +208,18 @@ def test_deterministic_algorithms_train_the_same_model(tiny, tmp_path):
 def test_profile_writes_a_trace(tiny, tmp_path):
     train(tiny(profile=1))
     assert (tmp_path / "tiny" / "profile" / "trace.json").stat().st_size > 10_000
+
+
+def test_a_profile_hears_of_each_step_once_however_late_the_host_hears(tiny, monkeypatch):
+    """With evaluations between, before which the host catches up."""
+    order, put, next_step = [], StepReports.put, tracker._next_step
+    monkeypatch.setattr(StepReports, "put", lambda self, step, *rest: (
+        order.append(("launched", step)), put(self, step, *rest)))
+    monkeypatch.setattr(tracker, "_next_step", lambda profiler, *rest: (
+        next_step(profiler, *rest), order.append(("profiled", profiler.step_num - 1))))
+    monkeypatch.setattr(train_gpt2, "device_decides", lambda *_: True)
+    train(tiny(profile=1, steps=4, eval_every=2))
+    assert order == [(what, step) for step in range(4) for what in ("launched", "profiled")]
 
 
 def test_a_run_too_short_for_a_profile_says_so(tiny, capsys):

@@ -53,8 +53,8 @@ def idle_share(events: list[dict[str, Any]]) -> float:
 
 def launches(events: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Launches of one of `steps` steps, by the kinds of tests/nullgpu/counted.json, and in all.
-    What that table doesn't count is named apart: NCCL's kernels, and fills of memory, of which
-    cuBLAS has one or more for most products."""
+    Named apart are NCCL's kernels, which that table doesn't count, and fills of memory: PyTorch's
+    are among its copies, but most are cuBLAS's, one or more for a product, and those it has not."""
     counted = Counter(kind_of(event) for event in events)
     del counted[""]
     apart = {kind: times / steps for kind in ("NCCL", "fills") if (times := counted.pop(kind, 0))}
