@@ -67,6 +67,17 @@ def weights(run: Path, step: int) -> dict:
     return load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
 
 
+def same_weights(one: Path, two: Path, step: int) -> bool:
+    """Bit for bit, in the checkpoints of two runs."""
+    a, b = weights(one, step), weights(two, step)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def events(run: Path) -> list[str]:
+    """What a run wrote down of what happened to it."""
+    return [row["event"] for row in read_rows(run / "metrics.jsonl") if "event" in row]
+
+
 def run_several(
     configs: list[TrainConfig], folder: Path, ranks: int, timeout: float = 200, **more: str
 ) -> subprocess.CompletedProcess:

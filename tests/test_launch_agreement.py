@@ -21,8 +21,7 @@ from model import parallel, training
 from model.gpt2 import GPTConfig
 from model.optim import MAX_OVERFLOWS, LossScaler
 from presets import TrainConfig
-from tests.running import ROOT, environment, flags
-from tests.test_launch_survives import run
+from tests.running import ROOT, environment, flags, run
 from train_gpt2 import train
 
 
