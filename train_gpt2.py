@@ -160,7 +160,7 @@ def train(config: TrainConfig) -> int:
             model.optimizer_step(optimizer, verdict)  # clips; under zero1 all ranks get all rows
             model.zero_grad()
             run.reports.put(step, verdict, lr, began)
-            run.tracker.step_launched()
+            run.tracker.step_launched()  # --profile
             step += 1
 
 

@@ -24,6 +24,13 @@ from launch.spikes import Verdict
 from launch.world import World
 
 
+class Beginning(NamedTuple):
+    """Of a step's time."""
+
+    seconds: float  # of time.perf_counter()
+    event: Any  # a CUDA event: where the GPU was ready for it, or ended the step before; or None
+
+
 @dataclass
 class Report:
     """Of one step, on its way to the host."""
@@ -32,14 +39,7 @@ class Report:
     numbers: Tensor  # fp64: kernels/verdict.py's six; ranks told to stop; fp16's scale
     arrived: Any  # a CUDA event behind the copy; None: the numbers are there
     lr: float
-    began: "Beginning"
-
-
-class Beginning(NamedTuple):
-    """Of a step's time."""
-
-    seconds: float  # of time.perf_counter()
-    event: Any  # a CUDA event: where the GPU was ready for it, or ended the step before; or None
+    began: Beginning
 
 
 class StepReports:

@@ -98,6 +98,15 @@ def test_the_forward_pass_in_the_model(card, B, before, after):
     assert found == pytest.approx([before, after], abs=0.05)
 
 
+@pytest.mark.parametrize("B, before, after", [(64, 4.4, 0.5), (16, 18.6, 3.1), (8, 37.5, 6.6)])
+def test_the_forward_pass_in_the_model_with_128_queries(B, before, after):
+    """An H100 by another tile than the one that ships."""
+    with tiles.first(("attention_forward", "sm_90", 64), tiles.Tile(128, 64, 4, 3, True)):
+        found = [100 * schedule.of_launch("attention_forward", CARDS["h100"], B, group)
+                 for group in (1, 128)]
+    assert found == pytest.approx([before, after], abs=0.05)
+
+
 def test_no_kernel_and_no_card_is_slower_by_it():
     for kernel in schedule.KERNELS:
         for card in CARDS.values():
