@@ -24,12 +24,14 @@ import torch
 
 from eval.likelihood import Request, negative_loglikelihoods
 from eval.loss import require_numbers
+from launch.config import ReadDtype
 from launch.errors import BadInput
 from launch.files import atomic_write
-from launch.world import DTYPES, Dtype, World, autocast, choose_dtype
+from launch.world import DTYPES, World, autocast, choose_dtype
 from model.checkpoint import characters_of, load_resolved, resolve
 from model.generate import store_in
 from model.gpt2 import GPT
+from model.int8_weights import store_in_int8
 from model.packed_weights import pack
 
 Row = TypeVar("Row")
@@ -182,10 +184,11 @@ def label(value: Any, options: int) -> int:
 
 
 @contextmanager
-def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
+def open_model(checkpoint: str, dtype: ReadDtype, world: World) -> Iterator[GPT]:
     """The model of a checkpoint, ready for evaluation inside this context.
 
-    bf16 and fp16 are what training computes with: matrices in that format, the rest in fp32.
+    bf16 and fp16 are what training computes with: matrices in that format, the rest in fp32. int8
+    is of the matrices alone, on CPUs.
     Raises BadInput for one that reads characters: every question is asked in GPT-2's tokens.
     """
     chosen = choose_dtype(dtype, world.device)
@@ -197,10 +200,13 @@ def open_model(checkpoint: str, dtype: Dtype, world: World) -> Iterator[GPT]:
                            "judge it")
         model = load_resolved(source)
     model.to(torch.float64 if chosen == "fp64" else torch.float32)
-    if chosen in ("bf16", "fp16"):
+    if chosen in ("bf16", "fp16") and dtype != "int8":
         store_in(model, DTYPES[chosen])  # cast once, and not in every pass
     model.to(world.device).eval()
-    if world.device.type == "cpu":
+    if dtype == "int8":
+        with world.fail_together():
+            store_in_int8(model, DTYPES[chosen])
+    elif world.device.type == "cpu":
         pack(model)
     with autocast(world.device, chosen):
         yield model

@@ -33,9 +33,10 @@ from eval.likelihood import Request, negative_loglikelihoods
 from eval.loss import require_numbers
 from eval.published import SIZES
 from launch import flags
+from launch.config import ReadDtype
 from launch.errors import BadInput, run_command
 from launch.files import atomic_write
-from launch.world import Dtype, World, init_distributed
+from launch.world import World, init_distributed
 from model.gpt2 import GPT
 
 # nanochat's seeds of Python's random: of the order of a task's rows, and, plus a row's number in
@@ -211,7 +212,7 @@ def main(
     checkpoint: Annotated[str, tyro.conf.Positional],
     data: str = "",
     limit: int = 0,
-    dtype: Dtype = "auto",
+    dtype: ReadDtype = "auto",
     details: str = "",
 ) -> None:
     """Scores a checkpoint on CORE's 22 tasks.
@@ -220,7 +221,7 @@ def main(
         checkpoint: A checkpoint folder, a run folder, or hf:DIR.
         data: Folder of tasks, nanochat's eval_bundle; downloaded if not given.
         limit: Only so many rows of each task; 0 for all.
-        dtype: Number format of the matrix products.
+        dtype: Number format of the matrix products; int8: of the matrices, on a CPU.
         details: File to write every row's answer to.
     """
     if limit < 0:

@@ -23,8 +23,9 @@ from eval import choice
 from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
 from launch import flags
+from launch.config import ReadDtype
 from launch.errors import BadInput, Failed, one_line_errors, run_command
-from launch.world import Dtype, World, init_distributed
+from launch.world import World, init_distributed
 from model.generate import SampleConfig, generate
 from model.gpt2 import GPT
 
@@ -162,7 +163,7 @@ def main(
     checkpoint: Annotated[str, tyro.conf.Positional],
     tasks: str,
     limit: int = 0,
-    dtype: Dtype = "auto",
+    dtype: ReadDtype = "auto",
     include_path: Path | None = None,
 ) -> None:
     """Judges a checkpoint by tasks of lm-evaluation-harness.
@@ -171,7 +172,7 @@ def main(
         checkpoint: A checkpoint folder, a run folder, or hf:DIR.
         tasks: Names, with commas between them.
         limit: Only the first examples of each task; 0 for all.
-        dtype: Number format of the matrix products.
+        dtype: Number format of the matrix products; int8: of the matrices, on a CPU.
         include_path: A folder with task YAMLs of your own.
     """
     if limit < 0:

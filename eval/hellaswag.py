@@ -30,9 +30,10 @@ from eval.choice import Question, Score
 from eval.likelihood import Request
 from eval.published import SIZES
 from launch import flags
+from launch.config import ReadDtype
 from launch.errors import BadInput, run_command
 from launch.files import download
-from launch.world import Dtype, World, init_distributed
+from launch.world import World, init_distributed
 from model.gpt2 import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -93,7 +94,7 @@ def main(
     checkpoint: Annotated[str, tyro.conf.Positional] = "",
     data: str = "",
     limit: int = 0,
-    dtype: Dtype = "auto",
+    dtype: ReadDtype = "auto",
     details: str = "",
     compare: tuple[Path, Path] | None = None,
 ) -> None:
@@ -103,7 +104,7 @@ def main(
         checkpoint: A checkpoint folder, a run folder, or hf:DIR.
         data: JSONL file of questions; downloaded if not given.
         limit: Only the first questions; 0 for all.
-        dtype: Number format of the matrix products.
+        dtype: Number format of the matrix products; int8: of the matrices, on a CPU.
         details: File to write every question's answer to.
         compare: Two such files: lists the questions that they answer differently.
     """

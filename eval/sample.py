@@ -31,11 +31,13 @@ from eval.dialogue import Dialogue
 from eval.wrap import console_width, wrap
 from kernels import selfcheck
 from launch import cli, flags, hints
+from launch.config import ReadDtype
 from launch.errors import BadInput, run_command
-from launch.world import DTYPES, Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
+from launch.world import DTYPES, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import characters_of, load_resolved, resolve
 from model.generate import CannotSample, SampleConfig, generate, store_in
 from model.gpt2 import GPT
+from model.int8_weights import store_in_int8
 from model.network import use_operators
 from model.packed_weights import pack
 
@@ -59,8 +61,8 @@ class Arguments(SampleConfig):
     """One JSON object a line: prompt, text, tokens."""
     chat: bool = False
     """Talk: each line of standard input is said to the model, which remembers what was said."""
-    dtype: Dtype = "auto"
-    """Number format of the matrices and their products."""
+    dtype: ReadDtype = "auto"
+    """Number format of the matrices and their products; int8: of the matrices alone, on a CPU."""
 
 
 class Continuation(NamedTuple):
@@ -72,26 +74,30 @@ class Continuation(NamedTuple):
 
 
 def load_for_sampling(
-    checkpoint: str, dtype: str, device: torch.device, several: bool = False
+    checkpoint: str, dtype: ReadDtype, device: torch.device, several: bool = False
 ) -> tuple[GPT, Tokenizer]:
-    """A checkpoint's model, its matrices in the number format that autocast will compute in, with
-    weights that won't change; and what its tokens stand for.
+    """A checkpoint's model, its matrices in the number format that autocast will compute in, or in
+    int8, with weights that won't change; and what its tokens stand for.
 
-    several: texts at once. For one in bf16 nothing is gained by a second copy of the matrices.
+    dtype: as choose_dtype() takes it. several: texts at once. For one in bf16 nothing is gained by
+    a second copy of the matrices.
     """
+    chosen = choose_dtype(dtype, device)
     source = resolve(checkpoint)
     tokenizer = tokenizer_of(characters_of(source))
-    model = load_resolved(source).to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
-    if dtype in ("bf16", "fp16"):
-        store_in(model, DTYPES[dtype])
+    model = load_resolved(source).to(DTYPES["fp64" if chosen == "fp64" else "fp32"])
+    if chosen in ("bf16", "fp16") and dtype != "int8":
+        store_in(model, DTYPES[chosen])
     if device.type == "cuda":
         shape = model.config
         ops, _line = selfcheck.checked(
-            "auto", device, shape.n_embd // shape.n_head, DTYPES[dtype],
+            "auto", device, shape.n_embd // shape.n_head, DTYPES[chosen],
             speedrun=shape.arch == "speedrun", training=False)
         use_operators(model, ops)
     model.to(device).eval().requires_grad_(False)
-    if device.type == "cpu" and (several or dtype == "fp32"):
+    if dtype == "int8":
+        store_in_int8(model, DTYPES[chosen])
+    elif device.type == "cpu" and (several or chosen == "fp32"):
         pack(model)
     return model, tokenizer
 
@@ -295,7 +301,8 @@ def main(arguments: Arguments) -> None:
     keep_freed_memory()
     dtype = choose_dtype(arguments.dtype, device)
     several = len(prompts) * arguments.num > 1
-    model, tokenizer = load_for_sampling(arguments.checkpoint, dtype, device, several)
+    model, tokenizer = load_for_sampling(
+        arguments.checkpoint, arguments.dtype, device, several)
     with autocast(device, dtype):
         if arguments.chat and tokenizer.characters:
             raise BadInput(f"--chat is in GPT-2's tokens: {arguments.checkpoint} reads characters")

@@ -36,8 +36,9 @@ from eval.completion_request import parse_request
 from eval.completions import Answer, Piece, complete
 from eval.sample import load_for_sampling
 from launch import cli, flags
+from launch.config import ReadDtype
 from launch.errors import BadInput, Failed, one_line_errors, run_command
-from launch.world import Dtype, autocast, choose_device, choose_dtype, keep_freed_memory
+from launch.world import autocast, choose_device, choose_dtype, keep_freed_memory
 from model.gpt2 import GPT
 
 with one_line_errors():
@@ -264,7 +265,7 @@ def main(
     checkpoint: Annotated[str, tyro.conf.Positional] = "",
     host: str = "127.0.0.1",
     port: int = 8000,
-    dtype: Dtype = "auto",
+    dtype: ReadDtype = "auto",
 ) -> None:
     """Serves a page to talk to a checkpoint, and OpenAI's completions endpoint.
 
@@ -272,7 +273,7 @@ def main(
         checkpoint: A checkpoint folder, a run folder (its newest checkpoint), or hf:DIR.
         host: Address to listen on; 0.0.0.0 for every machine that can reach this one.
         port: Port to listen on.
-        dtype: Number format of the matrices and their products.
+        dtype: Number format of the matrices and their products; int8: of the matrices, on a CPU.
     """
     if not checkpoint:
         raise BadInput("which checkpoint? python -m eval.serve CHECKPOINT")
@@ -281,7 +282,7 @@ def main(
         device = choose_device()
         keep_freed_memory()
         dtype_name = choose_dtype(dtype, device)
-        model, tokenizer = load_for_sampling(checkpoint, dtype_name, device, several=True)
+        model, tokenizer = load_for_sampling(checkpoint, dtype, device, several=True)
         name, hosts = model_name(checkpoint), own_hosts(host, address)
         shown = f"[{host}]" if ":" in host else host
         if hosts is None:

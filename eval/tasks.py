@@ -31,8 +31,9 @@ from eval.choice import Question
 from eval.likelihood import Request, negative_loglikelihoods, rolling_requests
 from eval.loss import require_numbers
 from launch import flags
+from launch.config import ReadDtype
 from launch.errors import BadInput, run_command
-from launch.world import Dtype, World, init_distributed
+from launch.world import World, init_distributed
 from model.gpt2 import GPT
 
 Task = Literal["lambada", "piqa", "arc_easy", "winogrande", "bits_per_byte"]
@@ -154,7 +155,7 @@ def main(
     checkpoint: Annotated[str, tyro.conf.Positional],
     data: Path,
     limit: int = 0,
-    dtype: Dtype = "auto",
+    dtype: ReadDtype = "auto",
 ) -> None:
     """Judges a checkpoint by one of the field's small evaluations.
 
@@ -163,7 +164,7 @@ def main(
         checkpoint: A checkpoint folder, a run folder, or hf:DIR.
         data: The file: JSONL (or .jsonl.xz), any text for bits_per_byte.
         limit: Only the first rows; 0 for all.
-        dtype: Number format of the matrix products.
+        dtype: Number format of the matrix products; int8: of the matrices, on a CPU.
     """
     if limit < 0:
         raise BadInput(f"--limit {limit}: expected 0 (all) or more")

@@ -311,6 +311,17 @@ def decode_attention(qkv: Tensor, kv: Tensor, position: Tensor, n_head: int) -> 
     return y.reshape(B, 1, C3 // 3)  # (B, H, 1, D) -> (B, 1, C)
 
 
+def int8_linear(x: Tensor, whole: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, where row o of the weight is scale[o] whole[o]. (..., C) -> (..., O).
+
+    whole: (O, C) int8; scale: (O,); bias: (O,) or None. In x's dtype, the scale and the bias in
+    fp32 at least; whole numbers of 8 bits have no rounding in bf16.
+    """
+    y = F.linear(x, whole.to(x.dtype))  # (..., O)
+    y = y.to(at_least_fp32(y.dtype)) * scale
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
 def draw(
     logits: Tensor, u: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:

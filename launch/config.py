@@ -9,6 +9,7 @@ from launch import cli
 from launch.errors import BadInput
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
+ReadDtype = Literal["auto", "bf16", "fp16", "fp32", "fp64", "int8"]  # of a model that is only read
 Policy = Literal["skip", "rollback", "stop", "ignore"]
 Tracking = Literal["disabled", "offline", "online"]
 LONGEST_NAME = 255  # bytes, on most file systems

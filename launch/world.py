@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import cards
-from launch.config import Dtype
+from launch.config import ReadDtype
 from launch.errors import BadInput, Failed
 from launch.orphan import exit_when_orphaned
 from launch.ranks import read_ranks
@@ -238,13 +238,16 @@ def keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def choose_dtype(asked: Dtype, device: torch.device) -> str:
+def choose_dtype(asked: ReadDtype, device: torch.device) -> str:
     """The number format of the matrix products: bf16, fp16, fp32 or fp64.
 
     auto: bf16 where the hardware multiplies it (CUDA from compute capability 8.0 on, CPUs with
-    avx512_bf16 or AMX), fp16 on older GPUs, fp32 elsewhere.
+    avx512_bf16 or AMX), fp16 on older GPUs, fp32 elsewhere. int8, which is of weights alone: the
+    same as auto, on CPUs. Raises BadInput for what the device doesn't have.
     """
-    if asked != "auto":
+    if asked == "int8" and device.type != "cpu":
+        raise BadInput("--dtype int8 is for CPUs: on a GPU use --dtype bf16, or leave it out")
+    if asked not in ("auto", "int8"):
         if asked == "fp64" and device.type == "mps":
             raise BadInput("Apple's MPS has no fp64: use --dtype fp32")
         return asked

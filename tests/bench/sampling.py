@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
-from launch.world import autocast, choose_dtype, keep_freed_memory
+from launch.world import DTYPES, autocast, choose_dtype, keep_freed_memory
 from model.config import GPTConfig
 from model.generate import SampleConfig, generate, store_in
 from model.gpt2 import GPT
+from model.int8_weights import store_in_int8
 from model.packed_weights import pack
 from model.size import parameters
 from tests.bench import limits, plain
@@ -21,7 +22,7 @@ from tests.bench.pairs import Done, Row, Work
 from tests.bench.training import QUICK, first_weights
 
 CPU = torch.device("cpu")
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 def rows(quick: bool = False) -> list[Row]:
@@ -32,6 +33,11 @@ def rows(quick: bool = False) -> list[Row]:
     if choose_dtype("auto", CPU) == "bf16":
         made.append(stream("sampling 124M, one stream, bf16", GPTConfig(), "bf16", 40))
     dtype = choose_dtype("auto", CPU)
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":  # kernels/int8.c: AVX2 or AVX-512
+        made += [stream("sampling 124M, one stream, int8", GPTConfig(), "int8", 40),
+                 Row(f"sampling 124M, one stream, int8 for {dtype}", "tokens",
+                     partial(cached, GPTConfig(), dtype, 1, 40),
+                     partial(cached, GPTConfig(), "int8", 1, 40))]
     made.append(Row(f"sampling 124M, 8 streams for one, {dtype}", "tokens",
                     partial(cached, GPTConfig(), dtype, 1, 40),
                     partial(cached, GPTConfig(), dtype, 8, 40)))
@@ -64,15 +70,18 @@ def cached(config: GPTConfig, dtype: str, streams: int, new_tokens: int) -> Work
     keep_freed_memory()
     model = GPT(config).eval()
     model.load_state_dict(first_weights(config))
-    if dtype == "bf16":
+    computed = choose_dtype(dtype, CPU)
+    if dtype == "int8":
+        store_in_int8(model, DTYPES[computed])
+    elif dtype == "bf16":
         store_in(model, torch.bfloat16)
-    if streams > 1 or dtype == "fp32":
+    if dtype != "int8" and (streams > 1 or dtype == "fp32"):
         pack(model)
     prompt = torch.arange(8).repeat(streams, 1)  # (streams, 8)
     how = SampleConfig(new_tokens, temperature=0)
 
     def work() -> Done:
-        with autocast(CPU, dtype):
+        with autocast(CPU, computed):
             drawn = torch.stack([*generate(model, prompt, how)])  # (new_tokens, streams)
         return Done(drawn.numel(), float(drawn.sum()))
 
