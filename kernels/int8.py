@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,25 +35,13 @@ def compiled() -> Product:
     Raises RuntimeError, one line, where there is no C compiler (cc, or what CC names) with OpenMP,
     or what it made is wrong.
     """
-    words = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "int8.so"
-        try:
-            subprocess.run([*words, *FLAGS, str(SOURCE), "-o", str(library)], check=True,
-                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            function = ctypes.CDLL(str(library)).int8_product
-        except subprocess.CalledProcessError as error:
-            said = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
-            raise RuntimeError(f"{words[0]} can't compile it: {said[0].strip()}") from None
-        except OSError as error:
-            raise RuntimeError(f"no C compiler {words[0]!r} here ({error.strerror}): CC names "
-                               "another") from None
+    function = load(compiler())
     pointer, number = ctypes.c_void_p, ctypes.c_long
     function.argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
     function.restype = None
 
     def product(x: Tensor, whole: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-        """As reference.int8_linear; whole, scale and bias have to be dense."""
+        """As reference.int8_linear. whole has to be dense, and scale and bias dense in fp32."""
         outputs, C = whole.shape
         rows = x.reshape(-1, C).float().contiguous()  # (N, C)
         y = torch.empty(*x.shape[:-1], outputs)
@@ -61,8 +50,44 @@ def compiled() -> Product:
         return y
 
     if not is_right(product):
-        raise RuntimeError(f"what {words[0]} makes of {SOURCE.name} computes wrong numbers")
+        raise RuntimeError(f"what {compiler()[0]} makes of {SOURCE.name} computes wrong numbers")
     return product
+
+
+def compiler() -> list[str]:
+    """The words that call it. Raises RuntimeError where CC can't be read."""
+    named = os.environ.get("CC", "")
+    try:
+        return shlex.split(named) or ["cc"]
+    except ValueError as error:
+        raise RuntimeError(f"CC={named} names no compiler: {error}") from None
+
+
+def load(words: list[str]) -> Any:
+    """The function of SOURCE, as this compiler makes it. Raises RuntimeError where it can't."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "int8.so"
+            compile_into(library, words)
+            return ctypes.CDLL(str(library)).int8_product
+    except (OSError, AttributeError) as error:  # no room, files there can't be run, C++'s names
+        raise RuntimeError(f"what {words[0]} makes of {SOURCE.name} can't be loaded: {error}"
+                           ) from None
+
+
+def compile_into(library: Path, words: list[str]) -> None:
+    """Calls the compiler. Raises RuntimeError with its first error."""
+    try:
+        # In English, of which a line is chosen.
+        subprocess.run([*words, *FLAGS, str(SOURCE), "-o", str(library)], check=True,
+                       capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
+                       env=os.environ | {"LC_ALL": "C"})
+    except subprocess.CalledProcessError as error:
+        said = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
+        raise RuntimeError(f"{words[0]} can't compile it: {said[0].strip()}") from None
+    except OSError as error:
+        raise RuntimeError(f"no C compiler {words[0]!r} here ({error.strerror}): CC names "
+                           "another") from None
 
 
 def is_right(product: Product) -> bool:

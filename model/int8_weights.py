@@ -30,9 +30,11 @@ class Int8Product:
     """x @ weight.T + bias, the weight in whole numbers. x: (..., C) -> (..., O)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        """weight: (O, C), bias: (O,), in fp32; dtype: of what comes out, and of products of more
-        than FEW rows. RuntimeError where the product can't be compiled."""
-        self.few, self.bias, self.dtype = int8.compiled(), bias, dtype
+        """weight: (O, C), bias: (O,); dtype: of what comes out, and of products of more than FEW
+        rows. RuntimeError where the product can't be compiled."""
+        self.few, self.dtype = int8.compiled(), dtype
+        self.bias = None if bias is None else dense(bias)
+        weight = dense(weight)
         # A row of zeros is zeros by any scale. One with a NaN or an infinity is NaN, as it has to
         # be: so is its scale, or 0 times it.
         self.scale = weight.abs().amax(1).clamp(min=torch.finfo(weight.dtype).tiny) / LARGEST
@@ -42,6 +44,11 @@ class Int8Product:
         if x.numel() <= FEW * x.shape[-1]:
             return self.few(x, self.whole, self.scale, self.bias).to(self.dtype)
         return reference.int8_linear(x.to(self.dtype), self.whole, self.scale, self.bias)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """In fp32, as it lies in memory without gaps: what C reads."""
+    return tensor.float().contiguous()
 
 
 def store_in_int8(model: GPT, dtype: torch.dtype) -> GPT:

@@ -90,7 +90,7 @@ def compile_blocks(model: Any) -> None:
         use_operators(model, model.ops._replace(linear_cross_entropy=loss))
 
 
-CONSTANTS = (nn.init.ones_, nn.init.zeros_, nn.init.constant_)
+CONSTANTS = (nn.init.ones_, nn.init.zeros_, nn.init.constant_)  # LayerNorm's gains, say
 
 
 class NoFirstWeights(TorchFunctionMode):

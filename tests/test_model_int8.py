@@ -1,7 +1,9 @@
 """--dtype int8: products by 8-bit whole numbers are those of the matrix they stand for."""
 
 import copy
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,10 +30,11 @@ SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=16, n_vocab=300)
 WHOLE = replace(SMALL, n_vocab=50257)  # what a checkpoint has to have
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-cpu = torch.backends.cpu.get_cpu_capability()
+CC = os.environ.get("CC") or "cc"
 has_product = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or cpu == "DEFAULT",
-    reason="kernels/int8.c is for x86 with AVX2 or AVX-512")
+    platform.machine() not in ("x86_64", "AMD64") or not shutil.which(CC.split()[0])
+    or torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="kernels/int8.c wants an x86 CPU with AVX2 or AVX-512, and a C compiler")
 
 
 @pytest.fixture
@@ -69,19 +72,25 @@ def restored(weight: torch.Tensor) -> torch.Tensor:
     return product.whole.double() * product.scale.double()[:, None]
 
 
+@pytest.fixture(scope="module", params=["", "-mno-avx512f"], ids=["its own", "avx2"])
+def product(request):
+    """Of AVX-512, where that is, and of AVX2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", f"{CC} {request.param}")
+        yield int8.compiled.__wrapped__()
+
+
 @has_product
-@pytest.mark.parametrize("flags", ["", "-mno-avx512f"])  # AVX-512 where it is, and AVX2
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (2, 5), (FEW,)])
 @pytest.mark.parametrize("C", [1, 31, 64, 200])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_product_is_its_definition(flags, rows, C, bias, monkeypatch, compile_anew):
-    monkeypatch.setenv("CC", f"cc {flags}")
+def test_the_product_is_its_definition(product, rows, C, bias):
     generator = torch.Generator().manual_seed(C)
     whole = torch.randint(-127, 128, (70, C), generator=generator).to(torch.int8)
     x, scale, offset = (torch.randn(*shape, generator=generator)
                         for shape in ((*rows, C), (70,), (70,)))
     offset = offset if bias else None
-    got = int8.compiled()(x, whole, scale, offset)
+    got = product(x, whole, scale, offset)
     exact = reference.int8_linear(x.double(), whole, scale, offset)
     assert (got.shape, got.dtype) == (exact.shape, torch.float32)
     # C products and sums, the scale, the bias: each rounds by 2^-24 of the sum of the sizes.
@@ -93,18 +102,37 @@ def test_the_product_is_its_definition(flags, rows, C, bias, monkeypatch, compil
 @has_product
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [FEW, FEW + 1])
-def test_few_rows_and_many_have_the_same_product(rows, dtype):
+def test_few_rows_go_to_c_and_many_do_not_and_the_product_is_the_same(rows, dtype):
     torch.manual_seed(0)
     weight, bias, x = torch.randn(70, 48), torch.randn(70), torch.randn(rows, 48)
     product = Int8Product(weight, bias, DTYPES[dtype])
+    in_c, calls = product.few, []
+    product.few = lambda *words: (calls.append(words), in_c(*words))[1]
     x = x.to(DTYPES[dtype])
     got = product(x)
+    assert len(calls) == (rows == FEW)
     assert got.dtype == DTYPES[dtype]
     exact = reference.int8_linear(x.double(), product.whole, product.scale, bias)
     size = reference.int8_linear(x.double().abs(), product.whole.abs(), product.scale, bias.abs())
-    # As above; of bf16 the product is rounded by 2^-8 before the bias is added, and the sum after.
-    limit = 50 * 2**-24 * size + (2 * 2**-8 * 1.01 * size if dtype == "bf16" else 0)
+    # As above. Into bf16 C's sum is rounded once, by 2^-9 of it; the other way's product is, too,
+    # before the scale and the bias.
+    roundings = {"fp32": 0, "bf16": 1 if rows == FEW else 2}[dtype]
+    limit = 50 * 2**-24 * size + roundings * 2**-9 * 1.01 * size
     assert ((got.double() - exact).abs() <= limit).all()
+
+
+@has_product
+def test_a_matrix_may_lie_in_memory_as_it_likes_and_have_any_dtype():
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(96, 64), torch.randn(64), torch.randn(3, 96)
+    plain = Int8Product(weight.t().contiguous(), bias, torch.float32)(x)
+    assert Int8Product(weight.t(), bias, torch.float32)(x).equal(plain)
+    assert Int8Product(weight.t().double(), bias.double(), torch.float32)(x).equal(plain)
+    apart = torch.stack([bias, bias], 1)[:, 0]  # every second number
+    assert Int8Product(weight.t(), apart, torch.float32)(x).equal(plain)
+    half = Int8Product(weight.t().bfloat16(), bias.bfloat16(), torch.float32)(x)
+    rounded = [tensor.bfloat16().float() for tensor in (weight.t(), bias)]
+    assert half.equal(Int8Product(*rounded, torch.float32)(x))
 
 
 @has_product
@@ -174,11 +202,39 @@ def test_who_samples_and_who_judges_get_it(tmp_path):
 
 
 @pytest.mark.parametrize("compiler, said", [
-    ("/nowhere/cc", "no C compiler '/nowhere/cc' here"), ("false", "false can't compile it")])
+    ("/nowhere/cc", "no C compiler '/nowhere/cc' here"), ("false", "false can't compile it"),
+    ('"', "CC=\" names no compiler: No closing quotation"),
+    ("true", "what true makes of int8.c can't be loaded")])
 def test_without_a_compiler_it_says_so(compiler, said, monkeypatch, compile_anew):
     monkeypatch.setenv("CC", compiler)
     with pytest.raises(BadInput, match=f"--dtype int8 can't be had on this machine: {said}"):
         store_in_int8(small(), torch.float32)
+
+
+@pytest.mark.parametrize("made, said", [
+    ('echo text > "$last"', "can't be loaded: .*int8.so"),  # no library
+    ("printf 'int8.c: error: \\351t\\351' >&2; exit 1", "can't compile it: int8.c: error: .t."),
+])
+def test_what_a_compiler_does_wrong_is_named(made, said, tmp_path, monkeypatch, compile_anew):
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\nfor last; do :; done\n{made}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(RuntimeError, match=said):
+        int8.compiled()
+
+
+def test_without_a_place_for_temporary_files_it_says_so(tmp_path, monkeypatch, compile_anew):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(RuntimeError, match="can't be loaded: .*nowhere"):
+        int8.compiled()
+
+
+@has_product
+def test_names_of_cpp_are_an_error(monkeypatch, compile_anew):
+    monkeypatch.setenv("CC", f"{CC} -Dint8_product=another")
+    with pytest.raises(RuntimeError, match="can't be loaded: .*undefined symbol: int8_product"):
+        int8.compiled()
 
 
 @has_product

@@ -99,6 +99,15 @@ def test_a_network_that_will_be_loaded_is_not_drawn_and_its_padding_is_zero(arch
     assert torch.equal(loaded(idx), drawn(idx))
 
 
+def test_constants_are_filled_in_where_nothing_is_drawn():
+    tensor = torch.full((3,), 7.0)
+    with NoFirstWeights():
+        for fill, value in ((torch.nn.init.ones_, 1), (torch.nn.init.zeros_, 0),
+                            (lambda given: torch.nn.init.constant_(given, 0.5), 0.5)):
+            assert fill(tensor).eq(value).all()
+        assert torch.nn.init.normal_(tensor).eq(0.5).all()
+
+
 @pytest.mark.parametrize("arch", ["gpt2", "speedrun"])
 def test_first_weights_are_drawn_once_and_are_those_of_the_network(arch, monkeypatch):
     """nn.Linear's and nn.Embedding's own are not drawn before; what they leave is overwritten."""

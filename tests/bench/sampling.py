@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from kernels import int8
 from launch.world import DTYPES, autocast, choose_dtype, keep_freed_memory
 from model.config import GPTConfig
 from model.generate import SampleConfig, generate, store_in
@@ -33,7 +34,7 @@ def rows(quick: bool = False) -> list[Row]:
     if choose_dtype("auto", CPU) == "bf16":
         made.append(stream("sampling 124M, one stream, bf16", GPTConfig(), "bf16", 40))
     dtype = choose_dtype("auto", CPU)
-    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":  # kernels/int8.c: AVX2 or AVX-512
+    if has_int8():
         made += [stream("sampling 124M, one stream, int8", GPTConfig(), "int8", 40),
                  Row(f"sampling 124M, one stream, int8 for {dtype}", "tokens",
                      partial(cached, GPTConfig(), dtype, 1, 40),
@@ -42,6 +43,15 @@ def rows(quick: bool = False) -> list[Row]:
                     partial(cached, GPTConfig(), dtype, 1, 40),
                     partial(cached, GPTConfig(), dtype, 8, 40)))
     return made
+
+
+def has_int8() -> bool:
+    """Whether this machine can make kernels/int8.c."""
+    try:
+        int8.compiled()
+    except RuntimeError:
+        return False
+    return True
 
 
 def stream(name: str, config: GPTConfig, dtype: str, new_tokens: int) -> Row:
