@@ -20,19 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
 
-import torch
-
 from eval.likelihood import Request, negative_loglikelihoods
 from eval.loss import require_numbers
 from launch.config import ReadDtype
 from launch.errors import BadInput
 from launch.files import atomic_write
-from launch.world import DTYPES, World, autocast, choose_dtype
+from launch.world import World, autocast, choose_dtype
 from model.checkpoint import characters_of, load_resolved, resolve
-from model.generate import store_in
 from model.gpt2 import GPT
-from model.int8_weights import store_in_int8
-from model.packed_weights import pack
+from model.reading import ready_to_read
 
 Row = TypeVar("Row")
 
@@ -188,8 +184,8 @@ def open_model(checkpoint: str, dtype: ReadDtype, world: World) -> Iterator[GPT]
     """The model of a checkpoint, ready for evaluation inside this context.
 
     bf16 and fp16 are what training computes with: matrices in that format, the rest in fp32. int8
-    is of the matrices alone, on CPUs.
-    Raises BadInput for one that reads characters: every question is asked in GPT-2's tokens.
+    is of the matrices alone, on CPUs. Raises BadInput for one that reads characters: every question
+    is asked in GPT-2's tokens.
     """
     chosen = choose_dtype(dtype, world.device)
     source = world.broadcast_from_rank0(resolve, checkpoint)
@@ -198,16 +194,7 @@ def open_model(checkpoint: str, dtype: ReadDtype, world: World) -> Iterator[GPT]
             raise BadInput(f"{source} reads characters (--data.vocab char), and this evaluation "
                            "asks in GPT-2's tokens: its run's validation loss and eval.sample "
                            "judge it")
-        model = load_resolved(source)
-    model.to(torch.float64 if chosen == "fp64" else torch.float32)
-    if chosen in ("bf16", "fp16") and dtype != "int8":
-        store_in(model, DTYPES[chosen])  # cast once, and not in every pass
-    model.to(world.device).eval()
-    if dtype == "int8":
-        with world.fail_together():
-            store_in_int8(model, DTYPES[chosen])
-    elif world.device.type == "cpu":
-        pack(model)
+        model = ready_to_read(load_resolved(source), dtype, world.device)
     with autocast(world.device, chosen):
         yield model
 

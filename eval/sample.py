@@ -35,11 +35,10 @@ from launch.config import ReadDtype
 from launch.errors import BadInput, run_command
 from launch.world import DTYPES, autocast, choose_device, choose_dtype, keep_freed_memory
 from model.checkpoint import characters_of, load_resolved, resolve
-from model.generate import CannotSample, SampleConfig, generate, store_in
+from model.generate import CannotSample, SampleConfig, generate
 from model.gpt2 import GPT
-from model.int8_weights import store_in_int8
 from model.network import use_operators
-from model.packed_weights import pack
+from model.reading import ready_to_read
 
 ROWS_AT_ONCE = 32  # texts drawn side by side
 
@@ -76,29 +75,16 @@ class Continuation(NamedTuple):
 def load_for_sampling(
     checkpoint: str, dtype: ReadDtype, device: torch.device, several: bool = False
 ) -> tuple[GPT, Tokenizer]:
-    """A checkpoint's model, its matrices in the number format that autocast will compute in, or in
-    int8, with weights that won't change; and what its tokens stand for.
-
-    dtype: as choose_dtype() takes it. several: texts at once. For one in bf16 nothing is gained by
-    a second copy of the matrices.
-    """
-    chosen = choose_dtype(dtype, device)
+    """A checkpoint's model, as ready_to_read() makes it, and what its tokens stand for."""
     source = resolve(checkpoint)
     tokenizer = tokenizer_of(characters_of(source))
-    model = load_resolved(source).to(DTYPES["fp64" if chosen == "fp64" else "fp32"])
-    if chosen in ("bf16", "fp16") and dtype != "int8":
-        store_in(model, DTYPES[chosen])
+    model = ready_to_read(load_resolved(source), dtype, device, several)
     if device.type == "cuda":
         shape = model.config
         ops, _line = selfcheck.checked(
-            "auto", device, shape.n_embd // shape.n_head, DTYPES[chosen],
+            "auto", device, shape.n_embd // shape.n_head, DTYPES[choose_dtype(dtype, device)],
             speedrun=shape.arch == "speedrun", training=False)
         use_operators(model, ops)
-    model.to(device).eval().requires_grad_(False)
-    if dtype == "int8":
-        store_in_int8(model, DTYPES[chosen])
-    elif device.type == "cpu" and (several or chosen == "fp32"):
-        pack(model)
     return model, tokenizer
 
 

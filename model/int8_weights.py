@@ -3,8 +3,8 @@
     store_in_int8(model, torch.bfloat16)    # in place; products of many rows in bf16
 
 Half of bf16's bytes, and one text takes little but the time to read them. Each row of a matrix
-becomes whole numbers from -127 to 127 and a scale, the row's largest number / 127 (as LLM.int8()
-stores weights: arXiv 2208.07339, section 2), so no number moves by more than half a scale. What a
+becomes whole numbers from -127 to 127 and a scale, the row's largest number / 127 (absmax by
+row: arXiv 2208.07339), so no number moves by more than half a scale. What a
 matrix is multiplied with stays as it is. Embeddings, biases and LayerNorms stay too.
 
 Shapes: C inputs, O outputs.

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from eval.likelihood import Request, negative_loglikelihoods
+from launch.config import ReadDtype
 from launch.world import World, autocast, choose_dtype, keep_freed_memory
 from model.config import GPTConfig
-from model.generate import store_in
 from model.gpt2 import GPT
-from model.packed_weights import pack
+from model.reading import ready_to_read
 from tests.bench import plain
 from tests.bench.pairs import Done, Row, Work
 from tests.bench.training import QUICK, first_weights
@@ -77,14 +77,12 @@ def one_at_a_time(config: GPTConfig, count: int) -> Work:
     return work
 
 
-def packed(config: GPTConfig, dtype: str, count: int) -> Work:
+def packed(config: GPTConfig, dtype: ReadDtype, count: int) -> Work:
     """As eval.hellaswag does it: each context computed once, several questions in one row."""
     keep_freed_memory()
     model = GPT(config).eval()
     model.load_state_dict(first_weights(config))
-    if dtype == "bf16":
-        store_in(model, torch.bfloat16)
-    pack(model)
+    ready_to_read(model, dtype, ALONE.device)
     asked = questions(config, count)
     tokens = sum(len(ending) for request in asked for ending in request.continuations)
 

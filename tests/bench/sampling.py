@@ -11,12 +11,12 @@ from functools import partial
 import torch
 
 from kernels import int8
-from launch.world import DTYPES, autocast, choose_dtype, keep_freed_memory
+from launch.config import ReadDtype
+from launch.world import autocast, choose_dtype, keep_freed_memory
 from model.config import GPTConfig
-from model.generate import SampleConfig, generate, store_in
+from model.generate import SampleConfig, generate
 from model.gpt2 import GPT
-from model.int8_weights import store_in_int8
-from model.packed_weights import pack
+from model.reading import ready_to_read
 from model.size import parameters
 from tests.bench import limits, plain
 from tests.bench.pairs import Done, Row, Work
@@ -54,7 +54,7 @@ def has_int8() -> bool:
     return True
 
 
-def stream(name: str, config: GPTConfig, dtype: str, new_tokens: int) -> Row:
+def stream(name: str, config: GPTConfig, dtype: ReadDtype, new_tokens: int) -> Row:
     """One stream, beside the plain way and the time that reading the weights takes."""
     limit = partial(limits.reads, BYTES[dtype] * parameters(config))
     return Row(name, "tokens", partial(recomputed, config, new_tokens),
@@ -75,23 +75,17 @@ def recomputed(config: GPTConfig, new_tokens: int) -> Work:
     return work
 
 
-def cached(config: GPTConfig, dtype: str, streams: int, new_tokens: int) -> Work:
+def cached(config: GPTConfig, dtype: ReadDtype, streams: int, new_tokens: int) -> Work:
     """As eval.sample does it."""
     keep_freed_memory()
     model = GPT(config).eval()
     model.load_state_dict(first_weights(config))
-    computed = choose_dtype(dtype, CPU)
-    if dtype == "int8":
-        store_in_int8(model, DTYPES[computed])
-    elif dtype == "bf16":
-        store_in(model, torch.bfloat16)
-    if dtype != "int8" and (streams > 1 or dtype == "fp32"):
-        pack(model)
+    ready_to_read(model, dtype, CPU, several=streams > 1)
     prompt = torch.arange(8).repeat(streams, 1)  # (streams, 8)
     how = SampleConfig(new_tokens, temperature=0)
 
     def work() -> Done:
-        with autocast(CPU, computed):
+        with autocast(CPU, choose_dtype(dtype, CPU)):
             drawn = torch.stack([*generate(model, prompt, how)])  # (new_tokens, streams)
         return Done(drawn.numel(), float(drawn.sum()))
 
