@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from model.parallel import ParamShard, ends_a_group
 from model.train_state import TrainState
@@ -43,7 +42,7 @@ class Diagnostics:
         self.module, self.world = self.model.module, self.model.world
         self.every = every
         self.recorded = False  # a whole step, with its update
-        self.hooks: list[RemovableHandle] = []
+        self.listening = False
         self.matrices = [shard for shard in self.model.shards if shard.param.dim() == 2]
         self._forget()
         self._listen(self._is_due(step + 1))
@@ -57,7 +56,7 @@ class Diagnostics:
         if not self.every:
             return None
         row = self._row() if self.recorded else None
-        missed = bool(self.hooks) and not self.recorded
+        missed = self.listening and not self.recorded
         self.recorded = False
         self._listen(missed or self._is_due(step + 1))
         return row
@@ -72,16 +71,14 @@ class Diagnostics:
 
     def _listen(self, wanted: bool) -> None:
         """Hooks itself into the blocks and the optimizer, or out of them."""
-        if wanted == bool(self.hooks):
+        if wanted == self.listening:
             return
+        self.listening = wanted
+        self.module.watch = self._after_block if wanted else None
         if wanted:
-            self.hooks = [self.optimizer.register_step_pre_hook(self._before_update),
-                          self.optimizer.register_step_post_hook(self._after_update)]
-            self.module.watch = self._after_block
-            return
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks, self.module.watch = [], None
+            self.optimizer.step = self._update  # in place of its class's
+        else:
+            del self.optimizer.step
 
     def _forget(self) -> None:
         self.step_seen, layers = self.model.steps_begun, len(self.module.h)
@@ -121,19 +118,16 @@ class Diagnostics:
         _add(self.gradients[layer], [count, total * factor, squares * factor**2])
 
     @torch.no_grad()
-    def _before_update(self, *_: Any) -> None:
-        self.before = [self._own_rows(shard, shard.optim_param).clone() for shard in self.matrices]
-
-    @torch.no_grad()
-    def _after_update(self, *_: Any) -> None:
-        """The gradients and updates of the rows that this rank updates."""
+    def _update(self) -> None:
+        """The optimizer's step: notes the gradients and updates of the rows that this rank has."""
+        all_before = [self._own_rows(shard, shard.optim_param).clone() for shard in self.matrices]
+        type(self.optimizer).step(self.optimizer)
         self.updates = []
-        for shard, before in zip(self.matrices, self.before, strict=True):
+        for shard, before in zip(self.matrices, all_before, strict=True):
             gradient, now = shard.optim_param.grad, self._own_rows(shard, shard.optim_param)
             assert gradient is not None  # the optimizer has just used it
             self.updates.append([*_moments(self._own_rows(shard, gradient)), *_moments(before),
                                  *_moments(now - before)])
-        del self.before
         self.recorded = True
 
     def _own_rows(self, shard: ParamShard, rows: Tensor) -> Tensor:

@@ -41,7 +41,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from kernels import operators
 from kernels.constants import FUSED_WIDTH
@@ -84,8 +83,10 @@ class _Block(torch.autograd.Function):
         return s2, m
 
     @staticmethod
-    @once_differentiable  # a second derivative would miss what the kernels compute: an error
     def backward(ctx, ds2, dm):
+        if torch.is_grad_enabled():  # create_graph; once_differentiable takes 20 us to find out
+            raise RuntimeError("a block by hand has no second derivative (create_graph=True): its "
+                               "kernels would be missing from it")
         (s1, y1, mean_1, rstd_1, qkv, o, lse, s2, y2, mean_2, rstd_2, f,
          ln_1, ln_2, b_fc, W_attn, W_proj, W_fc, W_out) = ctx.saved_tensors
         passes, dtypes = ctx.passes, ctx.dtypes

@@ -48,7 +48,7 @@ def is_matrix(name: str, param: Tensor) -> bool:
     return name.startswith("h.") and param.dim() == 2
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """On the shards of a model's matrices; all ranks call step() together.
 
     Keeps of each parameter its rows of `momentum_buffer`, and the number of steps.
@@ -62,15 +62,15 @@ class Muon(torch.optim.Optimizer):
         self.momentum, self.momentum_warmup = momentum, momentum_warmup
         # A matrix of few rows has none on the last ranks.
         params = [shard.optim_param for shard in shards if len(shard.optim_param)]
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "lr_ratio": 1.0})
-        for p in params:
-            self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.param_groups: list[dict[str, Any]] = [
+            {"params": params, "lr": lr, "weight_decay": weight_decay, "lr_ratio": 1.0}]
+        self.state = {p: {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+                      for p in params}
         # The compute dtype's products, as everywhere else; fp16 would overflow.
         self.dtype = DTYPES["bf16" if model.dtype == "fp16" else model.dtype]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """One update of this rank's rows."""
         [group] = self.param_groups
         for shards in buckets(self.shards):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from launch.errors import BadInput, Failed
+from model.adamw import AdamW
 from model.config import MuonConfig, OptimConfig
 from model.muon import Muon, is_matrix
 from model.parallel import ParallelModel, ParamShard
@@ -51,13 +52,9 @@ def decay_start(steps: int, config: OptimConfig) -> int:
 
 def configure_optimizers(
     model: ParallelModel, config: OptimConfig
-) -> "torch.optim.Optimizer | MuonAdamW":
+) -> "AdamW | MuonAdamW":
     """The optimizer of the rows that are this rank's. Every group has its lr_ratio: how its rate
-    stands to that of get_lr().
-
-    Moments are made now, and not in the first step: a GPU that can't hold them says so at once,
-    and a checkpoint always has them.
-    """
+    stands to that of get_lr()."""
     if config.optimizer == "muon":
         return MuonAdamW(model, config)
     # A short bias has no row for each rank.
@@ -69,19 +66,9 @@ def configure_optimizers(
     ], config)
 
 
-def configure_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with its moments, fused where PyTorch has it so."""
-    params = [p for group in groups for p in group["params"]]
-    fused = params[0].device.type in ("cuda", "cpu")
-    betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
-    for p in params:
-        device = p.device if fused else "cpu"
-        for key in SCALAR_STATE:
-            adamw.state[p][key] = torch.zeros((), dtype=torch.float32, device=device)
-        for key in ("exp_avg", "exp_avg_sq"):
-            adamw.state[p][key] = torch.zeros_like(p)
-    return adamw
+def configure_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
+    """AdamW of these groups."""
+    return AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps)
 
 
 class MuonAdamW:
@@ -107,9 +94,9 @@ class MuonAdamW:
         return self.muon.param_groups + self.adamw.param_groups
 
     @property
-    def state(self) -> dict[torch.Tensor, Any]:
+    def state(self) -> dict[Tensor, Any]:
         """What both keep of each parameter."""
-        return dict(self.muon.state) | dict(self.adamw.state)
+        return {**self.muon.state, **self.adamw.state}
 
     def step(self) -> None:
         """One update of this rank's rows; all ranks call it together."""

@@ -175,7 +175,9 @@ class ParallelModel:
         self.steps_begun += 1
         for shard in self.shards:
             shard.param.grad = None
-            shard.optim_param.grad = None
+        if self.mode != "ddp":  # where the optimizer has parameters of its own
+            for shard in self.shards:
+                shard.optim_param.grad = None
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from launch.errors import BadInput
 from launch.progress import track
+from model.adamw import AdamW
 from model.manifest import TRAINING
 from model.network import has_vocabulary_rows
 from model.optim import SCALAR_STATE, LossScaler, MuonAdamW, row_state
@@ -33,7 +34,7 @@ class TrainState(NamedTuple):
     """What training changes, and a checkpoint therefore holds."""
 
     model: ParallelModel
-    optimizer: torch.optim.Optimizer | MuonAdamW
+    optimizer: AdamW | MuonAdamW
     scaler: LossScaler
 
 

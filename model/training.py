@@ -12,6 +12,7 @@ from kernels.passes import Passes, triton_passes
 from launch.errors import BadInput
 from launch.world import World
 from model import checkpoint, fused_block
+from model.adamw import AdamW
 from model.config import ComputeConfig
 from model.contest import BY_HAND, EAGER, choose_attention, choose_blocks, open_contest
 from model.fused_block import fuse_blocks
@@ -143,7 +144,7 @@ def device_decides(state: TrainState, diagnose_every: int) -> bool:
     """Whether a GPU applies a step or leaves it out by itself, without this process: as fused AdamW
     can, in fp32. Muon and AdamW in fp64 are called for good steps alone, and so is a step that
     --diagnose_every records."""
-    return (isinstance(state.optimizer, torch.optim.AdamW) and not diagnose_every
+    return (isinstance(state.optimizer, AdamW) and not diagnose_every
             and state.model.world.device.type == "cuda" and state.model.dtype != "fp64")
 
 

@@ -24,7 +24,7 @@ def trained(seed: int = 0) -> TrainState:
     for _ in range(2):
         model(idx[:, :-1], idx[:, 1:]).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
     return TrainState(model, optimizer, LossScaler.of("fp16"))
 
 

@@ -167,9 +167,8 @@ def test_a_second_derivative_is_an_error():
     fuse_blocks(model, REFERENCE, copies=True)
     stream, branch = model.h[0](torch.randn(1, 33, 64), None)
     loss = (stream + branch).square().sum()
-    (gradient,) = torch.autograd.grad(loss, model.h[0].mlp.c_proj.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, model.h[0].mlp.c_proj.weight, create_graph=True)
 
 
 def test_a_run_by_hand_does_not_say_that_it_is_compiled(tiny, tmp_path, monkeypatch, capsys):

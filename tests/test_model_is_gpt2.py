@@ -132,7 +132,7 @@ def test_padding_stays_zero_through_training_and_takes_no_probability():
     for _ in range(3):
         model(idx[:, :-1], idx[:, 1:]).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        trained.zero_grad()
     assert not model.wte.weight[50257:].any()
     assert model(idx[:, :-1]).shape[-1] == 50257
 

@@ -8,17 +8,20 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 import model.gpt2
+from model.parallel import ParallelModel
 
 
 def in_each_step(plant: Callable[[torch.Tensor], object]) -> None:
-    """Calls plant(weights of the optimizer's first parameter) at each update."""
-    def before_step(optimizer: Optimizer, *_) -> None:
-        plant(optimizer.param_groups[0]["params"][0].detach())
+    """Calls plant(weights that the optimizer changes) at each update."""
+    real = ParallelModel.optimizer_step
 
-    register_optimizer_step_pre_hook(before_step)
+    def planted(self, *args) -> None:
+        plant(self.shards[0].optim_param.detach())
+        real(self, *args)
+
+    ParallelModel.optimizer_step = planted
 
 
 def item() -> None:

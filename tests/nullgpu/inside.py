@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 import eval.evaluator
 import eval.hellaswag
@@ -58,16 +57,14 @@ def mark(text: str) -> None:
 # ---- marks: where a step, a token, an evaluation begins and ends ----
 
 def mark_updates() -> None:
-    """At each update: of several optimizers (Muon and AdamW) the first."""
-    first: list[Optimizer] = []
+    """At each update."""
+    real = model.parallel.ParallelModel.optimizer_step
 
-    def before_step(optimizer: Optimizer, *_) -> None:
-        if not first:
-            first.append(optimizer)
-        if optimizer is first[0]:
-            mark("update")
+    def marked(*args) -> None:
+        mark("update")
+        real(*args)
 
-    register_optimizer_step_pre_hook(before_step)
+    model.parallel.ParallelModel.optimizer_step = marked
 
 
 def mark_around(module, function: str, what: str) -> None:
