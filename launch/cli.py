@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,10 @@ MOST_STEPS = 99_999_999  # a checkpoint's name, step_00000500, has eight digits
 # "evaluation", and "spikes" and "watchdog" together, were called in config.json before.
 BARE = ("compute", "saving", "evaluation", "exam", "tracker", "spikes", "watchdog", "guard",
         "planning")
+# Flags that begin so do something only where a choice has one of these values.
+READ_WITH = [("optim.muon.", "optim.optimizer", ("muon",)),
+             ("optim.decay_ratio", "optim.schedule", ("wsd",)),
+             ("optim.final_lr", "optim.schedule", ("cosine", "wsd"))]
 
 
 def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] | None = None) -> C:
@@ -60,6 +65,7 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
         prog="train_gpt2.py [PRESET | RUN | config.json]",
         description=f"Presets: {', '.join(presets)}.\nRUN: a run's folder; that run goes on.",
     )
+    _refuse_what_does_nothing(config, words)
     if config.minutes:  # type: ignore[attr-defined]
         _refuse_two_lengths(words)
     if is_given("steps", given) and not is_given("optim.warmup_steps", given):
@@ -81,6 +87,17 @@ def _refuse_names_of_others(given: Sequence[str]) -> None:
     names = [flags.name_of(word.partition("=")[0]) for word in given]
     if line := hints.translate(names):
         raise BadInput(line)
+
+
+def _refuse_what_does_nothing(config: Any, words: Sequence[str]) -> None:
+    """Raises BadInput for a typed flag that only another choice than the run's would read."""
+    for word in words:
+        name = flags.name_of(word.partition("=")[0])
+        for prefix, choice, values in READ_WITH:
+            taken = attrgetter(choice)(config)
+            if name.startswith(prefix) and taken not in values:
+                raise BadInput(f"--{name} is read with --{choice} {' or '.join(values)}, and this "
+                               f"run has {taken}: leave it out, or choose that")
 
 
 def _refuse_two_lengths(words: Sequence[str]) -> None:
