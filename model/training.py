@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from kernels import operators, selfcheck
+from kernels import fp32_products, operators, selfcheck
 from kernels.constants import Choice
 from kernels.passes import Passes, triton_passes
+from launch import folder
 from launch.errors import BadInput
-from launch.world import World
+from launch.world import World, device_name
 from model import checkpoint, fused_block
 from model.adamw import AdamW
 from model.config import ComputeConfig
@@ -21,6 +22,8 @@ from model.network import NoFirstWeights, compile_blocks, new_network
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import ParallelModel
 from model.train_state import TrainState, load_train_state
+
+PRODUCTS = "fp32 products"  # in config.json, beside the operators
 
 
 def build_train_state(
@@ -80,7 +83,29 @@ def choose_kernels(
             passes = passes if chosen["blocks"] == BY_HAND else None
     if contest:
         contest.clean_up()
+    chosen |= choose_products(shape, compute.kernels, dtype, source, world)
     return ops, passes, chosen
+
+
+def choose_products(
+    shape: GPTConfig, choice: Choice, dtype: str, source: Path | None, world: World
+) -> dict[str, str]:
+    """Has this process multiply a CPU's fp32 matrices by oneDNN, where that is faster and right on
+    every rank; {} where they stay with MKL, as in a run that began so."""
+    fp32_products.use(fp32_products.MKL)
+    if world.device.type != "cpu" or dtype != "fp32" or choice == "torch":
+        return {}
+    good = fp32_products.is_faster() and fp32_products.is_right(shape.n_embd)
+    if not all(world.all_gather(good)):
+        return {}
+    if source:
+        device = device_name(world.device)
+        kept = world.broadcast_from_rank0(folder.kernels_kept, source, choice, device)
+        if PRODUCTS not in kept:
+            return {}
+    fp32_products.use(fp32_products.ONEDNN)
+    world.print0("fp32 products: by oneDNN, which is faster on this CPU, and checked")
+    return {PRODUCTS: fp32_products.ONEDNN}
 
 
 def choose_operators(
