@@ -110,7 +110,7 @@ PRESETS = {
     "demo": TrainConfig(  # the best of what was tried for four minutes on two CPU cores
         name="demo", steps=900, batch_tokens=1024, micro_batch=8,
         model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
-        optim=OptimConfig(lr=6e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
+        optim=OptimConfig(lr=4e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),
         data=DataConfig(dir=""), saving=SavingConfig(save_every=450),
         evaluation=EvalConfig(eval_every=225, prompt="In the beginning", hellaswag="off")),
     "gpt2-124m": TrainConfig(),

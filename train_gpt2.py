@@ -9,6 +9,7 @@ config.json, metrics.jsonl, checkpoints/ and report/. Start the same command aga
 from the newest checkpoint. gpt2-124m on FineWeb ends at a validation loss of about 3.28 (llm.c).
 """
 
+import gc
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,7 @@ if __name__ == "__main__":
             exit_process(CONFIG.show_plan())
         if not CONFIG.planning.preflight:
             CONFIG.check_surroundings()
+    gc.disable()  # what is imported is no garbage, and looking for some takes 0.3 s
 
 import torch
 
@@ -259,5 +261,7 @@ def finish(run: Run, step: int, last_step: bool) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported is never looked through again, which would hold up a step
+    gc.enable()
     # What a full or closed stdout refuses is dropped.
     run_command(lambda: train(CONFIG), output_may_fail=True)

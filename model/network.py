@@ -90,15 +90,20 @@ def compile_blocks(model: Any) -> None:
         use_operators(model, model.ops._replace(linear_cross_entropy=loss))
 
 
+CONSTANTS = (nn.init.ones_, nn.init.zeros_, nn.init.constant_)  # LayerNorm's gains, say
+
+
 class NoFirstWeights(TorchFunctionMode):
-    """Inside it torch.nn.init draws nothing: a network has memory and, but for padding rows, any
-    numbers in it. For a network whose weights are about to be loaded; 124M numbers take a second,
-    and nn.Linear and nn.Embedding draw them once before GPT does."""
+    """Inside it torch.nn.init draws nothing: matrices have memory and, but for padding rows, any
+    numbers in it; what is constant at first is there. For a network whose weights are about to be
+    loaded, or drawn by its own init_weights(): nn.Linear and nn.Embedding draw them once before it
+    does. 124M numbers take half a second."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
+        drawn = getattr(func, "__module__", "") == "torch.nn.init" and func not in CONSTANTS
+        if drawn:
             return args[0] if args else kwargs["tensor"]  # type: ignore[index]
         return func(*args, **(kwargs or {}))
 

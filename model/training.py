@@ -184,6 +184,9 @@ def new_model(
 ) -> GPT:
     """The same on every rank and device: it's drawn on the CPU from the seed."""
     torch.manual_seed(seed)
-    model = new_network(shape, ops).to(world.device, weights)
+    with NoFirstWeights():  # PyTorch's own, of which none would stay
+        model = new_network(shape, ops)
+    model.init_weights()
+    model.to(world.device, weights)
     model.checkpoint_activations = compute.activation_checkpointing
     return model

@@ -3,6 +3,7 @@
     pytest tests/test_startup.py
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import GPTConfig
+from kernels import operators
+from model.config import ComputeConfig, GPTConfig
 from model.network import NoFirstWeights, new_network
+from model.training import new_model
+from tests.running import ALONE
 
 # By CPU seconds of their import here: torch 1.9, requests and the Hub 0.3, matplotlib 0.3, numpy
 # 0.1. tyro, which reads the command line, is 0.1 itself.
@@ -38,6 +42,25 @@ def heavy_modules(words: list[str], exit_code: int, folder: Path) -> set[str]:
     line = done.stderr.rpartition("modules: ")[2]
     assert "launch.errors" in line.split()
     return HEAVY.intersection(line.split())
+
+
+def test_a_run_is_imported_without_looking_for_garbage_and_trains_with_it():
+    """At each of Python's looks, whether PyTorch's import had begun; then how the run begins."""
+    done = subprocess.run([sys.executable, "-c", """
+import gc, json, runpy, sys
+import launch.errors
+
+looks = []
+gc.callbacks.append(lambda phase, info: looks.append("torch" in sys.modules))
+launch.errors.run_command = lambda *_, **__: print(json.dumps(
+    [sum(looks), gc.isenabled(), gc.get_freeze_count()]))
+sys.argv = ["train_gpt2.py", "demo"]
+runpy.run_path("train_gpt2.py", run_name="__main__")
+"""], capture_output=True, text=True, cwd=ROOT, check=True)
+    looks, enabled, frozen = json.loads(done.stdout)
+    assert looks == 0
+    assert enabled
+    assert frozen > 100_000  # objects: 256,502 of PyTorch 2.13 and ours
 
 
 @pytest.mark.parametrize(("words", "exit_code"), [
@@ -94,3 +117,36 @@ def test_a_network_that_will_be_loaded_is_not_drawn_and_its_padding_is_zero(arch
     loaded.load_state_dict(drawn.state_dict())
     idx = torch.arange(8)[None]
     assert torch.equal(loaded(idx), drawn(idx))
+
+
+def test_constants_are_filled_in_where_nothing_is_drawn():
+    tensor = torch.full((3,), 7.0)
+    with NoFirstWeights():
+        for fill, value in ((torch.nn.init.ones_, 1), (torch.nn.init.zeros_, 0),
+                            (lambda given: torch.nn.init.constant_(given, 0.5), 0.5)):
+            assert fill(tensor).eq(value).all()
+        assert torch.nn.init.normal_(tensor).eq(0.5).all()
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "speedrun"])
+def test_first_weights_are_drawn_once_and_are_those_of_the_network(arch, monkeypatch):
+    """nn.Linear's and nn.Embedding's own are not drawn before; what they leave is overwritten."""
+    config = GPTConfig(arch=arch, n_layer=2, n_head=2, n_embd=8, n_ctx=8, n_vocab=130)
+    torch.manual_seed(3)
+    network = new_network(config)
+    torch.manual_seed(3)
+    network.init_weights()
+    drawn = []
+    for name in ("normal_", "uniform_"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *words, plain=plain, **named: (
+            drawn.append(tensor.numel()), plain(tensor, *words, **named))[1])
+    model = new_model(config, ComputeConfig(), operators.TORCH, torch.float32, 3, ALONE)
+    expected = network.state_dict()
+    assert all(value.equal(expected[name]) for name, value in model.state_dict().items())
+    once = [parameter.numel() for parameter in network.parameters() if parameter.std() > 0]
+    if arch == "speedrun":  # constant, and not the same in both columns; padding is not drawn
+        once.remove(network.x0_mix.numel())
+        once.remove(network.wte.weight.numel())
+        once.append(130 * 8)
+    assert sorted(drawn) == sorted(once)
