@@ -48,15 +48,10 @@ from launch.watchdog import Watchdog
 from launch.world import World, choose_dtype, init_distributed
 from model import checkpoint, diagnostics, pace
 from model.longer import set_aside_decayed
-from model.network import flops_per_token, parameter_count
+from model.network import flops_per_token, is_compiled, parameter_count
 from model.optim import decay_start, get_lr
 from model.saving import Saver
-from model.training import (
-    TrainState,
-    are_compiled,
-    build_train_state,
-    device_decides,
-)
+from model.training import TrainState, build_train_state, device_decides
 
 
 @dataclass
@@ -213,7 +208,7 @@ def set_up(config: TrainConfig, at_exit: ExitStack) -> Run:
     state, saved = build_train_state(config.model, config.optim, config.compute, dtype,
                                      config.seed, config.init, source, world, characters,
                                      micro_batch)
-    description["resolved"]["compile"] = are_compiled(state)  # by hand, they are not
+    description["resolved"]["compile"] = is_compiled(state.model.module)  # by hand, they are not
     description["resolved"]["kernels"] = state.model.chosen  # the fastest, or as source says
     # On GPUs mostly: whether a step is applied is decided there, and heard of here a step late.
     late = state.model.device_decides = device_decides(state, config.tracker.diagnose_every)

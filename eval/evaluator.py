@@ -24,6 +24,7 @@ from launch.tracker import Tracker
 from launch.world import World
 from model.generate import SampleConfig, generate
 from model.gpt2 import GPT
+from model.network import without_compiling
 from model.parallel import ParallelModel
 
 
@@ -110,7 +111,7 @@ class Evaluator:
             return None
         self.world.print0(f"val loss {loss:.4f} ({self.val_set})")
         row: dict[str, Any] = {"val_loss": loss, "val_set": self.val_set}
-        with torch.compiler.set_stance("force_eager"):  # every sentence has another length
+        with without_compiling(model):  # every sentence has another length
             if with_hellaswag and self.questions:
                 try:
                     score = hellaswag.evaluate(model, self.questions, self.world, self.stop)

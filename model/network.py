@@ -8,6 +8,7 @@ training, ranks, checkpoints, sampling and evaluation then work as they are.
 """
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -88,6 +89,17 @@ def compile_blocks(model: Any) -> None:
         of_chunk = torch.compile(reference.loss_of_chunk)
         loss = functools.partial(loss, of_chunk=of_chunk)
         use_operators(model, model.ops._replace(linear_cross_entropy=loss))
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile makes its blocks: where they aren't by hand, and none is wrong here."""
+    return any(block._compiled_call_impl is not None for block in model.h)
+
+
+def without_compiling(model: Any) -> AbstractContextManager:
+    """Inside it the blocks compute as they are written, for inputs of many lengths."""
+    # Of a model that isn't compiled torch.compile isn't asked: its import takes a second.
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 CONSTANTS = (nn.init.ones_, nn.init.zeros_, nn.init.constant_)  # LayerNorm's gains, say

@@ -173,11 +173,6 @@ def device_decides(state: TrainState, diagnose_every: int) -> bool:
             and state.model.world.device.type == "cuda" and state.model.dtype != "fp64")
 
 
-def are_compiled(state: TrainState) -> bool:
-    """Whether torch.compile makes its blocks: where they aren't by hand, and none is wrong here."""
-    return any(block._compiled_call_impl is not None for block in state.model.module.h)
-
-
 def new_model(
     shape: GPTConfig, compute: ComputeConfig, ops: operators.Operators, weights: torch.dtype,
     seed: int, world: World,

@@ -1,7 +1,4 @@
-"""AdamW by PyTorch's fused update alone is torch.optim.AdamW to the bit, and starts without it."""
-
-import subprocess
-import sys
+"""AdamW by PyTorch's fused update alone is torch.optim.AdamW to the bit."""
 
 import pytest
 import torch
@@ -50,27 +47,3 @@ def test_it_is_torchs_to_the_bit(dtype, left_out):
         assert one.state[p].keys() == two.state[q].keys()
         assert all(torch.equal(one.state[p][key], two.state[q][key]) for key in one.state[p])
     assert one.updates == STEPS - len(left_out)
-
-
-def test_a_run_starts_without_torch_compile():
-    """Its import takes a second (docs/figures.md), which a first try on a CPU would wait for."""
-    found = subprocess.run([sys.executable, "-c", """
-import sys
-
-import torch
-
-from launch.world import init_distributed
-from model.config import ComputeConfig, GPTConfig, OptimConfig
-from model.training import build_train_state
-
-world = init_distributed()
-state, _ = build_train_state(GPTConfig(n_layer=1, n_head=2, n_embd=32, n_ctx=16), OptimConfig(),
-                             ComputeConfig(), "fp32", 1, "", None, world)
-model, optimizer, _ = state
-tokens = torch.zeros(1, 16, dtype=torch.long)
-model(tokens, tokens).backward()
-model.clip_gradients(model.gradient_norm(), 1.0)
-model.optimizer_step(optimizer)
-print(sorted(name for name in sys.modules if name.startswith("torch._dynamo")))
-"""], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "[]"

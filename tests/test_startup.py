@@ -6,6 +6,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from kernels import operators
 from model.config import ComputeConfig, GPTConfig
-from model.network import NoFirstWeights, new_network
+from model.network import NoFirstWeights, compile_blocks, new_network, without_compiling
 from model.training import new_model
 from tests.running import ALONE
 
@@ -61,6 +62,31 @@ runpy.run_path("train_gpt2.py", run_name="__main__")
     assert looks == 0
     assert enabled
     assert frozen > 100_000  # objects: 256,502 of PyTorch 2.13 and ours
+
+
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tmp_path):
+    """Its evaluations, samples and checkpoints neither; it takes a second (docs/decisions.md)."""
+    small = ["--model.n_layer", "1", "--model.n_embd", "32", "--model.n_ctx", "16", "--steps", "1",
+             "--batch_tokens", "64", "--val_tokens", "64", "--out_dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}{TELL}",
+                           str(ROOT / "train_gpt2.py"), "demo", *small],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    modules = done.stderr.rpartition("modules: ")[2].split()
+    assert "torch" in modules
+    assert "torch._dynamo" not in modules
+
+
+def test_a_compiled_model_is_sampled_as_it_is_written(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.compiler, "set_stance",
+                        lambda to: (asked.append(to), nullcontext())[1])
+    model = new_network(GPTConfig(n_layer=1, n_head=2, n_embd=8, n_ctx=8, n_vocab=130))
+    with without_compiling(model):
+        assert asked == []
+    compile_blocks(model)
+    with without_compiling(model):
+        assert asked == ["force_eager"]
 
 
 @pytest.mark.parametrize(("words", "exit_code"), [
