@@ -65,7 +65,7 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
         prog="train_gpt2.py [PRESET | RUN | config.json]",
         description=f"Presets: {', '.join(presets)}.\nRUN: a run's folder; that run goes on.",
     )
-    _refuse_what_does_nothing(config, words)
+    _refuse_what_does_nothing(config, config_class(), words)
     if config.minutes:  # type: ignore[attr-defined]
         _refuse_two_lengths(words)
     if is_given("steps", given) and not is_given("optim.warmup_steps", given):
@@ -89,13 +89,16 @@ def _refuse_names_of_others(given: Sequence[str]) -> None:
         raise BadInput(line)
 
 
-def _refuse_what_does_nothing(config: Any, words: Sequence[str]) -> None:
-    """Raises BadInput for a typed flag that only another choice than the run's would read."""
+def _refuse_what_does_nothing(config: Any, defaults: Any, words: Sequence[str]) -> None:
+    """Raises BadInput for a typed flag that only another choice than the run's would read, unless
+    it says what would hold without it: a script may write all flags down."""
     for word in words:
         name = flags.name_of(word.partition("=")[0])
         for prefix, choice, values in READ_WITH:
             taken = attrgetter(choice)(config)
-            if name.startswith(prefix) and taken not in values:
+            if not name.startswith(prefix) or taken in values:
+                continue
+            if attrgetter(name)(config) != attrgetter(name)(defaults):
                 raise BadInput(f"--{name} is read with --{choice} {' or '.join(values)}, and this "
                                f"run has {taken}: leave it out, or choose that")
 

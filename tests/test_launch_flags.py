@@ -340,3 +340,10 @@ def test_a_run_or_a_checkpoint_that_is_nearly_there_is_named(tiny, tmp_path, mon
         checkpoint.find("tiny")
     with pytest.raises(BadInput, match="there is no step_00000099 .* step_00000000, step_00000003"):
         checkpoint.find("runs/tiny/checkpoints/step_00000099")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_script_may_write_all_flags_down(preset):
+    """Also those that do nothing in this run, with the values that would hold without them."""
+    written = cli.as_flags(asdict(PRESETS[preset]))
+    assert parse(*written) == PRESETS[preset]
