@@ -256,7 +256,7 @@ def finish(run: Run, step: int, last_step: bool) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what was imported is never looked through again, which would hold up a step
+    gc.freeze()  # what was imported is never looked through again
     gc.enable()
     # What a full or closed stdout refuses is dropped.
     run_command(lambda: train(CONFIG), output_may_fail=True)

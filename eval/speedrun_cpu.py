@@ -70,6 +70,8 @@ FULL = Plan(
     640, ((3e-3, 0.04), (3e-3, 0.1), (3e-3, 0.2), (1.5e-3, 0.1), (6e-3, 0.1), (6e-3, 0.2)),
     (1, 2, 3), (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0))
 SHORT = Plan(160, ((3e-3, 0.1),), (1,), (1 / 2,))
+# A result is kept under this too: where the same seed has other first weights it's another.
+FIRST_WEIGHTS = "drawn once"
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class Runs:
 
     def _inputs(self, run: Training) -> list[str]:
         """What a result is the result of, wherever it lies."""
-        return [*run.command(Path())[2:], *self.data, self.text_hash]
+        return [FIRST_WEIGHTS, *run.command(Path())[2:], *self.data, self.text_hash]
 
     def _start(self, run: Training) -> subprocess.Popen:
         """From the first step: CPU seconds that a cut run took are nowhere."""

@@ -10,7 +10,8 @@ clock, so that a run has the same bits each time it is started.
 
 PyTorch gives oneDNN fp32 products only where it may round what it multiplies to bf16. oneDNN makes
 use of that on CPUs with AMX, which AMD's have not; all the same the products of a block are held
-against fp64 first, where inputs rounded to bf16 can't hide.
+against fp64 first, where inputs rounded to bf16 can't hide. While oneDNN is asked, PyTorch's older
+switch can't be read: torch.get_float32_matmul_precision() raises.
 """
 
 import re

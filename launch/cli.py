@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,15 +39,15 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
     """
     given = list(sys.argv[1:] if argv is None else argv)
     words = list(given)  # what was typed, without a file's settings
-    default = config_class()
+    default, of_file = config_class(), []  # of_file: a run's settings as flags
     if given and not given[0].startswith("-"):
         source = given.pop(0)
         if source in presets:
             default = presets[source]
         elif source.endswith(".json"):
-            given = _flags_of_file(Path(source)) + given
+            of_file = _flags_of_file(Path(source))
         elif _is_run(Path(source)):
-            given = _flags_of_run(Path(source)) + given
+            of_file = _flags_of_run(Path(source))
         else:
             close = hints.preset_meant(source, list(presets))
             hint = f"did you mean {close}? " if close else ""
@@ -55,17 +56,19 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
             if "/" in source:
                 raise BadInput(f"{no_run}; and {presets_there}")
             raise BadInput(f"{presets_there}; and {no_run}, and no file that ends in .json")
+    given = of_file + given
     _refuse_names_of_others(given)
-    settings = asdict(default)  # type: ignore[call-overload]
-    config = flags.parse(
+    read = partial(
+        flags.parse,
         config_class,
-        given,
-        switches=_switches(settings),
+        switches=_switches(asdict(default)),  # type: ignore[call-overload]
         default=default,
         prog="train_gpt2.py [PRESET | RUN | config.json]",
         description=f"Presets: {', '.join(presets)}.\nRUN: a run's folder; that run goes on.",
     )
-    _refuse_what_does_nothing(config, config_class(), words)
+    config = read(given)
+    if idle := _idle(config, words):
+        _refuse_idle(config, read(of_file), idle)
     if config.minutes:  # type: ignore[attr-defined]
         _refuse_two_lengths(words)
     if is_given("steps", given) and not is_given("optim.warmup_steps", given):
@@ -89,18 +92,20 @@ def _refuse_names_of_others(given: Sequence[str]) -> None:
         raise BadInput(line)
 
 
-def _refuse_what_does_nothing(config: Any, defaults: Any, words: Sequence[str]) -> None:
-    """Raises BadInput for a typed flag that only another choice than the run's would read, unless
-    it says what would hold without it: a script may write all flags down."""
-    for word in words:
-        name = flags.name_of(word.partition("=")[0])
-        for prefix, choice, values in READ_WITH:
-            taken = attrgetter(choice)(config)
-            if not name.startswith(prefix) or taken in values:
-                continue
-            if attrgetter(name)(config) != attrgetter(name)(defaults):
-                raise BadInput(f"--{name} is read with --{choice} {' or '.join(values)}, and this "
-                               f"run has {taken}: leave it out, or choose that")
+def _idle(config: Any, words: Sequence[str]) -> dict[str, str]:
+    """The typed flags that only another choice than the run's would read: name -> that choice."""
+    names = [flags.name_of(word.partition("=")[0]) for word in words]
+    return {name: f"--{choice} {' or '.join(values)}, and this run has {attrgetter(choice)(config)}"
+            for name in names for prefix, choice, values in READ_WITH
+            if name.startswith(prefix) and attrgetter(choice)(config) not in values}
+
+
+def _refuse_idle(config: Any, untyped: Any, idle: Mapping[str, str]) -> None:
+    """Raises BadInput for one that says anything else than what holds without it (untyped): a
+    script may write all flags down."""
+    for name, choice in idle.items():
+        if attrgetter(name)(config) != attrgetter(name)(untyped):
+            raise BadInput(f"--{name} is read with {choice}: leave it out, or choose that")
 
 
 def _refuse_two_lengths(words: Sequence[str]) -> None:

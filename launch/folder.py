@@ -100,14 +100,15 @@ def change_steps(run: Path, steps: int, warmup_steps: int, resolved: dict[str, A
     atomic_write(run / "config.json", json.dumps(description, indent=2) + "\n")
 
 
-def kernels_kept(checkpoint: Path, asked: str, device: str) -> dict[str, str]:
+def kernels_kept(checkpoint: Path, asked: str, device: str | None) -> dict[str, str]:
     """Who computed what in the run of a checkpoint, if that was chosen as it is now: for the same
-    --kernels, on the same kind of card. Else {}, and implementations are compared anew."""
+    --kernels, on the same kind of card (None: on any). Else {}, and implementations are compared
+    anew."""
     try:
         saved = json.loads((checkpoint / "config.json").read_bytes())
         before = saved["config"]["compute"]["kernels"], saved["hardware"]["device"]
         kept = saved["resolved"].get("kernels", {})
-        return dict(kept) if before == (asked, device) else {}
+        return dict(kept) if before == (asked, device or before[1]) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of an older version, say
         return {}
 

@@ -6,7 +6,7 @@
 
 torch.optim.AdamW gives the same bits by the same update. But it brings all of torch.compile, a
 second that every run and every first try on a CPU would wait for; and in each step it looks up, for
-each parameter, what never changes, which on a GPU is time of the host (docs/figures.md).
+each parameter, what never changes: of a GPU's host some 0.4 ms (docs/decisions.md).
 """
 
 from typing import Any

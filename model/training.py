@@ -11,7 +11,7 @@ from kernels.constants import Choice
 from kernels.passes import Passes, triton_passes
 from launch import folder
 from launch.errors import BadInput
-from launch.world import World, device_name
+from launch.world import World
 from model import checkpoint, fused_block
 from model.adamw import AdamW
 from model.config import ComputeConfig
@@ -95,17 +95,23 @@ def choose_products(
     fp32_products.use(fp32_products.MKL)
     if world.device.type != "cpu" or dtype != "fp32" or choice == "torch":
         return {}
-    good = fp32_products.is_faster() and fp32_products.is_right(shape.n_embd)
-    if not all(world.all_gather(good)):
-        return {}
-    if source:
-        device = device_name(world.device)
-        kept = world.broadcast_from_rank0(folder.kernels_kept, source, choice, device)
+    kept = {}
+    if source:  # on any CPU: how many threads it has is no reason to forget
+        kept = world.broadcast_from_rank0(folder.kernels_kept, source, choice, None)
         if PRODUCTS not in kept:
             return {}
-    fp32_products.use(fp32_products.ONEDNN)
-    world.print0("fp32 products: by oneDNN, which is faster on this CPU, and checked")
-    return {PRODUCTS: fp32_products.ONEDNN}
+    try:
+        good = fp32_products.is_faster() and fp32_products.is_right(shape.n_embd)
+    except (RuntimeError, OSError):  # the other ranks wait for an answer
+        good = False
+    if all(world.all_gather(good)):
+        fp32_products.use(fp32_products.ONEDNN)
+        world.print0("fp32 products: by oneDNN, which is faster on this CPU, and checked")
+        return {PRODUCTS: fp32_products.ONEDNN}
+    if kept:
+        world.print0("fp32 products: by oneDNN before, and on this CPU by MKL: as exact, but sums "
+                     "are rounded elsewhere")
+    return {}
 
 
 def choose_operators(

@@ -13,7 +13,7 @@ import torch
 
 from model.config import GPTConfig
 from tests.bench import __main__ as bench
-from tests.bench import growth, hellaswag, plain, sampling, training
+from tests.bench import growth, hellaswag, plain, sampling, saving, training
 from tests.bench.pairs import (
     Done,
     Row,
@@ -147,6 +147,19 @@ def test_questions_one_at_a_time_and_ours_have_the_same_losses():
     asked = partial(hellaswag.one_at_a_time, QUICK, 3)()()
     packed = partial(hellaswag.packed, QUICK, "fp32", 3)()()
     assert packed.work == asked.work == 3 and packed.value == pytest.approx(asked.value, abs=1e-5)
+
+
+def test_the_plain_way_saves_what_ours_saves(tmp_path, monkeypatch):
+    """Weights, two moments of each and the step: what is timed is the same to write."""
+    monkeypatch.setattr(saving, "scratch", lambda: tmp_path)
+    (one,) = saving.rows(quick=True)
+    assert one.plain()().work == one.ours()().work == 1
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    kept = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    numbers = sum(x.numel() for x in kept["model"].values())
+    assert sum(x.numel() for state in kept["optimizer"] for x in state.values()) >= 2 * numbers
+    sizes = [(checkpoint / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")]
+    assert sizes[0] <= 4 * numbers + 10_000 and sizes[1] > 1.9 * sizes[0]
 
 
 # ---- growth ----

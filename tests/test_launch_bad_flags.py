@@ -50,6 +50,8 @@ from train_gpt2 import PRESETS, TrainConfig, train
          "it out, or choose that"),
         (["speedrun-demo", "--optim.optimizer", "adamw", "--optim.muon.embed-lr=0.1"],
          "--optim.muon.embed_lr is read with --optim.optimizer muon"),
+        (["shakespeare-char", "--optim.schedule", "constant", "--optim.final_lr", "0.2"],
+         "--optim.final_lr is read with --optim.schedule cosine or wsd"),
         (["demo", "--optim.decay_ratio", "0.5"], "read with --optim.schedule wsd"),
         (["demo", "--optim.schedule", "constant", "--optim.final_lr", "0.1"],
          "--optim.final_lr is read with --optim.schedule cosine or wsd, and this run has constant"),

@@ -347,3 +347,14 @@ def test_a_script_may_write_all_flags_down(preset):
     """Also those that do nothing in this run, with the values that would hold without them."""
     written = cli.as_flags(asdict(PRESETS[preset]))
     assert parse(*written) == PRESETS[preset]
+    assert parse(preset, *written) == PRESETS[preset]
+
+
+def test_what_a_preset_or_a_file_has_may_be_written_down_too(tmp_path):
+    constant = ["--optim.schedule", "constant", "--optim.final_lr", "0.1"]  # the preset's own
+    config = parse("shakespeare-char", *constant)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(asdict(config)))
+    assert parse(str(file), *constant) == config
+    with pytest.raises(BadInput, match="--optim.final_lr is read with"):
+        parse(str(file), "--optim.final_lr", "0.2")

@@ -71,6 +71,27 @@ def test_one_rank_on_which_it_is_wrong_is_enough(zen_5, monkeypatch):
     assert asked() == MKL
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no primitive"), PermissionError("cpuinfo")])
+def test_a_rank_that_cannot_tell_answers_the_others(zen_5, monkeypatch, error):
+    def refuse(width: int) -> bool:
+        raise error
+
+    monkeypatch.setattr(fp32_products, "is_right", refuse)
+    assert chosen() == {}
+
+
+def test_a_run_that_leaves_its_library_says_so(zen_5, tmp_path, monkeypatch, capsys):
+    """But not where it has another number of threads."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "config": {"compute": {"kernels": "auto"}}, "hardware": {"device": "CPU (99 threads)"},
+        "resolved": {"kernels": {"fp32 products": "onednn"}}}))
+    assert choose_products(SHAPE, "auto", "fp32", tmp_path, ALONE) == {"fp32 products": "onednn"}
+    assert "by oneDNN, which is faster" in capsys.readouterr().out
+    monkeypatch.setattr(fp32_products, "is_faster", lambda: False)
+    assert choose_products(SHAPE, "auto", "fp32", tmp_path, ALONE) == {}
+    assert "by oneDNN before, and on this CPU by MKL" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("vendor", "family", "flags", "faster"), [
     ("AuthenticAMD", 26, "fpu avx2 avx512f avx512_bf16", True),  # Zen 5
     ("AuthenticAMD", 27, "fpu avx2 avx512f", True),
@@ -104,6 +125,7 @@ def test_products_that_were_rounded_to_bf16_are_found(monkeypatch):
 def test_a_run_trains_as_by_mkl_up_to_rounding_and_goes_on_as_it_began(tiny, tmp_path, monkeypatch):
     if not fp32_products.is_right(64):
         pytest.skip("a CPU on which oneDNN rounds")
+    monkeypatch.setattr("launch.world.choose_device", lambda: torch.device("cpu"))
     for name, faster in (("mkl", False), ("onednn", True)):
         monkeypatch.setattr(fp32_products, "is_faster", lambda faster=faster: faster)
         assert train(tiny(name=name, dtype="fp32", steps=4)) == 0

@@ -16,7 +16,7 @@ from kernels import operators
 from model.config import ComputeConfig, GPTConfig
 from model.network import NoFirstWeights, compile_blocks, new_network, without_compiling
 from model.training import new_model
-from tests.running import ALONE
+from tests.running import ALONE, environment
 
 # By CPU seconds of their import here: torch 1.9, requests and the Hub 0.3, matplotlib 0.3, numpy
 # 0.1. tyro, which reads the command line, is 0.1 itself.
@@ -70,7 +70,8 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tmp_path):
              "--batch_tokens", "64", "--val_tokens", "64", "--out_dir", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}{TELL}",
                            str(ROOT / "train_gpt2.py"), "demo", *small],
-                          capture_output=True, text=True, cwd=tmp_path)
+                          capture_output=True, text=True, cwd=tmp_path,
+                          env=environment(CUDA_VISIBLE_DEVICES=""))
     assert done.returncode == 0, done.stdout + done.stderr
     modules = done.stderr.rpartition("modules: ")[2].split()
     assert "torch" in modules

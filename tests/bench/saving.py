@@ -44,7 +44,7 @@ def torch_save(config: GPTConfig) -> Work:
 
     def work() -> Done:
         states = {"model": state.model.module.state_dict(),
-                  "optimizer": state.optimizer.state_dict()}
+                  "optimizer": [*state.optimizer.state.values()]}
         torch.save(states, folder / "ckpt.pt")
         return Done(1)
 
