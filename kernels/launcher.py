@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from triton import JITFunction, knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -32,7 +31,7 @@ _found: dict[tuple, tuple] = {}
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
     """kernel[grid](*args, **named). args: all but the constants; named: those, and the options."""
-    if type(kernel) is not JITFunction or torch.version.hip is not None:
+    if not isinstance(kernel, JITFunction) or torch.version.hip is not None:
         kernel[grid](*args, **named)
         return
     active = driver.active
@@ -48,8 +47,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
                 constants)
         return
     _, _, run, function, metadata, constants = found
-    run(*(*grid, 1, 1)[:3], active.get_current_stream(device), function, metadata,
-        None, None, None, *args, *constants)
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = active.get_current_stream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *args, *constants)
 
 
 def _watched() -> bool:
@@ -61,23 +61,18 @@ def _watched() -> bool:
 
 
 def _key(kernel: Any, device: int, args: tuple, named: dict[str, Any]) -> tuple:
-    """What the compiled kernel depends on, or () for arguments that Triton is to look at."""
+    """What the compiled kernel depends on, or () for pointers that Triton is to look at."""
     # The kernel by its id, since Triton hashes it by its text, behind a lock; _found keeps it.
     kinds: list[Any] = [id(kernel), device]
     addresses = 0
     for arg in args:
-        kind = type(arg)
-        if kind is int:
-            kinds.append(arg)
-        elif kind is Tensor or kind is Parameter:
+        if isinstance(arg, Tensor):
             kinds.append(arg.dtype)
             addresses |= arg.data_ptr()
-        elif kind is TensorDescriptor:
+        elif isinstance(arg, TensorDescriptor):
             kinds += (arg.base.dtype, *arg.block_shape)
-        elif kind is float:  # never specialized
+        elif isinstance(arg, float):  # never specialized
             kinds.append(float)
-        elif arg is None:
-            kinds.append(None)
-        else:
-            return ()
+        else:  # numbers, and None where there is nothing
+            kinds += (type(arg), arg)
     return () if addresses % 16 else (*kinds, *named, *named.values())
