@@ -15,7 +15,7 @@ import triton.language as tl
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import launcher
+from kernels import columns, launcher
 
 
 class Kernel:
@@ -87,6 +87,15 @@ def test_descriptors_of_other_tiles_are_told_apart(card):
     for rows in (16, 32):
         assert started(kernel, TensorDescriptor.from_tensor(x, [rows, 64])) == "triton"
     assert started(kernel, TensorDescriptor.from_tensor(x, [16, 64])) == "remembered"
+
+
+def test_the_descriptors_of_our_attention_are_remembered_too(card):
+    """Of a class of their own; so are parameters."""
+    kernel, x = Kernel(), torch.zeros(2, 64, 192, dtype=torch.bfloat16)
+    bias = torch.nn.Parameter(torch.zeros(64))
+    assert started(kernel, columns.operand(x, 16, 64, True), bias) == "triton"
+    assert started(kernel, columns.operand(x, 16, 64, True), bias) == "remembered"
+    assert started(kernel, columns.operand(x, 32, 64, True), bias) == "triton"
 
 
 def test_every_device_has_its_own(card):
