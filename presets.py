@@ -107,7 +107,7 @@ def speedrun(lr: float, C: int) -> OptimConfig:
 
 
 PRESETS = {
-    "demo": TrainConfig(  # for four minutes on two CPU cores; some seeds do not bear 6e-3
+    "demo": TrainConfig(  # for four minutes on two CPU cores; one seed did not bear 6e-3
         name="demo", steps=900, batch_tokens=1024, micro_batch=8,
         model=GPTConfig(n_layer=4, n_head=2, n_embd=128, n_ctx=128),
         optim=OptimConfig(lr=4e-3, warmup_steps=120, weight_decay=0.02, beta2=0.995),

@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,15 +38,15 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
     """
     given = list(sys.argv[1:] if argv is None else argv)
     words = list(given)  # what was typed, without a file's settings
-    default, of_file = config_class(), []  # of_file: a run's settings as flags
+    default = config_class()
     if given and not given[0].startswith("-"):
         source = given.pop(0)
         if source in presets:
             default = presets[source]
         elif source.endswith(".json"):
-            of_file = _flags_of_file(Path(source))
+            given = _flags_of_file(Path(source)) + given
         elif _is_run(Path(source)):
-            of_file = _flags_of_run(Path(source))
+            given = _flags_of_run(Path(source)) + given
         else:
             close = hints.preset_meant(source, list(presets))
             hint = f"did you mean {close}? " if close else ""
@@ -56,19 +55,18 @@ def parse(config_class: type[C], presets: Mapping[str, C], argv: Sequence[str] |
             if "/" in source:
                 raise BadInput(f"{no_run}; and {presets_there}")
             raise BadInput(f"{presets_there}; and {no_run}, and no file that ends in .json")
-    given = of_file + given
     _refuse_names_of_others(given)
-    read = partial(
-        flags.parse,
+    settings = asdict(default)  # type: ignore[call-overload]
+    config = flags.parse(
         config_class,
-        switches=_switches(asdict(default)),  # type: ignore[call-overload]
+        given,
+        switches=_switches(settings),
         default=default,
         prog="train_gpt2.py [PRESET | RUN | config.json]",
         description=f"Presets: {', '.join(presets)}.\nRUN: a run's folder; that run goes on.",
     )
-    config = read(given)
-    if idle := _idle(config, words):
-        _refuse_idle(config, read(of_file), idle)
+    if not all(is_given(name, words) for name in _names(settings)):
+        _refuse_idle(config, words)
     if config.minutes:  # type: ignore[attr-defined]
         _refuse_two_lengths(words)
     if is_given("steps", given) and not is_given("optim.warmup_steps", given):
@@ -85,6 +83,11 @@ def _switches(settings: Mapping) -> set[str]:
     return {name for name, value in pairs if value in ("True", "False")}
 
 
+def _names(settings: Mapping) -> list[str]:
+    """All their flags."""
+    return [flags.name_of(flag.partition("=")[0]) for flag in as_flags(settings)]
+
+
 def _refuse_names_of_others(given: Sequence[str]) -> None:
     """Raises BadInput with what nanoGPT's flags are called here, for all of them at once."""
     names = [flags.name_of(word.partition("=")[0]) for word in given]
@@ -92,20 +95,16 @@ def _refuse_names_of_others(given: Sequence[str]) -> None:
         raise BadInput(line)
 
 
-def _idle(config: Any, words: Sequence[str]) -> dict[str, str]:
-    """The typed flags that only another choice than the run's would read: name -> that choice."""
-    names = [flags.name_of(word.partition("=")[0]) for word in words]
-    return {name: f"--{choice} {' or '.join(values)}, and this run has {attrgetter(choice)(config)}"
-            for name in names for prefix, choice, values in READ_WITH
-            if name.startswith(prefix) and attrgetter(choice)(config) not in values}
-
-
-def _refuse_idle(config: Any, untyped: Any, idle: Mapping[str, str]) -> None:
-    """Raises BadInput for one that says anything else than what holds without it (untyped): a
-    script may write all flags down."""
-    for name, choice in idle.items():
-        if attrgetter(name)(config) != attrgetter(name)(untyped):
-            raise BadInput(f"--{name} is read with {choice}: leave it out, or choose that")
+def _refuse_idle(config: Any, words: Sequence[str]) -> None:
+    """Raises BadInput for a typed flag that only another choice than the run's would read. Not to
+    be asked of a script that writes all flags down."""
+    for word in words:
+        name = flags.name_of(word.partition("=")[0])
+        for prefix, choice, values in READ_WITH:
+            taken = attrgetter(choice)(config)
+            if name.startswith(prefix) and taken not in values:
+                raise BadInput(f"--{name} is read with --{choice} {' or '.join(values)}, and this "
+                               f"run has {taken}: leave it out, or choose that")
 
 
 def _refuse_two_lengths(words: Sequence[str]) -> None:

@@ -5,8 +5,8 @@
     w = w (1 - lr decay) - lr m' / (sqrt(v') + eps)     m' = m / (1 - b1^t), v' = v / (1 - b2^t)
 
 torch.optim.AdamW gives the same bits by the same update. But it brings all of torch.compile, a
-second that every run and every first try on a CPU would wait for; and in each step it looks up, for
-each parameter, what never changes: of a GPU's host some 0.4 ms (docs/decisions.md).
+second that a run would wait for which compiles nothing, on one device; and in each step it looks
+up, for each parameter, what never changes: of a GPU's host some 0.6 ms (docs/decisions.md).
 """
 
 from typing import Any

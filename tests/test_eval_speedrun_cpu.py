@@ -70,15 +70,17 @@ def test_a_bound_is_called_one():
     assert verdict(goal, [before]) == ["the faithful loss was not reached with 102,400 tokens"]
 
 
-@pytest.mark.parametrize("inputs", ["flags", "text"])
-def test_a_result_of_other_settings_or_another_text_is_none(short, tmp_path, inputs):
+@pytest.mark.parametrize("inputs", ["flags", "text", "first weights"])
+def test_a_result_of_other_settings_or_another_text_is_none(short, tmp_path, inputs, monkeypatch):
     (tmp_path / "results.json").write_text((short / "results.json").read_text())
     text, speedrun = "", speedrun_cpu.speedrun(80, 1)
     assert Runs(tmp_path, text)._is_done(speedrun)
     if inputs == "flags":
         speedrun = Training(speedrun.name, [*speedrun.flags, "--optim.lr", "0.03"], 80)
-    else:
+    elif inputs == "text":
         text = str(tmp_path / "results.json")
+    else:
+        monkeypatch.setattr(speedrun_cpu, "FIRST_WEIGHTS", "drawn otherwise")
     assert not Runs(tmp_path, text)._is_done(speedrun)
 
 

@@ -71,13 +71,18 @@ def test_one_rank_on_which_it_is_wrong_is_enough(zen_5, monkeypatch):
     assert asked() == MKL
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no primitive"), PermissionError("cpuinfo")])
-def test_a_rank_that_cannot_tell_answers_the_others(zen_5, monkeypatch, error):
-    def refuse(width: int) -> bool:
+@pytest.mark.parametrize(("question", "error"), [
+    ("is_right", RuntimeError("no primitive")), ("is_faster", PermissionError("cpuinfo"))])
+def test_a_rank_that_cannot_tell_answers_the_others(zen_5, monkeypatch, question, error):
+    def refuse(*_) -> bool:
         raise error
 
-    monkeypatch.setattr(fp32_products, "is_right", refuse)
+    answers = []
+    monkeypatch.setattr(World, "all_gather", lambda self, mine: answers.append(mine) or [mine])
+    monkeypatch.setattr(fp32_products, question, refuse)
     assert chosen() == {}
+    assert answers == [False]
+    assert asked() == MKL
 
 
 def test_a_run_that_leaves_its_library_says_so(zen_5, tmp_path, monkeypatch, capsys):

@@ -6,17 +6,19 @@
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from eval import evaluator
 from kernels import operators
 from model.config import ComputeConfig, GPTConfig
 from model.network import NoFirstWeights, compile_blocks, new_network, without_compiling
 from model.training import new_model
 from tests.running import ALONE, environment
+from train_gpt2 import train
 
 # By CPU seconds of their import here: torch 1.9, requests and the Hub 0.3, matplotlib 0.3, numpy
 # 0.1. tyro, which reads the command line, is 0.1 itself.
@@ -79,6 +81,7 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tmp_path):
 
 
 def test_a_compiled_model_is_sampled_as_it_is_written(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # compile_blocks() changes it
     asked = []
     monkeypatch.setattr(torch.compiler, "set_stance",
                         lambda to: (asked.append(to), nullcontext())[1])
@@ -88,6 +91,21 @@ def test_a_compiled_model_is_sampled_as_it_is_written(monkeypatch):
     compile_blocks(model)
     with without_compiling(model):
         assert asked == ["force_eager"]
+
+
+def test_an_evaluation_samples_so(tiny, monkeypatch):
+    inside, sampled = [False], []
+
+    @contextmanager
+    def noted(model):
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    monkeypatch.setattr(evaluator, "without_compiling", noted)
+    monkeypatch.setattr(evaluator, "sample_text", lambda *_: sampled.append(inside[0]) or "so")
+    assert train(tiny(steps=1)) == 0
+    assert sampled and all(sampled)
 
 
 @pytest.mark.parametrize(("words", "exit_code"), [
