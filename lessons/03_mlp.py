@@ -179,8 +179,7 @@ course.figure("samples of 1 to 11 letters, of 20", short, 10, 20, "", (10, 20))
 
 # %% The door: train_gpt2.py
 # The same search on the demo's GPT-2: 60 steps of AdamW, from 1e-4 to 1, in some seconds. The
-# demo's own 4e-3 stands a little before the lowest point: in runs of four minutes 6e-3 ended as
-# low, and with the first weights of one seed it ended half a nat higher.
+# demo's own 4e-3 stands a little before the lowest point: 6e-3 ended one seed half a nat higher.
 config = PRESETS["demo"]
 torch.manual_seed(1337)
 model = GPT(config.model)

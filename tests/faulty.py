@@ -22,6 +22,7 @@ from data.loader import Loader
 from launch import cli
 from launch.errors import BadInput, exit_process, one_line_errors
 from model.parallel import ParallelModel
+from model.saving import Saver
 from train_gpt2 import PRESETS, TrainConfig, train
 
 FAULT = json.loads(os.environ.get("FAULT", "{}"))
@@ -43,18 +44,12 @@ def happens() -> bool:
 
 def plant() -> None:
     """Puts the fault where it belongs."""
-    rate, call, limits = train_gpt2.get_lr, ParallelModel.__call__, []
+    rate, call = train_gpt2.get_lr, ParallelModel.__call__
 
     def counting(step, *rest):
         now["step"] = step + 1
         if FAULT["kind"] == "stop" and happens():
             signal.raise_signal(signal.SIGSTOP)
-        if FAULT["kind"] == "full":
-            if happens():
-                limits.append(resource.getrlimit(resource.RLIMIT_FSIZE))
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[0][1]))
-            elif limits and now["step"] == FAULT["step"] + 2:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits.pop())
         return rate(step, *rest)
 
     def broken(self, *batch):
@@ -62,6 +57,8 @@ def plant() -> None:
         return loss * torch.nan if FAULT["kind"] == "nan" and happens() else loss
 
     train_gpt2.get_lr, ParallelModel.__call__ = counting, broken
+    if FAULT["kind"] == "full":
+        plant_full_disk()
     if FAULT["kind"] == "data":
         plant_damage()
     if FAULT.get("late"):
@@ -70,6 +67,22 @@ def plant() -> None:
         plant_poison(FAULT["batches"])
     if FAULT["kind"] == "late" and FAULT["rank"] == int(os.environ["RANK"]):
         train_gpt2.was_stopped = lambda run: False
+
+
+def plant_full_disk() -> None:
+    """From this step's save to the next, both of which wait for the checkpoint before them."""
+    begin = Saver._begin
+    limits: list[tuple[int, int]] = []
+
+    def limited(self, *given) -> None:
+        if limits:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits.pop())
+        elif happens():
+            limits.append(resource.getrlimit(resource.RLIMIT_FSIZE))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[0][1]))
+        begin(self, *given)
+
+    Saver._begin = limited
 
 
 def plant_damage() -> None:
