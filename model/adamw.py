@@ -6,7 +6,8 @@
 
 torch.optim.AdamW gives the same bits by the same update. But it brings all of torch.compile, a
 second that a run would wait for which compiles nothing, on one device; and in each step it looks
-up, for each parameter, what never changes: of a GPU's host some 0.6 ms (docs/decisions.md).
+up, for each parameter, what never changes: 0.6 ms of the host's time, on a stand-in for a GPU
+(docs/decisions.md).
 """
 
 from typing import Any

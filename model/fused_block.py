@@ -84,7 +84,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ds2, dm):
-        if torch.is_grad_enabled():  # create_graph; once_differentiable takes 20 us to find out
+        if torch.is_grad_enabled():  # create_graph; once_differentiable is slower to find out
             raise RuntimeError("a block by hand has no second derivative (create_graph=True): its "
                                "kernels would be missing from it")
         (s1, y1, mean_1, rstd_1, qkv, o, lse, s2, y2, mean_2, rstd_2, f,
