@@ -2,14 +2,14 @@
 
     contest = Contest(shape, 64, torch.bfloat16, True, {}, world)
     names, ops = choose_attention(contest, ops)      # {"attention_forward": "triton", ...}
-    names["blocks"] = choose_blocks(contest, ops, passes)             # both print lines
+    names["loss"], ops = choose_loss(contest, ops)
+    names["blocks"] = choose_blocks(contest, ops, passes)             # each prints a line
 
 All ranks check every implementation, each on its own card; rank 0 times those that are left, and
 all ranks take what it says. config.json keeps it under "resolved", and a run that goes on asks
 only whether that still works, so that its bits stay the same.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +26,11 @@ from kernels.race import Run
 from launch import folder
 from launch.world import DTYPES, World, device_name
 from model.config import GPTConfig
-from model.fused_block import (
-    LIMITS,
-    FusedBlock,
-    copy_weights,
-    outputs_and_gradients,
-    random_block,
-)
-from model.gpt2 import Block
+from model.contest_cases import BY_HAND, COMPILED, BlockCase, LossCase
+from model.network import compiled_loss
 
-BY_HAND, COMPILED, EAGER = "by hand", "compiled", "eager"  # blocks
+EAGER = "eager"  # blocks that are neither BY_HAND nor COMPILED
+OURS, PLAIN = "triton", "torch"  # the loss, which may be COMPILED, too
 
 
 def milliseconds(run: Run) -> float:
@@ -175,6 +170,30 @@ def _attention_case(contest: Contest) -> Any:
                          contest.dtype, contest.world.device)
 
 
+def choose_loss(contest: Contest, ops: Operators) -> tuple[str, Operators]:
+    """OURS, where it is among them still, or COMPILED, and the operators with it; PLAIN, plain
+    PyTorch's, where neither is left."""
+    plain = operators.TORCH.linear_cross_entropy
+    losses: dict[str, Callable] = {COMPILED: compiled_loss}  # names, and who makes one
+    if ops.linear_cross_entropy is not plain:
+        losses = {OURS: lambda: ops.linear_cross_entropy} | losses
+    # A run of a version that raced no loss went by ours.
+    kept, winner = contest.kept.get("loss", OURS if contest.kept else ""), None
+    if kept in losses:
+        winner = _race_loss(contest, {kept: losses[kept]}, " as before")
+    winner = winner or _race_loss(contest, losses) or PLAIN
+    loss = plain if winner == PLAIN else losses[winner]()
+    return winner, ops._replace(linear_cross_entropy=loss)
+
+
+def _race_loss(contest: Contest, losses: dict[str, Callable], how: str = "") -> str | None:
+    """Prints a line; None where nobody is left."""
+    case = LossCase(contest.shape, contest.B, contest.dtype, contest.world.device)
+    result = contest.decide(case.runs(losses), case.fault)
+    contest.world.print0(f"loss: {result.said}: {result.winner or PLAIN}{how}")
+    return result.winner
+
+
 def choose_blocks(contest: Contest, ops: Operators, passes: Passes) -> str:
     """BY_HAND or COMPILED: who computes GPT-2's blocks, where both can; EAGER, which is
     model/gpt2.py as it stands, where neither is left."""
@@ -194,85 +213,3 @@ def _race_blocks(
     result = contest.decide(case.runs(names), case.fault)
     contest.world.print0(f"blocks: {result.said}: {result.winner or EAGER}{how}")
     return result.winner
-
-
-class BlockCase:
-    """A block at a run's own shape, by hand and compiled: for kernels/race.py.
-
-    The gradients of its outputs are 0 but for the first and the last sequence, so that all others
-    add nothing to those of weights, and fp64 can say of these two alone what is right.
-    """
-
-    def __init__(
-        self, config: GPTConfig, ops: Operators, passes: Passes, B: int, dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.config, self.ops, self.passes, self.B = config, ops, passes, B
-        self.dtype, self.device = dtype, device
-        self.ends = sorted({0, B - 1})
-
-    @functools.cached_property
-    def inputs(self) -> Tensor:
-        """x, branch and the gradients of both outputs, (4, B, T, C)."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        inputs = torch.randn(4, self.B, self.config.n_ctx, self.config.n_embd,
-                             generator=generator, device=self.device)
-        inputs[1] = inputs[1].to(self.dtype)  # as a run has it, and fp64 the same
-        inputs[2:, 1 : self.B - 1] = 0
-        return inputs
-
-    @functools.cached_property
-    def exact(self) -> dict[str, Tensor]:
-        """The ends' outputs and gradients, and the weights' gradients, in fp64."""
-        block = random_block(self.config, operators.TORCH).to(self.device).double()
-        return outputs_and_gradients(block, self.inputs[:, self.ends].double(), None)
-
-    def runs(self, names: list[str]) -> dict[str, Run]:
-        """Forward and backward, by each of these."""
-        make = {BY_HAND: self._by_hand, COMPILED: self._compiled}
-
-        def run(block: Callable[[], Block]) -> tuple[Tensor, ...]:
-            return tuple(outputs_and_gradients(block(), self.inputs, self.dtype).values())
-
-        return {name: functools.partial(run, functools.cache(make[name])) for name in names}
-
-    def _by_hand(self) -> Block:
-        block = random_block(self.config, self.ops).to(self.device)
-        block.fused = FusedBlock(block, self.passes)
-        with torch.autocast(self.device.type, self.dtype):
-            copy_weights([block.fused])
-        return block
-
-    def _compiled(self) -> Block:
-        """Raises RuntimeError where the activations of a whole model of these would leave less than
-        half of the card for all else: by hand fewer are kept, and --micro_batch may rely on it."""
-        block = random_block(self.config, self.ops).to(self.device)
-        block.compile()
-        if self.device.type == "cuda":
-            x = self.inputs[0].clone().requires_grad_()
-            branch = self.inputs[1].to(self.dtype).requires_grad_()  # else it compiles once more
-            before = torch.cuda.memory_allocated()
-            with torch.autocast("cuda", self.dtype):
-                outputs = block(x, branch)
-            kept = self.config.n_layer * (torch.cuda.memory_allocated() - before)
-            del outputs
-            require_room(kept, torch.cuda.get_device_properties(self.device).total_memory)
-        return block
-
-    def fault(self, got: tuple[Tensor, ...]) -> str:
-        """What is wrong with a run's tensors, "" for nothing."""
-        for (what, right), tensor in zip(self.exact.items(), got, strict=True):
-            if what in ("dx", "dbranch", "stream", "branch"):
-                tensor = tensor[self.ends]
-            right = right.cpu()
-            off = ((tensor.cpu().double() - right).norm() / right.norm()).item()
-            if not off <= LIMITS[self.dtype]:  # NaN too
-                return f"{what} is off by {off:.1e}"
-        return ""
-
-
-def require_room(kept: int, memory: int) -> None:
-    """Raises RuntimeError where activations take more than half of a card. Both in bytes."""
-    if kept > memory / 2:
-        raise RuntimeError(f"all blocks would keep {kept / 2**30:.0f} GiB of the card's "
-                           f"{memory / 2**30:.0f}")

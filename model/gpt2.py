@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import operators
 from kernels.operators import Operators
 from model.config import GPTConfig
+from model.first_weights import draw_normal
 
 INIT_STD = 0.02  # GPT-2's initializer_range
 # attend(layer, qkv, n_head): (B, T, 3C) -> (B, T, C). What may take the place of causal attention
@@ -147,13 +148,15 @@ class GPT(nn.Module):
         2 n_layer), as the paper says (section 2.3), so that the stream's variance doesn't grow
         with depth.
         """
+        drawn = []
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith("c_proj.weight")
                 std = INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD
-                nn.init.normal_(parameter, 0.0, std)
+                drawn.append((parameter, std))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        draw_normal(*drawn)
         # Padding rows take no probability and no gradient, so what is zero here stays zero.
         self.wte.weight[self.config.n_vocab :] = 0
 

@@ -8,6 +8,7 @@ training, ranks, checkpoints, sampling and evaluation then work as they are.
 """
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from kernels import operators, reference
 from kernels.operators import Operators
+from model.first_weights import draw_normal
 from model.gpt2 import GPT, Attend, GPTConfig
 from model.speedrun import SpeedrunGPT
 
@@ -72,8 +74,7 @@ def use_operators(model: Any, ops: Operators) -> None:
 
 
 def compile_blocks(model: Any) -> None:
-    """torch.compile on each block, in place, so that parameter names stay; and on a GPU on plain
-    PyTorch's loss.
+    """torch.compile on each block, in place, so that parameter names stay.
 
     Block by block the compiler sees one small graph twelve times over (compiled once), and
     gradients arrive block by block, so DDP can send them while the backward pass goes on.
@@ -84,11 +85,20 @@ def compile_blocks(model: Any) -> None:
     torch._dynamo.config.optimize_ddp = False
     for block in model.h:
         block.compile()
-    loss = model.ops.linear_cross_entropy
-    if loss is reference.linear_cross_entropy and model.wte.weight.is_cuda:
-        of_chunk = torch.compile(reference.loss_of_chunk)
-        loss = functools.partial(loss, of_chunk=of_chunk)
-        use_operators(model, model.ops._replace(linear_cross_entropy=loss))
+
+
+def compile_loss(model: Any) -> None:
+    """On a GPU, where the loss is plain PyTorch's, that of compiled_loss() in its place."""
+    plain = model.ops.linear_cross_entropy is reference.linear_cross_entropy
+    if plain and model.wte.weight.is_cuda:
+        use_operators(model, model.ops._replace(linear_cross_entropy=compiled_loss()))
+
+
+@functools.cache  # else who asks again would have it compiled again
+def compiled_loss() -> Callable:
+    """Plain PyTorch's loss, with what becomes of a chunk of logits compiled."""
+    of_chunk = torch.compile(reference.loss_of_chunk)
+    return functools.partial(reference.linear_cross_entropy, of_chunk=of_chunk)
 
 
 def is_compiled(model: Any) -> bool:
@@ -114,6 +124,8 @@ class NoFirstWeights(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if func is draw_normal:
+            return None
         drawn = getattr(func, "__module__", "") == "torch.nn.init" and func not in CONSTANTS
         if drawn:
             return args[0] if args else kwargs["tensor"]  # type: ignore[index]

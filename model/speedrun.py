@@ -18,6 +18,7 @@ from kernels import operators
 from kernels.operators import Operators
 from kernels.reference import at_least_fp32, rotary_angles
 from model.document_mask import DocumentMask
+from model.first_weights import draw_normal
 from model.gpt2 import Attend, GPTConfig, run_block
 from model.value_embeddings import ValueEmbeddings
 
@@ -101,13 +102,13 @@ class SpeedrunGPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """At first blocks hand their input on, and all tokens are equally likely (record 5)."""
+        drawn = [(self.wte.weight[: self.config.n_vocab], 1.0)]  # padding rows are always 0
         for name, parameter in self.named_parameters():
+            nn.init.zeros_(parameter)
             if name.endswith(("c_attn.weight", "c_fc.weight")):
-                nn.init.normal_(parameter, 0.0, math.sqrt(INIT_VARIANCE / self.config.n_embd))
-            else:
-                nn.init.zeros_(parameter)
+                drawn.append((parameter, math.sqrt(INIT_VARIANCE / self.config.n_embd)))
         self.x0_mix[:, 0] = 1
-        nn.init.normal_(self.wte.weight[: self.config.n_vocab])  # padding rows are always 0
+        draw_normal(*drawn)
 
     def hidden(
         self, idx: Tensor, positions: Tensor | None = None, attend: Attend | None = None,

@@ -15,10 +15,17 @@ from launch.world import World
 from model import checkpoint, fused_block
 from model.adamw import AdamW
 from model.config import ComputeConfig
-from model.contest import BY_HAND, EAGER, choose_attention, choose_blocks, open_contest
+from model.contest import (
+    BY_HAND,
+    EAGER,
+    choose_attention,
+    choose_blocks,
+    choose_loss,
+    open_contest,
+)
 from model.fused_block import fuse_blocks
 from model.gpt2 import GPT, GPTConfig
-from model.network import NoFirstWeights, compile_blocks, new_network
+from model.network import NoFirstWeights, compile_blocks, compile_loss, new_network
 from model.optim import LossScaler, OptimConfig, configure_optimizers
 from model.parallel import ParallelModel
 from model.train_state import TrainState, load_train_state
@@ -52,6 +59,8 @@ def build_train_state(
         fuse_blocks(module, by_hand, copies=not sharded)
     elif compute.compiled(world.device) and chosen.get("blocks") != EAGER:
         compile_blocks(module)
+        if "loss" not in chosen:  # else it was raced
+            compile_loss(module)
     model = ParallelModel(module, compute.parallel, world, dtype, compute.reduce_dtype)
     model.chosen = chosen
     optimizer = configure_optimizers(model, optim)
@@ -75,6 +84,8 @@ def choose_kernels(
     chosen: dict[str, str] = {}
     if contest:
         chosen, ops = choose_attention(contest, ops)
+        if compute.compile is not False:
+            chosen["loss"], ops = choose_loss(contest, ops)
     passes = None
     if compute.compile is None and blocks_by_hand(shape, ops, chosen, world):
         passes = passes_of(ops, chosen)

@@ -23,7 +23,7 @@ from launch.world import World
 from model import fused_block, parallel
 from model.gpt2 import GPTConfig
 from model.muon import orthogonalise
-from model.network import flops_per_token, new_network, parameter_count
+from model.network import NoFirstWeights, flops_per_token, new_network, parameter_count
 from model.optim import configure_optimizers
 from model.parallel import ParallelModel
 from model.training import ComputeConfig
@@ -53,7 +53,7 @@ def peak_of_a_step(
     by_hand: Passes | None = None,
 ) -> int:
     """Bytes at the peak of two steps of two micro-steps, as torch's memory tracker counts them."""
-    with FakeTensorMode():
+    with FakeTensorMode(), NoFirstWeights():
         gpt = new_network(model, ops)
         gpt.checkpoint_activations = again
         if by_hand:
@@ -194,7 +194,7 @@ def saved_bytes(model: GPTConfig, B: int, ops: str, dtype: str) -> int:
         saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    with FakeTensorMode():
+    with FakeTensorMode(), NoFirstWeights():
         gpt = new_network(model, operators_of(ops))
         tokens = torch.zeros(B, model.n_ctx, dtype=torch.long)
         cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")

@@ -17,7 +17,8 @@ from kernels import selfcheck, tiles
 from launch import folder
 from launch.world import World
 from model import contest, training
-from model.contest import BY_HAND, COMPILED, EAGER, BlockCase, Contest
+from model.contest import EAGER, Contest
+from model.contest_cases import BY_HAND, COMPILED, BlockCase, require_room
 from model.gpt2 import GPTConfig
 from tests.running import ALONE
 from tests.test_launch_agreement import peers, run_ranks
@@ -87,6 +88,8 @@ def clock(monkeypatch):
         "triton": clock.backward("triton", 0.95), "cudnn": clock.backward("cudnn", 0.72),
         "flash": clock.backward("flash", 0.60, noise=2**-8)})
     monkeypatch.setattr(contest, "milliseconds", clock.judge)
+    # Nothing is compiled, which would take its time.
+    monkeypatch.setattr(contest, "compiled_loss", lambda: reference.linear_cross_entropy)
     return clock
 
 
@@ -245,9 +248,9 @@ def test_where_no_block_is_left_it_is_computed_as_it_is_defined(monkeypatch):
 
 
 def test_blocks_that_would_keep_too_much_are_left_out():
-    contest.require_room(40 * 2**30, 80 * 2**30)
+    require_room(40 * 2**30, 80 * 2**30)
     with pytest.raises(RuntimeError, match="would keep 41 GiB of the card's 80"):
-        contest.require_room(41 * 2**30, 80 * 2**30)
+        require_room(41 * 2**30, 80 * 2**30)
 
 
 def test_blocks_by_hand_launch_the_attention_that_was_chosen(clock):
@@ -305,6 +308,9 @@ def _judged_by(clock, opened):
     return opened and replace(opened, judge=clock.judge)
 
 
+CHOSEN = {"attention_forward": "triton", "attention_backward": "cudnn", "loss": "compiled"}
+
+
 def kept_by(path):
     return json.loads((path / "config.json").read_text())["resolved"]["kernels"]
 
@@ -313,7 +319,7 @@ def test_a_runs_choice_is_kept_and_holds_when_it_goes_on(tiny, tmp_path, as_on_a
     config = tiny(steps=2, save_every=1, dtype="bf16")
     assert train(replace(config, saving=replace(config.saving, keep=9))) == 0
     run = tmp_path / "tiny"
-    assert kept_by(run) == {"attention_forward": "triton", "attention_backward": "cudnn"}
+    assert kept_by(run) == CHOSEN
     newest = run / "checkpoints" / "step_00000002"
     assert kept_by(newest) == kept_by(run)
     capsys.readouterr()
@@ -323,8 +329,10 @@ def test_a_runs_choice_is_kept_and_holds_when_it_goes_on(tiny, tmp_path, as_on_a
         file.unlink()
     newest.rmdir()
     assert train(config) == 0
-    assert "backward cudnn 9.99: triton + cudnn as before" in capsys.readouterr().out
-    assert kept_by(run) == {"attention_forward": "triton", "attention_backward": "cudnn"}
+    printed = capsys.readouterr().out
+    assert "backward cudnn 9.99: triton + cudnn as before" in printed
+    assert "loss: compiled 0.00 ms: compiled as before" in printed
+    assert kept_by(run) == CHOSEN
 
 
 def test_a_choice_is_kept_for_the_same_question_on_the_same_card_alone(tmp_path):
