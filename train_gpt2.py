@@ -133,7 +133,8 @@ def train(config: TrainConfig) -> int:
                 group["lr"] = lr * group["lr_ratio"]  # 1 but for AdamW's groups beside Muon
 
             # forward and backward: the gradients of all micro-steps are added up
-            world.seed_step(config.seed, step)  # what dropout draws
+            if config.model.dropout:
+                world.seed_step(config.seed, step)  # what it draws
             micro_losses = []
             for i, (tokens, order) in enumerate(zip(micro_batches, orders, strict=True)):
                 last_micro_step = i == len(micro_batches) - 1

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import launcher, tiles
 from kernels.constants import GPU_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from kernels.constants import IGNORE
+from kernels.direct import direct, operators_wanted
 from kernels.reference import product_dtype
 
 NO_TARGET = tl.constexpr(IGNORE)
@@ -150,8 +151,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
 
 
-@torch.library.custom_op("gpt2::linear_cross_entropy", mutates_args=())
-def _fused(
+def _launch(
     h: Tensor, weight: Tensor, targets: Tensor, vocab: int, dtype: torch.dtype, gradient: bool,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,6 +190,9 @@ def _fused(
     return total, dh, dw
 
 
+_fused = torch.library.custom_op("gpt2::linear_cross_entropy", _launch, mutates_args=())
+
+
 @_fused.register_fake
 def _fused_outputs(h, weight, targets, vocab, dtype, gradient, softcap):
     total = h.new_empty((), dtype=torch.float32)
@@ -214,6 +217,7 @@ def _gradients(ctx, grad, ddh, ddw):
 
 
 _fused.register_autograd(_gradients, setup_context=_remember)
+_direct = direct("linear_cross_entropy", _launch, _remember, _gradients)
 
 
 @register_flop_formula(torch.ops.gpt2.linear_cross_entropy)
@@ -239,9 +243,8 @@ def linear_cross_entropy(
     dtype = product_dtype(h.dtype, h.device)
     tiles.check_dtype("linear_cross_entropy", dtype)
     gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    total, _, _ = torch.ops.gpt2.linear_cross_entropy(
-        h, weight, targets, vocab, dtype, gradient, softcap
-    )
+    fused = torch.ops.gpt2.linear_cross_entropy if operators_wanted() else _direct
+    total, _, _ = fused(h, weight, targets, vocab, dtype, gradient, softcap)
     if reduction == "sum":
         return total
     return total / (targets != IGNORE).sum().clamp(min=1)

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launcher, tiles
+from kernels.direct import direct, operators_wanted
 from kernels.reference import product_dtype
 
 MAX_WIDTH = 8192  # a row is held in registers: 16 values in each of 512 threads
@@ -158,12 +159,14 @@ def launch_backward(
     return dx, dbranch
 
 
-@torch.library.custom_op("gpt2::layer_norm_forward", mutates_args=())
-def _forward(
+def _launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x + branch, y, mean, rstd); without a branch the first is empty. y is of dtype."""
     return launch_forward(x, branch, None, weight, bias, eps, dtype)
+
+
+_forward = torch.library.custom_op("gpt2::layer_norm_forward", _launch_forward, mutates_args=())
 
 
 @_forward.register_fake
@@ -177,8 +180,7 @@ def _forward_outputs(x, weight, bias, branch, eps, dtype):
     return total, y, mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("gpt2::layer_norm_backward", mutates_args=())
-def _backward(
+def _launch_backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     dtype: torch.dtype, branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -189,6 +191,10 @@ def _backward(
         dy, dtotal, total, weight, mean, rstd, partial, dtype, branch_dtype, branch_bias=False
     )
     return dx, dbranch, partial[:, :C].sum(0), partial[:, C:].sum(0)
+
+
+_backward = torch.library.custom_op(
+    "gpt2::layer_norm_backward", _launch_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -215,7 +221,8 @@ def _gradients(ctx, dtotal, dy, dmean, drstd):
     if dy is None:
         dy = torch.zeros_like(total)
     dtotal = dtotal if ctx.has_branch else None
-    dx, dbranch, dweight, dbias = torch.ops.gpt2.layer_norm_backward(
+    backward = torch.ops.gpt2.layer_norm_backward if operators_wanted() else _launch_backward
+    dx, dbranch, dweight, dbias = backward(
         dy, dtotal, total, weight, mean, rstd, dtype, branch_dtype
     )
     if not ctx.has_branch:
@@ -226,6 +233,7 @@ def _gradients(ctx, dtotal, dy, dmean, drstd):
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
+_direct = direct("layer_norm", _launch_forward, _remember, _gradients)
 
 
 def layer_norm(
@@ -243,5 +251,6 @@ def layer_norm(
     sum_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     tiles.check_dtype("layer_norm", sum_dtype)
     y_dtype = product_dtype(sum_dtype, x.device)
-    total, y, _, _ = torch.ops.gpt2.layer_norm_forward(x, weight, bias, branch, eps, y_dtype)
+    forward = torch.ops.gpt2.layer_norm_forward if operators_wanted() else _direct
+    total, y, _, _ = forward(x, weight, bias, branch, eps, y_dtype)
     return (x if branch is None else total), y

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from kernels import operators
 from kernels.constants import FUSED_WIDTH
+from kernels.direct import refuse_second_derivative
 from kernels.operators import Operators
 from kernels.passes import Passes
 from kernels.reference import at_least_fp32, product_dtype
@@ -57,10 +58,12 @@ LIMITS = {torch.bfloat16: 2e-2, torch.float16: 2e-2 / 8, torch.float32: 1e-5}
 
 
 class _Block(torch.autograd.Function):
-    """The lines above. low: weights and biases of the products in the products' dtype."""
+    """The lines above. low: weights and biases of the products in the products' dtype; given: all
+    parameters, where autograd is to have their gradients, else the block takes them itself."""
 
     @staticmethod
-    def forward(ctx, x, branch, n_head, eps, passes, low, *parameters):
+    def forward(ctx, x, branch, block, low, *given):
+        parameters, passes, eps = given or block.parameters(), block.passes, block.eps
         ln_1, b_1, _, _, _, b_proj, ln_2, b_2, _, b_fc, _, _ = parameters
         W_attn, b_attn, W_proj, W_fc, W_out, b_out = low
         B, T, C = x.shape
@@ -69,7 +72,7 @@ class _Block(torch.autograd.Function):
         if branch is None:
             s1 = x
         qkv = F.linear(y1, W_attn, b_attn)  # (B, T, 3C)
-        o, lse = passes.attention_forward(qkv, n_head)
+        o, lse = passes.attention_forward(qkv, block.n_head)
         a = F.linear(o, W_proj)
         s2, y2, mean_2, rstd_2 = passes.layer_norm_forward(s1, a, b_proj, ln_2, b_2, eps, dtype)
         f = F.linear(y2.view(-1, C), W_fc)  # (B T, 4C)
@@ -77,19 +80,17 @@ class _Block(torch.autograd.Function):
         m = F.linear(g, W_out, b_out).view(B, T, C)
         ctx.save_for_backward(s1, y1, mean_1, rstd_1, qkv, o, lse, s2, y2, mean_2, rstd_2, f,
                               ln_1, ln_2, b_fc, W_attn, W_proj, W_fc, W_out)
-        ctx.n_head, ctx.passes, ctx.dtypes = n_head, passes, [p.dtype for p in parameters]
+        ctx.block, ctx.given, ctx.dtypes = block, bool(given), [p.dtype for p in parameters]
         ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)  # a stream that nobody read further has no gradient
         return s2, m
 
     @staticmethod
     def backward(ctx, ds2, dm):
-        if torch.is_grad_enabled():  # create_graph; once_differentiable is slower to find out
-            raise RuntimeError("a block by hand has no second derivative (create_graph=True): its "
-                               "kernels would be missing from it")
+        refuse_second_derivative("a block by hand")
         (s1, y1, mean_1, rstd_1, qkv, o, lse, s2, y2, mean_2, rstd_2, f,
          ln_1, ln_2, b_fc, W_attn, W_proj, W_fc, W_out) = ctx.saved_tensors
-        passes, dtypes = ctx.passes, ctx.dtypes
+        passes, dtypes = ctx.block.passes, ctx.dtypes
         B, T, C = s1.shape
         stream, low = s1.dtype, W_attn.dtype
         # Sums of shares of the rows, a block's vectors side by side: LN1, LN2 and b_proj, b_fc,
@@ -116,7 +117,7 @@ class _Block(torch.autograd.Function):
         do = torch.mm(da, W_proj).view(B, T, C)
         dW_proj = _weight_gradient(da, o.view(-1, C), dtypes[4])
         del da
-        dqkv = passes.attention_backward(do, qkv, o, lse, ctx.n_head).view(-1, 3 * C)
+        dqkv = passes.attention_backward(do, qkv, o, lse, ctx.block.n_head).view(-1, 3 * C)
         del do
         passes.column_sums(dqkv, dm, of_rest)
         dy1 = torch.mm(dqkv, W_attn)
@@ -136,7 +137,10 @@ class _Block(torch.autograd.Function):
                     dW_out, db_out)
         gradients = [d if d.dtype == dtype else d.to(dtype)
                      for d, dtype in zip(in_order, dtypes, strict=True)]
-        return dx, du, None, None, None, None, *gradients
+        if not ctx.given:
+            ctx.block.take(gradients)
+            return dx, du, None, None
+        return dx, du, None, None, *gradients
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,10 +153,16 @@ def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class FusedBlock:
-    """What a Block of model/gpt2.py asks instead of its own lines, where it has been given one."""
+    """What a Block of model/gpt2.py asks instead of its own lines, where it has been given one.
 
-    def __init__(self, block: Any, passes: Passes) -> None:
-        self.block, self.passes = block, passes
+    alone: its backward pass adds to its parameters' .grad by itself. Autograd would take a third of
+    a block's time on the host to hand twelve gradients to twelve parameters, and add each to what
+    is there by a launch of its own. Not under DDP and FSDP, which have to be told of each.
+    """
+
+    def __init__(self, block: Any, passes: Passes, alone: bool = False) -> None:
+        self.passes, self.alone = passes, alone
+        self.n_head, self.eps = block.attn.n_head, block.ln_1.eps
         self.low: list[Tensor] | None = None  # see copy_weights()
         attn, mlp = block.attn, block.mlp
         modules = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
@@ -177,23 +187,35 @@ class FusedBlock:
         # may have copies of a later forward pass, outside autocast or inside.
         if low is None or low[0].dtype != dtype:
             low = [weight.to(dtype) for weight in self.product_weights()]
-        block, kind = self.block, x.device.type
+        kind = x.device.type
+        # Of an input without gradient (frozen embeddings, say) autograd would record nothing.
+        given = () if self.alone and x.requires_grad else self.parameters()
         autocast = torch.is_autocast_enabled(kind)
         torch.set_autocast_enabled(kind, False)  # every dtype is chosen here
         try:
-            return _Block.apply(x, branch, block.attn.n_head, block.ln_1.eps, self.passes, low,
-                                *self.parameters())
+            return _Block.apply(x, branch, self, low, *given)
         finally:
             torch.set_autocast_enabled(kind, autocast)
 
+    def take(self, gradients: list[Tensor]) -> None:
+        """Adds to .grad what a backward pass has found, in the order of parameters()."""
+        parameters = self.parameters()
+        sums: list[Any] = [parameter.grad for parameter in parameters]
+        if sums[0] is not None:
+            torch._foreach_add_(sums, gradients)
+            return
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
-def fuse_blocks(model: Any, passes: Passes, copies: bool) -> None:
+
+def fuse_blocks(model: Any, passes: Passes, copies: bool, alone: bool = False) -> None:
     """Lets every block of a GPT compute itself by the lines of this file.
 
     copies: of weights that are fp32 here; under fsdp they are put together in the products' dtype.
+    alone: as FusedBlock has it, on one rank.
     """
     for block in model.h:
-        block.fused = FusedBlock(block, passes)
+        block.fused = FusedBlock(block, passes, alone)
     if copies:
         model.before_blocks = functools.partial(copy_weights, [block.fused for block in model.h])
 

@@ -56,7 +56,7 @@ def build_train_state(
         world.print0(f"starts from the weights of {given} (--init {init})")
     if by_hand:
         sharded = compute.parallel == "fsdp" and world.size > 1
-        fuse_blocks(module, by_hand, copies=not sharded)
+        fuse_blocks(module, by_hand, copies=not sharded, alone=world.size == 1)
     elif compute.compiled(world.device) and chosen.get("blocks") != EAGER:
         compile_blocks(module)
         if "loss" not in chosen:  # else it was raced

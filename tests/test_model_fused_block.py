@@ -5,6 +5,7 @@
 
 import tests.interpreter  # noqa: F401, I001  first: it decides how the kernels are defined
 
+import contextlib
 import json
 import math
 import types
@@ -15,6 +16,7 @@ import torch
 from kernels import operators
 from kernels.passes import REFERENCE, triton_passes
 from model import fused_block, training
+from model.config import ComputeConfig, OptimConfig
 from model.fused_block import check, fuse_blocks
 from model.gpt2 import GPT, GPTConfig
 from tests.exact import poison  # noqa: F401
@@ -51,10 +53,11 @@ def exact():
     return losses_and_gradients(*model_and_batch(torch.float64))
 
 
-def test_every_gradient_is_autograds_in_fp64(exact):
+@pytest.mark.parametrize("alone", [False, True])
+def test_every_gradient_is_autograds_in_fp64(exact, alone):
     """Both sum in fp64, in other orders: chains of a few thousand terms, 1e-16 each."""
     model, *batch = model_and_batch(torch.float64)
-    fuse_blocks(model, REFERENCE, copies=True)
+    fuse_blocks(model, REFERENCE, copies=True, alone=alone)
     for name, got in losses_and_gradients(model, *batch).items():
         assert relative(got, exact[name]) < 1e-12, name
 
@@ -162,13 +165,74 @@ def test_nothing_is_copied_where_another_attention_is_asked_for():
     assert model.h[0].fused.low[0].dtype == torch.bfloat16
 
 
-def test_a_second_derivative_is_an_error():
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_second_derivative_is_an_error(alone):
     model, *batch = model_and_batch()
-    fuse_blocks(model, REFERENCE, copies=True)
-    stream, branch = model.h[0](torch.randn(1, 33, 64), None)
+    fuse_blocks(model, REFERENCE, copies=True, alone=alone)
+    x = torch.randn(1, 33, 64, requires_grad=True)
+    stream, branch = model.h[0](x, None)
     loss = (stream + branch).square().sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, model.h[0].mlp.c_proj.weight, create_graph=True)
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_block_that_takes_its_gradients_itself_has_autograds_to_the_bit(again, autocast):
+    """Also of several micro-steps, added up one after the other, and of a step after them."""
+    found = []
+    for alone in (False, True):
+        model, *batch = model_and_batch()
+        fuse_blocks(model, REFERENCE, copies=True, alone=alone)
+        model.checkpoint_activations = again
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            for shift in range(3):
+                rolled = [tokens.roll(shift) for tokens in batch]
+                gradients = losses_and_gradients(model, *rolled, autocast)
+        found.append(gradients)
+    for name, expected in found[0].items():
+        assert torch.equal(found[1][name], expected), name
+
+
+def test_autograd_is_not_asked_for_the_gradients_that_a_block_takes_itself():
+    for alone in (False, True):
+        model, *batch = model_and_batch()
+        fuse_blocks(model, REFERENCE, copies=True, alone=alone)
+        asked = []
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name, asked=asked: asked.append(name))
+        losses_and_gradients(model, *batch)
+        of_blocks = [name for name in asked if name.startswith("h.")]
+        assert len(of_blocks) == (0 if alone else 2 * 12)
+
+
+def test_a_block_alone_has_gradients_also_where_its_input_has_none():
+    model, *_ = model_and_batch(torch.float64)
+    by_hand, *_ = model_and_batch(torch.float64)
+    fuse_blocks(by_hand, REFERENCE, copies=True, alone=True)
+    x = torch.randn(1, 33, 64, dtype=torch.float64)
+    for m in (model, by_hand):
+        stream, branch = m.h[0](x, None)
+        (stream + branch).square().sum().backward()
+    for own, got in zip(model.h[0].parameters(), by_hand.h[0].parameters(), strict=True):
+        assert torch.allclose(got.grad, own.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_blocks_are_alone_on_one_rank(ranks, monkeypatch):
+    """DDP and FSDP have to be told of every gradient."""
+    asked = {}
+    monkeypatch.setattr(training, "choose_kernels", lambda *_: (operators.TORCH, REFERENCE, {}))
+    monkeypatch.setattr(training, "fuse_blocks", lambda *_, **how: asked.update(how))
+    monkeypatch.setattr(training, "ParallelModel", lambda *_: 1 / 0)
+    world = types.SimpleNamespace(
+        size=ranks, device=torch.device("cpu"), fail_together=contextlib.nullcontext)
+    with pytest.raises(ZeroDivisionError):
+        training.build_train_state(
+            SHAPE, OptimConfig(), ComputeConfig(), "fp32", 1, "", None, world)
+    assert asked == {"copies": True, "alone": ranks == 1}
 
 
 def test_a_run_by_hand_does_not_say_that_it_is_compiled(tiny, tmp_path, monkeypatch, capsys):
