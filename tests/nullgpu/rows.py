@@ -86,6 +86,7 @@ ROWS = [
     Row("gpt2-124m, a100", "a100"),
     Row("gpt2-124m, b200", "b200"),
     Row("gpt2-124m, h100", "h100"),
+    Row("gpt2-124m, two micro-steps, h100", "h100", batch=128, arguments=("--micro_batch", "64")),
     Row("gpt2-124m, --deterministic, h100", "h100", arguments=("--deterministic", "True")),
     Row("gpt2-124m, --activation_checkpointing, h100", "h100",
         arguments=("--activation_checkpointing", "True")),
