@@ -27,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import launcher, tiles
 from kernels.constants import GPU_CHUNK_ELEMENTS as CHUNK_ELEMENTS
 from kernels.constants import IGNORE
-from kernels.direct import direct, operators_wanted
+from kernels.direct import direct, operator_wanted
 from kernels.reference import product_dtype
 
 NO_TARGET = tl.constexpr(IGNORE)
@@ -243,7 +243,7 @@ def linear_cross_entropy(
     dtype = product_dtype(h.dtype, h.device)
     tiles.check_dtype("linear_cross_entropy", dtype)
     gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    fused = torch.ops.gpt2.linear_cross_entropy if operators_wanted() else _direct
+    fused = torch.ops.gpt2.linear_cross_entropy if operator_wanted(h) else _direct
     total, _, _ = fused(h, weight, targets, vocab, dtype, gradient, softcap)
     if reduction == "sum":
         return total

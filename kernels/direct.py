@@ -3,19 +3,23 @@
     layer_norm = direct("layer_norm", launch_forward, remember, gradients)  # as register_autograd
 
 torch.library takes the host some 80 us for forward and backward of an operator (one core of an
-EPYC), in which a GPU could have been given ten launches. But the compiler and dispatch modes (a
-counter of FLOPs, fake tensors) are to see an operator: operators_wanted().
+EPYC), in which a GPU could have been given ten launches. But the compiler, dispatch modes (a
+counter of FLOPs) and tensors without numbers are to have the operator: operator_wanted().
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 
-def operators_wanted() -> bool:
-    """Whether someone looks at what is called."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def operator_wanted(x: Tensor) -> bool:
+    """Whether who calls with this tensor is to have an operator: someone looks at what is called,
+    or the tensor (a fake or meta one, a wrapper's) holds no numbers for a kernel."""
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+            or type(x) not in (Tensor, Parameter) or x.is_meta)
 
 
 def refuse_second_derivative(what: str) -> None:

@@ -154,7 +154,7 @@ course.figure("largest difference from the counted table", apart, 0, 3e-3, embed
 # %% The door: eval/report/floor.py
 # Counting is a floor for any language model: one that is above it hasn't learnt which token follows
 # which. `python -m eval.report RUN` prints it for every run on a text. Here it is for the demo of
-# train_gpt2.py, with GPT-2's 50,257 tokens in place of 27 letters: `make train` ends at 4.23.
+# train_gpt2.py, with GPT-2's 50,257 tokens in place of 27 letters: `make train` ends at 4.21.
 train, val = corpus.embedded()  # tokens, uint16
 floor = bigram_loss(train, val[:46_081], 50_257)
 course.figure("pairs of tokens counted, the demo's val text", floor, 4.3281, 4.3281,

@@ -180,7 +180,8 @@ class ComputeConfig:
     dtype: Dtype = "auto"
     """Format of the matrix products. Weights and optimizer are fp32 (fp64 for fp64)."""
     compile: bool | None = None
-    """torch.compile the blocks; None: on CUDA, unless they have a backward pass by hand."""
+    """torch.compile the blocks; None: on CUDA, unless they have a backward pass by hand. False
+    compiles nothing, the loss neither."""
     kernels: Choice = "auto"
     """Of what is right on this GPU the fastest that repeats its bits, or just the fastest; or ours;
     or plain PyTorch."""

@@ -172,13 +172,16 @@ def _attention_case(contest: Contest) -> Any:
 
 def choose_loss(contest: Contest, ops: Operators) -> tuple[str, Operators]:
     """OURS, where it is among them still, or COMPILED, and the operators with it; PLAIN, plain
-    PyTorch's, where neither is left."""
+    PyTorch's, where neither is left, or none was when the run began."""
     plain = operators.TORCH.linear_cross_entropy
     losses: dict[str, Callable] = {COMPILED: compiled_loss}  # names, and who makes one
     if ops.linear_cross_entropy is not plain:
         losses = {OURS: lambda: ops.linear_cross_entropy} | losses
-    # A run of a version that raced no loss went by ours.
-    kept, winner = contest.kept.get("loss", OURS if contest.kept else ""), None
+    # A run of a version that raced no loss went by ours, unless that was wrong.
+    kept = contest.kept.get("loss", (OURS if OURS in losses else PLAIN) if contest.kept else "")
+    winner = None
+    if kept == PLAIN:
+        return PLAIN, ops._replace(linear_cross_entropy=plain)
     if kept in losses:
         winner = _race_loss(contest, {kept: losses[kept]}, " as before")
     winner = winner or _race_loss(contest, losses) or PLAIN
@@ -190,7 +193,7 @@ def _race_loss(contest: Contest, losses: dict[str, Callable], how: str = "") -> 
     """Prints a line; None where nobody is left."""
     case = LossCase(contest.shape, contest.B, contest.dtype, contest.world.device)
     result = contest.decide(case.runs(losses), case.fault)
-    contest.world.print0(f"loss: {result.said}: {result.winner or PLAIN}{how}")
+    contest.world.print0(f"loss: {result.said}: {result.winner + how if result.winner else PLAIN}")
     return result.winner
 
 

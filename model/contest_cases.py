@@ -120,48 +120,62 @@ class LossCase:
     """
 
     ENDS = 128  # tokens with targets at each end
+    # Of the sum of their losses: what rounding logits to bf16 makes of one, some 2^-9 of it, is
+    # 2^-13 on the average of 256. A sum that is itself in bf16 is off by up to 2^-9.
+    LIMIT = 1e-4
 
     def __init__(
         self, config: GPTConfig, B: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.dtype, self.device, self.V = dtype, device, config.n_vocab
+        self.config, self.B, self.dtype, self.device = config, B, dtype, device
         self.softcap = SOFTCAP if config.arch == "speedrun" else 0.0
-        N = B * config.n_ctx
-        generator = torch.Generator(device).manual_seed(0)
-        numbers = functools.partial(torch.randn, generator=generator, device=device)
-        self.h = numbers(N, config.n_embd).to(dtype).requires_grad_()
-        self.weight = numbers(config.padded_vocab, config.n_embd).mul_(0.05).requires_grad_()
-        self.targets = torch.randint(self.V, (N,), generator=generator, device=device)
-        self.targets[self.ENDS : N - self.ENDS] = IGNORE
-        self.seen = self.targets != IGNORE  # (N,)
+
+    @functools.cached_property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """h (N, C), the head's weight (Vp, C), targets (N,)."""
+        config, N = self.config, self.B * self.config.n_ctx
+        generator = torch.Generator(self.device).manual_seed(0)
+        numbers = functools.partial(torch.randn, generator=generator, device=self.device)
+        h = numbers(N, config.n_embd).to(self.dtype).requires_grad_()
+        weight = numbers(config.padded_vocab, config.n_embd).mul_(0.05).requires_grad_()
+        targets = torch.randint(config.n_vocab, (N,), generator=generator, device=self.device)
+        targets[self.ENDS : N - self.ENDS] = IGNORE
+        return h, weight, targets
 
     @functools.cached_property
     def exact(self) -> dict[str, Tensor]:
         """What the tokens with targets have in fp64. Weights as the products see them."""
-        h = self.h.detach()[self.seen].double().requires_grad_()
-        weight = self.weight.detach().to(self.dtype).double().requires_grad_()
+        h, weight, targets = self.inputs
+        seen = targets != IGNORE
+        h = h.detach()[seen].double().requires_grad_()
+        weight = weight.detach().to(self.dtype).double().requires_grad_()
         loss = operators.TORCH.linear_cross_entropy(
-            h, weight, self.targets[self.seen], self.V, "sum", self.softcap)
+            h, weight, targets[seen], self.config.n_vocab, "sum", self.softcap)
         dh, dweight = torch.autograd.grad(loss, (h, weight))
         return {"loss": loss.detach(), "dh": dh, "dweight": dweight}
 
     def runs(self, losses: dict[str, Callable]) -> dict[str, Run]:
         """Forward and backward, by what each of these makes."""
         def run(make: Callable) -> tuple[Tensor, ...]:
+            h, weight, targets = self.inputs
             with torch.autocast(self.device.type, self.dtype):
-                loss = make()(self.h, self.weight, self.targets, self.V, "sum", self.softcap)
-            return loss.detach(), *torch.autograd.grad(loss, (self.h, self.weight))
+                loss = make()(h, weight, targets, self.config.n_vocab, "sum", self.softcap)
+            return loss.detach(), *torch.autograd.grad(loss, (h, weight))
 
         return {name: functools.partial(run, make) for name, make in losses.items()}
 
     def fault(self, got: tuple[Tensor, ...]) -> str:
         """What is wrong with a run's tensors, "" for nothing."""
         loss, dh, dweight = got
-        for (what, right), tensor in zip(
-                self.exact.items(), (loss, dh[self.seen], dweight), strict=True):
-            if found := _too_far_off(what, tensor, right, LIMITS[self.dtype]):
+        seen = self.inputs[2] != IGNORE
+        limits = (self.LIMIT, LIMITS[self.dtype], LIMITS[self.dtype])
+        for (what, right), tensor, limit in zip(
+                self.exact.items(), (loss, dh[seen], dweight), limits, strict=True):
+            if found := _too_far_off(what, tensor, right, limit):
                 return found
-        return "tokens without a target have gradients" if dh[~self.seen].any() else ""
+        if dh[~seen].any():
+            return "tokens without a target have gradients"
+        return "padding has gradients" if dweight[self.config.n_vocab :].any() else ""
 
 
 def _too_far_off(what: str, tensor: Tensor, right: Tensor, limit: float) -> str:

@@ -17,7 +17,7 @@ PIECE = 2**22  # numbers: ten pieces for GPT-2's embedding, some milliseconds ea
 
 
 def draw_normal(*matrices: tuple[Tensor, float]) -> None:
-    """Fills each contiguous tensor with N(0, std), by as many threads as PyTorch has.
+    """Fills each contiguous tensor of a CPU with N(0, std), by as many threads as PyTorch has.
 
     Inside model/network.py's NoFirstWeights it draws nothing.
     """

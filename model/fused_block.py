@@ -157,7 +157,8 @@ class FusedBlock:
 
     alone: its backward pass adds to its parameters' .grad by itself. Autograd would take a third of
     a block's time on the host to hand twelve gradients to twelve parameters, and add each to what
-    is there by a launch of its own. Not under DDP and FSDP, which have to be told of each.
+    is there by a launch of its own. Not under DDP and FSDP, which have to be told of each; nor for
+    torch.autograd.grad() or parameters that are frozen: every .grad is written.
     """
 
     def __init__(self, block: Any, passes: Passes, alone: bool = False) -> None:
@@ -201,11 +202,11 @@ class FusedBlock:
         """Adds to .grad what a backward pass has found, in the order of parameters()."""
         parameters = self.parameters()
         sums: list[Any] = [parameter.grad for parameter in parameters]
-        if sums[0] is not None:
+        if any(had is None for had in sums):
+            for parameter, had, new in zip(parameters, sums, gradients, strict=True):
+                parameter.grad = new if had is None else had + new
+        else:
             torch._foreach_add_(sums, gradients)
-            return
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
 
 
 def fuse_blocks(model: Any, passes: Passes, copies: bool, alone: bool = False) -> None:

@@ -116,10 +116,10 @@ CONSTANTS = (nn.init.ones_, nn.init.zeros_, nn.init.constant_)  # LayerNorm's ga
 
 
 class NoFirstWeights(TorchFunctionMode):
-    """Inside it torch.nn.init draws nothing: matrices have memory and, but for padding rows, any
-    numbers in it; what is constant at first is there. For a network whose weights are about to be
-    loaded, or drawn by its own init_weights(): nn.Linear and nn.Embedding draw them once before it
-    does. 124M numbers take half a second."""
+    """Inside it torch.nn.init and draw_normal() draw nothing: matrices have memory and, but for
+    padding rows, any numbers in it; what is constant at first is there. For a network whose weights
+    are about to be loaded, or drawn by its own init_weights(): nn.Linear and nn.Embedding draw them
+    once before it does. 124M numbers take half a second."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None

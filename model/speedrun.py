@@ -7,8 +7,6 @@ After modded-nanogpt: the best plain script of its track 3 (entry 36: 1.70 B tok
 source beside it. Shapes: B batch, T time, C width, D head width, V vocabulary, Vp padded.
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -104,9 +102,10 @@ class SpeedrunGPT(nn.Module):
         """At first blocks hand their input on, and all tokens are equally likely (record 5)."""
         drawn = [(self.wte.weight[: self.config.n_vocab], 1.0)]  # padding rows are always 0
         for name, parameter in self.named_parameters():
-            nn.init.zeros_(parameter)
             if name.endswith(("c_attn.weight", "c_fc.weight")):
-                drawn.append((parameter, math.sqrt(INIT_VARIANCE / self.config.n_embd)))
+                drawn.append((parameter, (INIT_VARIANCE / self.config.n_embd) ** 0.5))
+            else:
+                nn.init.zeros_(parameter)
         self.x0_mix[:, 0] = 1
         draw_normal(*drawn)
 

@@ -266,6 +266,23 @@ def test_past_the_operator_all_is_the_same_to_the_bit(what):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("what", DIRECT)
+def test_tensors_without_numbers_come_to_the_operator(what):
+    """On the meta device, and fake ones also outside of their mode."""
+    function, inputs, _ = DIRECT[what]
+    mode = FakeTensorMode()
+    for without_numbers in (lambda x: x.detach().to("meta"),
+                            lambda x: mode.from_tensor(x.detach())):
+        empty = [without_numbers(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        for x in empty:
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                x.requires_grad_()
+        outputs = function(*empty)
+        assert [out.shape for out in outputs] == [out.shape for out in function(*inputs)]
+        outputs[-1].sum().backward()
+        assert empty[0].grad.shape == inputs[0].shape
+
+
 @pytest.mark.parametrize("what", [*DIRECT, "embedding"])
 def test_a_second_derivative_is_an_error_and_not_wrong(what):
     if what == "embedding":

@@ -208,6 +208,21 @@ def test_autograd_is_not_asked_for_the_gradients_that_a_block_takes_itself():
         assert len(of_blocks) == (0 if alone else 2 * 12)
 
 
+@pytest.mark.parametrize("dropped", ["first", "last", "none"])
+def test_a_block_alone_adds_to_whatever_gradients_there_are(dropped):
+    model, *batch = model_and_batch(torch.float64)
+    fuse_blocks(model, REFERENCE, copies=True, alone=True)
+    losses_and_gradients(model, *batch)
+    parameters = list(model.h[0].parameters())
+    once = [p.grad.clone() for p in parameters]
+    if dropped != "none":
+        parameters[0 if dropped == "first" else -1].grad = None
+    losses_and_gradients(model, *batch)
+    for p, gradient in zip(parameters, once, strict=True):
+        left_out = p is parameters[0 if dropped == "first" else -1] and dropped != "none"
+        assert torch.equal(p.grad, gradient if left_out else 2 * gradient)
+
+
 def test_a_block_alone_has_gradients_also_where_its_input_has_none():
     model, *_ = model_and_batch(torch.float64)
     by_hand, *_ = model_and_batch(torch.float64)
