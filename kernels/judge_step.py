@@ -88,7 +88,7 @@ def judge(
         loss_value, losses, place, count, Z, NARROWEST, EARLY_STEPS, EARLY_TIMES, WINDOW, HALVINGS)
     norm_high, norm_far, norm_from = _outlier(
         norm_value, norms, place, count, Z, NARROWEST, EARLY_STEPS, EARLY_TIMES, WINDOW, HALVINGS)
-    norm_high = norm_high & ((count == WINDOW) | (streak == 0))
+    norm_high = norm_high & (streak == 0)
 
     verdict = tl.where(norm_high & OUTLIERS, NORM_HIGH, GOOD)  # from the weakest to the strongest
     verdict = tl.where(loss_high & OUTLIERS, LOSS_HIGH, verdict)

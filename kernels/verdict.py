@@ -70,10 +70,10 @@ def judge_step(
 
     loss_high, loss_far, loss_from = outlier(loss, losses)
     norm_high, norm_far, norm_from = outlier(norm, norms)
-    # The first steps' norms jump, and the clip bears it. Where a step was just left out, and the
-    # same weights have a large gradient in the next batch too, they would have it in every batch:
-    # the step is taken.
-    norm_high &= full | (streak == 0)
+    # Where a step was just left out, and the same weights have a large gradient in the next batch
+    # too, but a usual loss, it's the weights and not the batch: they would have it in every batch.
+    # The clip bears it, and the step is taken.
+    norm_high &= streak == 0
 
     verdict = torch.full_like(loss, GOOD)
     for applies, code in (  # from the weakest to the strongest

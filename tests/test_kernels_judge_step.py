@@ -35,7 +35,7 @@ def by_statistics(state: torch.Tensor, loss: float, norm: float) -> int:
             high.append(count >= 10 and value > 10 * statistics.median(window))
     if high[0]:
         return LOSS_HIGH
-    return NORM_HIGH if high[1] and (count == W or not streak) else GOOD
+    return NORM_HIGH if high[1] and not streak else GOOD
 
 
 def test_the_rule_is_that_of_exact_statistics():

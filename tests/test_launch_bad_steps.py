@@ -149,3 +149,35 @@ def test_what_is_normal_and_what_is_not():
     again.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
     assert again.state_dict() == spikes.state_dict()
     assert SpikeDetector(SpikeConfig("ignore", 0)).check(0, 3.0, 1e9) == ""
+
+
+def after_a_calm_stretch(max_spikes=10):
+    """A detector whose last 128 good steps had losses near 3.05 and norms near 0.7."""
+    from launch.spikes import WINDOW, SpikeConfig, SpikeDetector
+
+    spikes = SpikeDetector(SpikeConfig("skip", max_spikes))
+    for step in range(WINDOW):
+        assert spikes.check(step, 3.0 + 0.1 * (step % 2), 0.6 + 0.2 * (step % 2)) == ""
+    return spikes, WINDOW
+
+
+def test_gradients_that_have_become_large_for_good_do_not_end_a_run():
+    """As a run of 640 steps had them at a usual loss: all of its steps were left out, until it was
+    ended. One is, then one more or two, until they belong to the normal range."""
+    spikes, first = after_a_calm_stretch()
+    norms = [1.68, 1.836, 2.147, 2.866, 2.38, 2.537, 1.807, 3.115, 3.427, 1.883, 3.134, 2.694]
+    left_out = [i for i, norm in enumerate(norms)
+                if spikes.check(first + i, 3.05, norm)
+                and not spikes.reason_to_end(first + i, "", 3.05, norm)]
+    assert left_out[0] == 0 and 1 <= len(left_out) <= 3
+    assert 1 not in left_out
+    assert spikes.in_a_row <= 1
+    assert all(not spikes.check(first + len(norms) + i, 3.05, 2.5) for i in range(20))
+
+
+def test_losses_that_have_become_large_for_good_end_a_run():
+    """Whatever the norms: weights that are broken are no new normal range."""
+    spikes, first = after_a_calm_stretch()
+    for i in range(11):
+        assert "the loss 9 lies" in spikes.check(first + i, 9.0, 0.7 if i % 2 else 30.0)
+    assert "11 in a row" in spikes.reason_to_end(first + 10, "", 9.0, 30.0)

@@ -265,11 +265,11 @@ COUNTED = [row for row in rows.ROWS if "step" in row.parts]
 
 @pytest.mark.parametrize("row", COUNTED, ids=lambda row: row.name)
 def test_memory_is_what_the_stand_in_counted(row):
-    """Within 2 %: the program's own tensors on a GPU, one micro-step a step (make cuda-check)."""
+    """Within 2 %: the program's own tensors on a GPU (make cuda-check)."""
     settings = cli.parse(TrainConfig, PRESETS, row.command(Path("inputs"), Path("out"))[1:])
     model = settings.model
     job = Job.of(asdict(settings), parameter_count(model), flops_per_token(model))
-    parts = memory.memory(job, row.ranks, row.batch)
+    parts = memory.memory(job, row.ranks, settings.micro_batch)
     predicted = sum(size for part, size in parts.items() if part not in NOT_TENSORS)
     counted = table.read()[row.name]["step"]["peak MiB"]
     print(f"{row.name}: {predicted / MIB:,.0f} MiB predicted, {counted:,} counted")
