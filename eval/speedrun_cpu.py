@@ -37,7 +37,7 @@ from launch.tracker import read_rows
 TRAIN = Path(__file__).parent.parent / "train_gpt2.py"
 BATCH_TOKENS = 1024  # of both presets
 # fp32: the same losses on every CPU. Evaluated before the first step and after the last, only. What
-# is compared is two recipes, and neither has a guard that leaves out steps, or ends a run.
+# is compared is two recipes, and neither has a guard that leaves out large gradients.
 COMMON = ["--data.vocab", "char", "--dtype", "fp32", "--val_tokens", "32768", "--prompt", "",
           "--eval_every", "99999", "--save_every", "99999", "--on_spike", "ignore"]
 FAITHFUL = ["demo", "--optim.weight_decay", "0.1", "--optim.beta2", "0.95"]

@@ -88,7 +88,8 @@ def judge(
         loss_value, losses, place, count, Z, NARROWEST, EARLY_STEPS, EARLY_TIMES, WINDOW, HALVINGS)
     norm_high, norm_far, norm_from = _outlier(
         norm_value, norms, place, count, Z, NARROWEST, EARLY_STEPS, EARLY_TIMES, WINDOW, HALVINGS)
-    norm_high = norm_high & (streak == 0)
+    lasting = (norm_value <= EARLY_TIMES * norm_from) & (clip < float("inf"))
+    norm_high = norm_high & ((streak == 0) | ((count == WINDOW) & (lasting == 0)))
 
     verdict = tl.where(norm_high & OUTLIERS, NORM_HIGH, GOOD)  # from the weakest to the strongest
     verdict = tl.where(loss_high & OUTLIERS, LOSS_HIGH, verdict)

@@ -80,11 +80,14 @@ def judge_differs(judge: Callable, device: torch.device) -> str:
     """On which of some steps a judge isn't the definition, to the bit; '' for none of them."""
     W, draw = 128, torch.Generator().manual_seed(0)
     limits = verdict.Limits(7.0, 0.01, 10, 10.0, outliers=True, halts=False)
-    for count, loss, norm in ((W, 3.0, 1.0), (W, 9.0, 1.0), (W, 3.0, 9.0), (W, math.nan, 1.0),
-                              (W, 3.0, math.inf), (11, 3.0, 1.0), (10, 3.0, 99.0), (0, 11.0, 2.0)):
+    for count, streak, loss, norm in (
+        (W, 0, 3.0, 1.0), (W, 0, 9.0, 1.0), (W, 0, 3.0, 9.0), (W, 1, 3.0, 9.0), (W, 1, 3.0, 11.0),
+        (W, 0, math.nan, 1.0), (W, 0, 3.0, math.inf), (11, 0, 3.0, 1.0), (10, 0, 3.0, 99.0),
+        (10, 1, 3.0, 99.0), (0, 0, 11.0, 2.0),
+    ):
         windows = torch.tensor(((3.0,), (1.0,))) + 0.1 * torch.randn(2, W, generator=draw)
         windows[:, : W - count] = 0
-        counts = torch.tensor((float(count), 0.0, 0.0))
+        counts = torch.tensor((float(count), float(streak), 0.0))
         state = torch.cat((windows.flatten(), counts)).double()
         step = torch.tensor(loss), torch.tensor(norm)
         exact = verdict.judge_step(state, *step, None, 1.0, limits)

@@ -19,7 +19,7 @@ class Limits(NamedTuple):
     z: float  # so many standard deviations above the mean of a full window are too many
     narrowest: float  # of the mean: a smaller deviation is taken for this
     early_steps: int  # good steps from which on a window that isn't full judges,
-    early_times: float  # by so many times its median
+    early_times: float  # by so many times its median; later a norm may be as many times the mean
     outliers: bool  # False: only what is no number is bad
     halts: bool  # after a bad step all others are void, until the host has said what follows
 
@@ -70,10 +70,11 @@ def judge_step(
 
     loss_high, loss_far, loss_from = outlier(loss, losses)
     norm_high, norm_far, norm_from = outlier(norm, norms)
-    # Where a step was just left out, and the same weights have a large gradient in the next batch
-    # too, but a usual loss, it's the weights and not the batch: they would have it in every batch.
-    # The clip bears it, and the step is taken.
-    norm_high &= streak == 0
+    # Where a step was just left out, and the same weights have a large gradient in the next batch,
+    # too, they would have it in every batch. If the clip bears it, the step is taken: any norm
+    # while the first ones jump, later up to as many times the mean.
+    lasting = (norm <= limits.early_times * norm_from) & math.isfinite(clip)
+    norm_high &= (streak == 0) | full & ~lasting
 
     verdict = torch.full_like(loss, GOOD)
     for applies, code in (  # from the weakest to the strongest

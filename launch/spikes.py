@@ -6,9 +6,9 @@ that judged its own loss would leave the others waiting. Either is too much wher
 7 standard deviations above its mean over the last 128 good steps (llm.c's outlier detector). The
 norm alone isn't enough: noise instead of text raised a loss from 2.8 to 10.8 at a usual norm.
 Before there are 128, losses and norms fall by nature: from the 10th good step on, ten times the
-median of those there are is too much of either. A norm is too much once: where it is in the next
-batch, too, and its loss is a usual one, the weights have come to where gradients are large. They
-would be in every batch, and a run that left them all out would stand still.
+median of those there are is too much of either. Of large norms beside usual losses one is left
+out: where the next batch has one, too, the weights have come to where gradients are large, and a
+run that left all of them out would stand still. Up to ten times the mean the clip bears them.
 
 A GPU judges by itself (kernels/verdict.py, in fp64) and leaves a bad step out, before this process
 knows of it: launch/reports.py brings the verdict here a step later, and what follows then is what

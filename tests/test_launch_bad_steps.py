@@ -151,33 +151,48 @@ def test_what_is_normal_and_what_is_not():
     assert SpikeDetector(SpikeConfig("ignore", 0)).check(0, 3.0, 1e9) == ""
 
 
-def after_a_calm_stretch(max_spikes=10):
+def after_a_calm_stretch():
     """A detector whose last 128 good steps had losses near 3.05 and norms near 0.7."""
     from launch.spikes import WINDOW, SpikeConfig, SpikeDetector
 
-    spikes = SpikeDetector(SpikeConfig("skip", max_spikes))
+    spikes = SpikeDetector(SpikeConfig("skip", 10))
+
+    def left_out(loss, norm, clip=1.0):
+        """Whether the next step is."""
+        verdict = spikes.judge(*torch.tensor((loss, norm), dtype=torch.float64), clip)
+        return bool(spikes.hear(0, verdict.report.tolist()))
+
     for step in range(WINDOW):
-        assert spikes.check(step, 3.0 + 0.1 * (step % 2), 0.6 + 0.2 * (step % 2)) == ""
-    return spikes, WINDOW
+        assert not left_out(3.0 + 0.1 * (step % 2), 0.6 + 0.2 * (step % 2))
+    return spikes, left_out
 
 
 def test_gradients_that_have_become_large_for_good_do_not_end_a_run():
     """As a run of 640 steps had them at a usual loss: all of its steps were left out, until it was
-    ended. One is, then one more or two, until they belong to the normal range."""
-    spikes, first = after_a_calm_stretch()
+    ended. Now every other one is, until they belong to the normal range."""
+    spikes, left_out = after_a_calm_stretch()
     norms = [1.68, 1.836, 2.147, 2.866, 2.38, 2.537, 1.807, 3.115, 3.427, 1.883, 3.134, 2.694]
-    left_out = [i for i, norm in enumerate(norms)
-                if spikes.check(first + i, 3.05, norm)
-                and not spikes.reason_to_end(first + i, "", 3.05, norm)]
-    assert left_out[0] == 0 and 1 <= len(left_out) <= 3
-    assert 1 not in left_out
-    assert spikes.in_a_row <= 1
-    assert all(not spikes.check(first + len(norms) + i, 3.05, 2.5) for i in range(20))
+    skipped = [i for i, norm in enumerate(norms) if left_out(3.05, norm)]
+    assert skipped == [0, 2, 7]
+    assert not any(left_out(3.05, 2.5) for _ in range(20))
+
+
+@pytest.mark.parametrize("first", [dict(loss=3.05, norm=2.0), dict(loss=9.0, norm=0.7),
+                                   dict(loss=float("nan"), norm=0.7)])
+def test_ten_times_the_mean_is_taken_at_most_and_where_there_is_a_clip(first):
+    """The mean is 0.7. A norm beyond would make all others look small for 128 steps."""
+    _, left_out = after_a_calm_stretch()
+    assert left_out(**first)
+    for norm in (7.01, 1e9):
+        assert left_out(3.05, norm)
+    assert left_out(3.05, 6.9, clip=0.0)
+    assert not left_out(3.05, 6.9)
 
 
 def test_losses_that_have_become_large_for_good_end_a_run():
     """Whatever the norms: weights that are broken are no new normal range."""
-    spikes, first = after_a_calm_stretch()
+    spikes, left_out = after_a_calm_stretch()
     for i in range(11):
-        assert "the loss 9 lies" in spikes.check(first + i, 9.0, 0.7 if i % 2 else 30.0)
-    assert "11 in a row" in spikes.reason_to_end(first + 10, "", 9.0, 30.0)
+        assert spikes.reason_to_end(i, "", 9.0, 0.7) == ""
+        assert left_out(9.0, 0.7 if i % 2 else 30.0)
+    assert "11 in a row" in spikes.reason_to_end(11, "", 9.0, 0.7)
