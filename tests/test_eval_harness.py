@@ -89,7 +89,7 @@ test_split: test
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # of which three ways to count shares give three figures
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_ctx=192))
     torch.nn.init.normal_(model.wte.weight[:50257], std=0.3)  # opinions, not noise
     return model
