@@ -175,7 +175,8 @@ course.picture(drawings.ladder(curves), "ladder")
 
 # %% Addition
 # The exercise's adder: digits in the order in which a carry runs, scored by whole answers to 1,000
-# sums that it never saw. As written it is asked for the hundreds before it knows the carry.
+# sums that it never saw. As written it's asked for the hundreds before it knows the carry: of eight
+# seeds half learn that too, the others end at 0.5 to 0.95 (reversed all are at 0.99 and more).
 ORDERS = [("reversed", e07.write_sum, 0.98, 1),
           ("as written", lambda a, b: f"{a:02}+{b:02}={a + b:03}", 0.75, 0.97)]
 for order, write, low, high in ORDERS:
