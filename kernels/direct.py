@@ -2,9 +2,9 @@
 
     layer_norm = direct("layer_norm", launch_forward, remember, gradients)  # as register_autograd
 
-torch.library takes the host some 80 us for forward and backward of an operator (one core of an
-EPYC), in which a GPU could have been given ten launches. But the compiler, dispatch modes (a
-counter of FLOPs) and tensors without numbers are to have the operator: operator_wanted().
+torch.library takes the host 100 us for LayerNorm's forward and backward and 55 for the loss's (one
+core of an EPYC), in which a GPU could have been given ten launches. But the compiler, dispatch
+modes (a counter of FLOPs) and tensors without numbers are to have the operator: operator_wanted().
 """
 
 from collections.abc import Callable

@@ -155,7 +155,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 class FusedBlock:
     """What a Block of model/gpt2.py asks instead of its own lines, where it has been given one.
 
-    alone: its backward pass adds to its parameters' .grad by itself. Autograd would take a third of
+    alone: its backward pass adds to its parameters' .grad by itself. Autograd would take a tenth of
     a block's time on the host to hand twelve gradients to twelve parameters, and add each to what
     is there by a launch of its own. Not under DDP and FSDP, which have to be told of each; nor for
     torch.autograd.grad() or parameters that are frozen: every .grad is written.
